@@ -1,0 +1,332 @@
+"""Rows -> prompts and completions. Readers, chat template, images, the keyed order of draws, and the `shapes` task.
+
+A dataset is a .jsonl file (one object a line) or a .json file (a list of objects). Columns, the first present of:
+
+    prompt     prompt | problem | question | query      a string, or chat messages [{"role", "content"}, ...] whose
+                                                        content is a string or blocks {"type": "text" | "image"}
+    images     images | image                           paths under --image_root; none for a text-only row
+    solution   solution | answer | answer_gt | ground_truth          what `accuracy` compares with
+    chosen     chosen | completion,  rejected           train_dpo.py: strings, or one assistant message
+
+Images stand where `<image>` (in strings) or image blocks (in messages) say, and before the first user text if the row
+says nothing; any other number of placeholders is an error. Every other column reaches the reward functions untouched.
+"""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageOps
+
+from model import Policy, Prompt
+
+ALIASES = {
+    "prompt": ("prompt", "problem", "question", "query"),
+    "images": ("images", "image"),
+    "solution": ("solution", "answer", "answer_gt", "ground_truth"),
+    "chosen": ("chosen", "completion"),
+}
+TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # all else is image tensors
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what Pillow may decode: no PSD, EPS, FITS, ...
+
+
+class RowError(ValueError):
+    """A row that cannot be used; the message starts with where it is (file:line)."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_rows(path: str, image_root: str | None, need: tuple[str, ...]) -> list[dict]:
+    """Every row of a .jsonl or .json file with its columns under their canonical names, checked for `need`.
+
+    Adds `_source` ("file:line", or "file[index]" for .json) and `_image_root`. Images are not opened here.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"--dataset {path}: no such file (expected a .jsonl or .json file)")
+    reject = {"parse_constant": lambda name: (_ for _ in ()).throw(ValueError(f"{name} is not JSON"))}
+    text = file.read_text(encoding="utf-8-sig")
+    if file.suffix == ".jsonl":
+        raw = []
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    raw.append((f"{path}:{number}", json.loads(line, **reject)))
+                except ValueError as error:
+                    raise RowError(f"{path}:{number}: not valid JSON: {error}") from None
+    elif file.suffix == ".json":
+        try:
+            objects = json.loads(text, **reject)
+        except ValueError as error:
+            raise RowError(f"{path}: not valid JSON: {error}") from None
+        if not isinstance(objects, list):
+            raise RowError(f"{path}: expected a list of objects, got {type(objects).__name__}")
+        raw = [(f"{path}[{i}]", value) for i, value in enumerate(objects)]
+    else:
+        raise RowError(f"--dataset {path}: expected a .jsonl or .json file")
+    if not raw:
+        raise RowError(f"{path}: no rows")
+
+    rows = []
+    for source, value in raw:
+        if not isinstance(value, dict):
+            raise RowError(f"{source}: expected an object, got {type(value).__name__}")
+        row = {"_source": source, "_image_root": image_root} | value
+        for name, aliases in ALIASES.items():
+            found = next((a for a in aliases if value.get(a) is not None), None)
+            if found is not None:
+                row[name] = row.pop(found) if found != name else row[name]
+        for name in need:
+            if row.get(name) is None:
+                raise RowError(f"{source}: no {' or '.join(ALIASES.get(name, (name,)))} column; it has {', '.join(value)}")
+        images = row.get("images")
+        row["images"] = [] if images is None else images if isinstance(images, list) else [images]
+        rows.append(row)
+    return rows
+
+
+def load_image(image, row: dict) -> Image.Image:
+    """A path under the row's image root (or a PIL image) -> RGB. Never follows a URL; refuses paths that leave the root."""
+    source = row["_source"]
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if not isinstance(image, str):
+        raise RowError(f"{source}: an image must be a path, got {type(image).__name__}")
+    if "://" in image or image.startswith("data:"):
+        raise RowError(f"{source}: {image[:80]}: URLs are not fetched; download the image and give its path")
+    if row["_image_root"] is None:
+        raise RowError(f"{source}: the row names an image ({image}), but --image_root is not given")
+    root = os.path.realpath(row["_image_root"])
+    path = os.path.realpath(os.path.join(root, image))
+    if os.path.commonpath([root, path]) != root:
+        raise RowError(f"{source}: image {image} lies outside --image_root {row['_image_root']}")
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except FileNotFoundError:
+        raise RowError(f"{source}: image {path} does not exist") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's ways to say corrupt
+        raise RowError(f"{source}: image {path} cannot be read: {error}") from None
+
+
+def to_messages(row: dict) -> list[dict]:
+    """The row's prompt as chat messages whose content is a list of text and image blocks, images accounted for.
+
+    >>> row = {"prompt": "a <image> b", "images": ["x.png"], "_source": "f:1"}
+    >>> [block.get("text", "IMAGE") for block in to_messages(row)[0]["content"]]
+    ['a ', 'IMAGE', ' b']
+    """
+    source, prompt, count = row["_source"], row["prompt"], len(row["images"])
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, list) or not messages or not all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), (str, list))
+            for m in messages):
+        raise RowError(f"{source}: prompt must be a string or a list of {{'role', 'content'}} messages")
+    out, markers, blocks = [], 0, 0
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str):
+            pieces, markers = content.split("<image>"), markers + content.count("<image>")
+            content = [b for i, text in enumerate(pieces)
+                       for b in ([{"type": "image"}] if i else []) + ([{"type": "text", "text": text}] if text else [])]
+        else:  # struct columns carry a null text beside each image
+            for block in content:
+                if not isinstance(block, dict) or block.get("type") not in ("text", "image"):
+                    raise RowError(f"{source}: a content block must have type text or image, got {str(block)[:80]}")
+            blocks += sum(b["type"] == "image" for b in content)
+            content = [{"type": "image"} if b["type"] == "image" else {"type": "text", "text": b["text"]}
+                       for b in content]
+        out.append({"role": message["role"], "content": content})
+    if markers + blocks == 0 and count:
+        first_user = next((m for m in out if m["role"] == "user"), out[0])
+        first_user["content"] = [{"type": "image"} for _ in range(count)] + first_user["content"]
+    elif markers + blocks != count:
+        raise RowError(f"{source}: the prompt has {markers + blocks} image placeholders, the row has {count} images")
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoding
+
+
+def _special_tokens(tokenizer, text: str) -> dict:
+    """A template that writes the BOS itself must not get a second one (transformers' own rule)."""
+    return {"add_special_tokens": not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))}
+
+
+def encode_prompt(policy: Policy, processor, row: dict) -> Prompt:
+    """One processor call for one row: chat template with the generation prompt, ids, image tensors, positions."""
+    messages, images = to_messages(row), [load_image(image, row) for image in row["images"]]
+    image_token = getattr(processor, "image_token", None)
+    for block in (b for m in messages for b in m["content"] if b["type"] == "text"):
+        if image_token and image_token in block["text"]:
+            raise RowError(f"{row['_source']}: the prompt's text contains the model's own image token {image_token}")
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        inputs = processor(text=[text], images=[images] if images else None, return_tensors="pt",
+                           **_special_tokens(processor.tokenizer, text))
+    except Exception as error:  # e.g. an aspect ratio that the image processor refuses
+        raise RowError(f"{row['_source']}: the processor refused it: {type(error).__name__}: {error}") from error
+    tokens, pixels = inputs["input_ids"][0], {k: v for k, v in inputs.items() if k not in TEXT_KEYS}
+    positions = policy.prompt_positions(tokens, {k: inputs[k] for k in TEXT_KEYS if k in inputs}, pixels)
+    return Prompt(tokens, positions, pixels, row)
+
+
+def encode_completion(policy: Policy, processor, row: dict, column: str) -> torch.Tensor:
+    """The ids (len,) that the policy should have produced after the prompt to say row[column], EOS included.
+
+    The conversation is rendered with and without the answer; the rest is tokenized in place where the prompt's ids
+    are a prefix of the whole's, and by itself where a token would straddle the boundary (the sampler's prompt ends
+    there). What the template writes after the first EOS is left out, since sampling stops there; a template that ends
+    no turn gets the tokenizer's EOS.
+    """
+    source, answer, tokenizer = row["_source"], row[column], processor.tokenizer
+    if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict):
+        answer = answer[0].get("content")
+        if isinstance(answer, list):
+            answer = "".join(block.get("text") or "" for block in answer)
+    if not isinstance(answer, str) or not answer.strip():
+        raise RowError(f"{source}: {column} must be a non-empty string or one assistant message, got {str(answer)[:80]!r}")
+    messages = to_messages(row)
+    prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    whole = processor.apply_chat_template([*messages, reply], tokenize=False)
+    rest = whole.removeprefix(prompt)
+    if rest == whole or answer.strip() not in rest:
+        raise RowError(f"{source}: the chat template does not render {column} whole after the prompt: {rest[:200]!r}")
+    special = _special_tokens(tokenizer, prompt)
+    prompt_ids, whole_ids = tokenizer(prompt, **special)["input_ids"], tokenizer(whole, **special)["input_ids"]
+    if whole_ids[:len(prompt_ids)] == prompt_ids:
+        ids = whole_ids[len(prompt_ids):]
+    else:
+        ids = tokenizer(rest, add_special_tokens=False)["input_ids"]
+    end = next((i for i, token in enumerate(ids) if token in policy.eos_ids), None)
+    ids = [*ids, tokenizer.eos_token_id] if end is None else ids[:end + 1]
+    bad = set(ids) & set(policy.never_sampled.tolist())
+    if bad:
+        raise RowError(f"{source}: {column} contains placeholder tokens {tokenizer.convert_ids_to_tokens(sorted(bad))}")
+    return torch.tensor(ids)
+
+
+def encode_group(policy: Policy, processor, row: dict, columns: tuple[str, ...]):
+    """(Prompt, [completion ids of each column]): one preference pair, or one SFT example."""
+    if len(columns) == 2 and row[columns[0]] == row[columns[1]]:
+        raise RowError(f"{row['_source']}: {columns[0]} and {columns[1]} are the same")
+    return encode_prompt(policy, processor, row), [encode_completion(policy, processor, row, c) for c in columns]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The order of draws
+
+
+def draw_plan(num_rows: int, num_draws: int, seed: int, dropped: set[int] = frozenset()) -> list[int]:
+    """The row of every draw of a run: epoch after epoch, each a permutation keyed by (seed, epoch), less `dropped`.
+
+    A pure function, so that a run can continue anywhere and no rank's data depends on how many ranks there are. There
+    is no ragged last batch: a batch that crosses an epoch's end goes on into the next one.
+    """
+    kept = num_rows - len(dropped)
+    if kept == 0:
+        raise ValueError("no row is left: every one of them is too long")
+    plan, epoch = [], 0
+    while len(plan) < num_draws:
+        order = np.random.default_rng([seed, epoch]).permutation(num_rows).tolist()
+        plan += [i for i in order if i not in dropped][:num_draws - len(plan)]
+        epoch += 1
+    return plan
+
+
+def group_length(group) -> int:
+    """Tokens of the prompt plus the longest completion: what must fit the context."""
+    prompt, completions = group
+    return len(prompt.tokens) + max(map(len, completions), default=0)
+
+
+def length_limit(policy: Policy, max_length: int | None) -> int:
+    """The longest prompt + completion: --max_length, and never more than the model's context."""
+    context = policy.hf.config.get_text_config().max_position_embeddings
+    return context if max_length is None else min(max_length, context)
+
+
+def check_length(row: dict, length: int, limit: int):
+    if length > limit:
+        raise RowError(f"{row['_source']}: {length} tokens with the images, more than the {limit} that fit "
+                       f"(nothing is ever cut; --overlong skip leaves such training rows out)")
+
+
+def check_rows(rows, num_draws: int, seed: int, overlong: str, limit: int, rank: int, world_size: int, length_of):
+    """Read and encode every row that the run will visit, before it starts -> its `draw_plan`, the same on all ranks.
+
+    length_of(row) -> tokens; it raises RowError for a row that cannot be used. Rows beyond `limit` are an error, or
+    with overlong "skip" left out, counted and printed; then others take their place, which are checked in turn. The
+    work is split over the ranks.
+    """
+    dropped, checked, lengths = set(), set(), []
+    while True:
+        plan = draw_plan(len(rows), num_draws, seed, dropped)
+        todo = sorted(set(plan) - checked)
+        if not todo:
+            break
+        found = {i: length_of(rows[i]) for i in todo[rank::world_size]}
+        if dist.is_initialized():
+            parts = [None] * world_size
+            dist.all_gather_object(parts, found)
+            found = {i: n for part in parts for i, n in part.items()}
+        for i, length in found.items():
+            if length > limit and overlong == "error":
+                check_length(rows[i], length, limit)
+            if length > limit:
+                dropped.add(i)
+            else:
+                lengths.append(length)
+        checked |= set(todo)
+    if rank == 0:
+        print(f"data: {len(rows)} rows, {len(set(plan))} of them in this run, {len(dropped)} skipped as longer than "
+              f"{limit} tokens; lengths {min(lengths)} to {max(lengths)}, mean {sum(lengths) / len(lengths):.0f}",
+              flush=True)
+    return plan
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The built-in task: how many shapes are there?
+
+SHAPE_COLORS = ("red", "green", "blue", "orange", "purple", "black")
+TINY_CORPUS = ["how many shapes are there?", "<think>i see shapes</think><answer></answer>", "user", "assistant",
+               "which digit is this?", "this is a", "0 1 2 3 4 5 6 7 8 9"]  # the words the tiny tokenizer knows
+
+
+def draw_shapes(rng: random.Random, count: int) -> Image.Image:
+    """A white 48 x 48 picture with `count` shapes, each in its own cell of a 3 x 3 grid."""
+    image = Image.new("RGB", (48, 48), "white")
+    draw = ImageDraw.Draw(image)
+    for cell in rng.sample(range(9), count):
+        x, y = 16 * (cell % 3) + rng.randint(1, 4), 16 * (cell // 3) + rng.randint(1, 4)
+        box, color = (x, y, x + 10, y + 10), rng.choice(SHAPE_COLORS)
+        kind = rng.choice(("circle", "square", "triangle"))
+        if kind == "circle":
+            draw.ellipse(box, fill=color)
+        elif kind == "square":
+            draw.rectangle(box, fill=color)
+        else:
+            draw.polygon([(x, y + 10), (x + 10, y + 10), (x + 5, y)], fill=color)
+    return image
+
+
+def shapes_rows(count: int, seed: int, split: str) -> list[dict]:
+    """`count` rows of the task; a wrong number of shapes is the rejected answer. The two splits share no key."""
+    rows = []
+    for i in range(count):
+        rng = random.Random(f"{split} {seed} {i}")  # a str seeds by sha512: the same on every machine
+        right = rng.randint(1, 6)
+        wrong = rng.choice([n for n in range(1, 7) if n != right])
+        say = "<think>i see {0} shapes</think><answer>{0}</answer>".format
+        rows.append({"prompt": "how many shapes are there?", "images": [draw_shapes(rng, right)],
+                     "solution": str(right), "chosen": say(right), "rejected": say(wrong),
+                     "_source": f"shapes {split} {i}", "_image_root": None})
+    return rows

@@ -1,0 +1,515 @@
+"""The policy: a transformers vision-language model, the packed group row it is fed, its token log-probs, its export.
+
+The one idea of flatpo is that a **group is one row**. A group is one prompt (text and images) with its G completions;
+SFT is G=1, a preference pair G=2 (chosen, rejected), GRPO G=num_generations. The prompt stands in the row once:
+
+    tokens      [ prompt ...... | completion 1 .... | completion 2 .. | ... | completion G ... | pad ]
+    segment_ids   0 0 0 0 0 0 0   1 1 1 1 1 1         2 2 2 2                 G G G              -1
+    group_ids     0 0 0 ...                            (several groups may share a row: 0 0 ... 1 1 ...)  pad -1
+    position      0 1 2 ... P-1   P P+1 ...           P P+1 ...               P P+1 ...
+
+    q may attend to k   iff   k <= q  and  group[k] == group[q]  and  (segment[k] == 0  or  segment[k] == segment[q])
+
+so an image goes through the vision tower once per group, the prompt through the language model once, and only
+completion tokens are scored. The mask and the positions are all that is needed: the model classes are transformers',
+unchanged. The first token of every completion is predicted by the prompt's last hidden state, all later ones by the
+token before. tests/test_group_rows.py proves log-probs and gradients equal those of G repeated rows.
+
+Sizes in comments: B rows, S row length, P prompt length, G completions of a group, N completions of the batch,
+T longest completion, M trained tokens, H hidden, V vocabulary, R position rows (3 for M-RoPE models, else 1).
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import cached_file, is_torchvision_available, logging
+
+logging.disable_progress_bar()  # ours is the only one
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packed group rows
+
+
+class Prompt(NamedTuple):
+    """What the completions of a group share, as one processor call returned it (data.encode_prompt makes them)."""
+
+    tokens: torch.Tensor                # (P,) ids, image placeholders already expanded
+    positions: torch.Tensor             # (R, P)
+    pixels: dict[str, torch.Tensor]     # pixel_values, image_grid_thw, ...: whatever the family's processor returns
+    row: dict                           # the dataset row
+
+
+def cat_pixels(prompts: list[Prompt]) -> dict[str, torch.Tensor]:
+    """Join the prompts' image tensors on dim 0, in order, zero-padding the other dims to the largest.
+
+    This one rule serves every family's layout: (patches, D) with image_grid_thw (Qwen), (images, 3, H, W) (LLaVA),
+    (1, images, 3, H, W) with pixel_attention_mask (Idefics3, whose model drops all-zero padding images).
+    """
+    pixels = {}
+    for key in dict.fromkeys(key for p in prompts for key in p.pixels):
+        tensors = [p.pixels[key] for p in prompts if key in p.pixels]
+        largest = [max(t.shape[d] for t in tensors) for d in range(1, tensors[0].dim())]
+        padded = [t.new_zeros(len(t), *largest) for t in tensors]
+        for out, t in zip(padded, tensors):
+            out[tuple(slice(0, n) for n in t.shape)] = t
+        pixels[key] = torch.cat(padded)
+    return pixels
+
+
+def pack_groups(groups, pad_id: int, row_tokens: int | None = None) -> dict:
+    """[(Prompt, [completion ids (len,), ...]), ...] -> one batch of packed rows.
+
+    row_tokens None gives every group a row of its own; a number lets groups share rows, first fit, of
+    max(row_tokens, longest group) tokens, so that 0 fills rows up to the longest group.
+    Returns input_ids, segment_ids, group_ids (B, S), position_ids (R, B, S), pixels {name: tensor}, and, with the
+    completions in the order given: completion_ids, completion_mask, logit_index (N, T), the last being the index into
+    the flattened (B * S) hidden states of the one that predicts the token. Completions may be an empty list: the
+    sampler's prefill is such a batch.
+
+    >>> prompt = Prompt(torch.tensor([5, 6, 7]), torch.arange(3)[None], {}, {})
+    >>> batch = pack_groups([(prompt, [torch.tensor([8, 9]), torch.tensor([4])])], pad_id=0)
+    >>> batch["input_ids"].tolist(), batch["segment_ids"].tolist(), batch["position_ids"].tolist()
+    ([[5, 6, 7, 8, 9, 4]], [[0, 0, 0, 1, 1, 2]], [[[0, 1, 2, 3, 4, 3]]])
+    >>> batch["completion_ids"].tolist(), batch["completion_mask"].tolist(), batch["logit_index"].tolist()
+    ([[8, 9], [4, 0]], [[True, True], [True, False]], [[2, 3], [2, 0]])
+    """
+    sizes = [len(prompt.tokens) + sum(map(len, completions)) for prompt, completions in groups]
+    rows = []  # each a list of group indices
+    if row_tokens is None:
+        rows = [[g] for g in range(len(groups))]
+    else:
+        capacity, used = max(row_tokens, *sizes, 0), []
+        for g, size in enumerate(sizes):
+            row = next((r for r, n in enumerate(used) if n + size <= capacity), None)
+            if row is None:
+                rows.append([]), used.append(0)
+                row = len(rows) - 1
+            rows[row].append(g)
+            used[row] += size
+    B, S, R = len(rows), max(sum(sizes[g] for g in row) for row in rows), len(groups[0][0].positions)
+    lengths = [len(c) for _, completions in groups for c in completions]
+    N, T = len(lengths), max(lengths, default=0)
+    first_completion = [0]  # index in N of each group's first completion
+    for _, completions in groups:
+        first_completion.append(first_completion[-1] + len(completions))
+
+    input_ids, segment_ids = torch.full((B, S), pad_id), torch.full((B, S), -1)
+    group_ids, position_ids = torch.full((B, S), -1), torch.zeros(R, B, S, dtype=torch.long)
+    completion_ids, logit_index = torch.full((N, T), pad_id), torch.zeros(N, T, dtype=torch.long)
+    for b, row in enumerate(rows):
+        start = 0
+        for g in row:
+            prompt, completions = groups[g]
+            P, next_position = len(prompt.tokens), prompt.positions.max() + 1
+            end = start + sizes[g]
+            input_ids[b, start:end] = torch.cat([prompt.tokens, *completions])
+            group_ids[b, start:end] = g
+            segment_ids[b, start:start + P] = 0
+            position_ids[:, b, start:start + P] = prompt.positions
+            at = start + P
+            for k, completion in enumerate(completions):
+                n, length = first_completion[g] + k, len(completion)
+                segment_ids[b, at:at + length] = k + 1
+                position_ids[:, b, at:at + length] = next_position + torch.arange(length)
+                completion_ids[n, :length] = completion
+                logit_index[n, :length] = b * S + torch.arange(at - 1, at - 1 + length)
+                logit_index[n, 0] = b * S + start + P - 1  # the prompt's last token predicts every first one
+                at += length
+            start = end
+    completion_mask = torch.arange(T) < torch.tensor(lengths, dtype=torch.long)[:, None]
+    return {"input_ids": input_ids, "segment_ids": segment_ids, "group_ids": group_ids, "position_ids": position_ids,
+            "pixels": cat_pixels([groups[g][0] for row in rows for g in row]),
+            "completion_ids": completion_ids, "completion_mask": completion_mask, "logit_index": logit_index}
+
+
+def to_device(batch: dict, device) -> dict:
+    return {k: to_device(v, device) if isinstance(v, dict) else v.to(device) if torch.is_tensor(v) else v
+            for k, v in batch.items()}
+
+
+def group_attention_mask(segment_ids: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
+    """The rule at the top of this file, as a boolean mask (B, 1, S, S), True = may attend.
+
+    Padding carries segment -1 and group -1 and so attends to padding, itself included: no softmax row is empty (an
+    empty one is nan, and the gradient of nan spreads), and no real token sees it.
+    """
+    S = segment_ids.shape[1]
+    causal = torch.ones(S, S, dtype=torch.bool, device=segment_ids.device).tril()
+    same_group = group_ids[:, :, None] == group_ids[:, None, :]                          # (B, q, k)
+    visible = (segment_ids[:, None, :] == 0) | (segment_ids[:, :, None] == segment_ids[:, None, :])
+    return (causal & same_group & visible)[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log-probs
+
+
+def scaled_logits(hidden, weight, never_sampled, temperature):
+    """(M, H), (V, H) -> (M, V) fp32 logits / temperature, ids that are never sampled at -1e30: probability exactly 0,
+    yet finite, so that p * logit in the entropy is 0 and not nan. Sampler, trainer and reference all use this."""
+    logits = (hidden @ weight.T).float() / temperature
+    return logits.index_fill_(-1, never_sampled, -1e30)
+
+
+class ChunkedLogps(torch.autograd.Function):
+    """log softmax(h W^T / temperature)[target] and the entropy of that softmax, `chunk` tokens at a time.
+
+    The (M, V) logits never exist: forward keeps one number a token (the log-sum-exp), backward recomputes a chunk.
+        d logp / dz = onehot(target) - p          d entropy / dz = -p (log p + entropy)
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, never_sampled, temperature, chunk):
+        device_type = hidden.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
+        logps, lse, entropy = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
+        with torch.autocast(device_type, enabled=False):
+            W = weight.to(dtype)
+            for i in range(0, len(hidden), chunk):
+                at = slice(i, i + chunk)
+                logits = scaled_logits(hidden[at].to(dtype), W, never_sampled, temperature)         # (chunk, V)
+                lse[at] = logits.logsumexp(-1)
+                logps[at] = logits.gather(-1, targets[at, None]).squeeze(-1) - lse[at]
+                entropy[at] = lse[at] - ((logits - lse[at, None]).exp() * logits).sum(-1)
+        ctx.save_for_backward(hidden, weight, targets, never_sampled, lse, entropy)
+        ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, dtype
+        return logps, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logps, grad_entropy):
+        hidden, weight, targets, never_sampled, lse, entropy = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            W = weight.to(ctx.dtype)
+            for i in range(0, len(hidden), ctx.chunk):
+                at = slice(i, i + ctx.chunk)
+                h = hidden[at].to(ctx.dtype)
+                log_p = scaled_logits(h, W, never_sampled, ctx.temperature) - lse[at, None]         # (chunk, V)
+                p = log_p.exp()
+                grad = -p * (grad_logps[at, None] + grad_entropy[at, None] * (log_p + entropy[at, None]))
+                grad.scatter_add_(-1, targets[at, None], grad_logps[at, None])
+                grad = (grad / ctx.temperature).to(ctx.dtype)
+                grad_hidden[at] = (grad @ W).to(hidden.dtype)
+                grad_weight += (grad.T @ h).float()
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+class Policy(nn.Module):
+    """A transformers vision-language model, and the two things alignment asks of it: log-probs and decoding.
+
+    `policy.hf` is the model itself. A text-only prompt is a prompt without pixels. never_sampled are the ids that can
+    never be an answer (image, video and other placeholders, and rows of the head beyond the tokenizer): the sampler
+    does not draw them, and every log-prob is normalised without them.
+    """
+
+    def __init__(self, hf, processor, dtype=torch.float32):
+        super().__init__()
+        config, tokenizer = hf.config, getattr(processor, "tokenizer", processor)
+        text_config, head = config.get_text_config(), hf.get_output_embeddings()
+        family = config.model_type
+        if "sliding_attention" in (getattr(text_config, "layer_types", None) or []):
+            raise ValueError(f"{family}: sliding-window attention layers are not supported")
+        if getattr(text_config, "final_logit_softcapping", None) or getattr(head, "bias", None) is not None:
+            raise ValueError(f"{family}: an output head with soft-capping or a bias is not supported")
+        placeholder = re.compile(r"(image|video|vision|audio|boi|eoi)\w*token\w*(id|index)$")
+        ids = {v for owner in (config.to_dict(), vars(processor)) for k, v in owner.items()
+               if placeholder.search(k) and isinstance(v, int) and 0 <= v < head.weight.shape[0]}
+        ids |= set(range(len(tokenizer), head.weight.shape[0]))
+        eos = hf.generation_config.eos_token_id if hf.generation_config else None
+        eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        if not eos:
+            raise ValueError(f"{family}: neither generation_config nor the tokenizer names an EOS token")
+
+        self.hf, self.dtype = hf, dtype
+        self.eos_ids = sorted(eos)
+        self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.register_buffer("never_sampled", torch.tensor(sorted(ids - eos)), persistent=False)  # (few,)
+        # Dropout off, everywhere: the ratio of the first update must be exactly 1. train() mode stays on, because
+        # transformers skips gradient checkpointing in eval() without a word.
+        for module in hf.modules():
+            for name in ("p", "dropout", "attention_dropout", "drop_path_rate", "drop_prob"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
+
+    @property
+    def device(self):
+        return self.never_sampled.device
+
+    def autocast(self):
+        """bf16 compute over fp32 weights; fp32 is left alone."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def prompt_positions(self, tokens: torch.Tensor, text_inputs: dict, pixels: dict) -> torch.Tensor:
+        """Rotary positions (R, P) of one prompt (P,). M-RoPE families say theirs (`get_rope_index`: an image spans a
+        (t, h, w) grid, so the text after it goes on from a smaller number than its index); all others count up."""
+        rope_index = getattr(self.hf.base_model, "get_rope_index", None)
+        if rope_index is None:
+            return torch.arange(len(tokens))[None]
+        types = text_inputs.get("mm_token_type_ids", torch.zeros_like(tokens)[None])  # 0 text, 1 image
+        known = inspect.signature(rope_index).parameters
+        grids = {k: v for k, v in pixels.items() if k in known}
+        return rope_index(input_ids=tokens[None], mm_token_type_ids=types, **grids)[0][:, 0]
+
+    def hidden(self, input_ids, position_ids, attention_mask, pixels=None, cache=None) -> torch.Tensor:
+        """Last hidden states (B, S, H) of tokens (B, S) at positions (R, B, S) under a mask (B, 1, S, past + S)."""
+        positions = position_ids if len(position_ids) > 1 else position_ids[0]
+        return self.hf.base_model(input_ids=input_ids, position_ids=positions, attention_mask=attention_mask,
+                                  past_key_values=cache, use_cache=cache is not None, **(pixels or {})).last_hidden_state
+
+    def logits(self, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
+        """(N, H) -> (N, V), for the sampler: one token a row."""
+        weight = self.hf.get_output_embeddings().weight
+        with torch.autocast(self.device.type, enabled=False):
+            return scaled_logits(hidden.to(self.dtype), weight.to(self.dtype), self.never_sampled, temperature)
+
+    def forward(self, batch: dict, temperature: float = 1.0, chunk: int = 256):
+        """A batch of `pack_groups` -> (per_token_logps (N, T), entropies (N, T)), fp32, 0 where completion_mask is
+        False. The logits are divided by the temperature the completions were sampled at."""
+        mask = batch["completion_mask"]
+        with self.autocast():
+            hidden = self.hidden(batch["input_ids"], batch["position_ids"],
+                                 group_attention_mask(batch["segment_ids"], batch["group_ids"]), batch["pixels"])
+            used = hidden.flatten(0, 1).index_select(0, batch["logit_index"][mask])                 # (M, H)
+            weight = self.hf.get_output_embeddings().weight
+            logps, entropy = ChunkedLogps.apply(used, weight, batch["completion_ids"][mask], self.never_sampled,
+                                                temperature, chunk)                                 # (M,), (M,)
+        zeros = torch.zeros(mask.shape, device=mask.device)
+        return zeros.masked_scatter(mask, logps), zeros.masked_scatter(mask, entropy)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Load and export
+
+
+def without_video(processor_class):
+    """The same processor class without its video processor, which transformers only has with torchvision.
+
+    transformers' own constructor and from_pretrained refuse to build Qwen-VL's processor without it, also when no
+    video is ever used. Its image and text halves need nothing but Pillow.
+    """
+    names = processor_class.get_attributes()
+    if not any("video" in name for name in names):
+        return processor_class
+
+    class ImageTextProcessor(processor_class):
+        @classmethod
+        def get_attributes(cls):
+            return [name for name in names if "video" not in name]
+
+        @classmethod
+        def from_args_and_dict(cls, args, processor_dict, **kwargs):
+            given = iter(args)
+            return super().from_args_and_dict([None if "video" in n else next(given) for n in names], processor_dict,
+                                              **kwargs)
+
+    ImageTextProcessor.__name__ = ImageTextProcessor.__qualname__ = processor_class.__name__  # what save_pretrained writes
+    return ImageTextProcessor
+
+
+def load_processor(path: str):
+    """The checkpoint's processor (image processor, tokenizer, chat template), with or without torchvision."""
+    if is_torchvision_available():
+        return AutoProcessor.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path)
+    if type(config) not in PROCESSOR_MAPPING:
+        raise ValueError(f"{path}: {config.model_type} has no processor: not a vision-language model")
+    return without_video(PROCESSOR_MAPPING[type(config)]).from_pretrained(path)
+
+
+def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkpointing: bool = False,
+                freeze_vision_tower: bool = False):
+    """A local folder or a hub id -> (Policy, processor). Weights are held in fp32 whatever the compute dtype.
+
+    Only safetensors are read and no remote code runs. freeze_vision_tower freezes what transformers calls the image
+    encoder; Qwen's merger is part of it, LLaVA's and Idefics3's projector is not.
+    """
+    if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+        raise FileNotFoundError(f"--model_name_or_path {path}: no such folder (and not a hub id of the form owner/name)")
+    processor = load_processor(path)
+    if not getattr(processor, "chat_template", None):
+        raise ValueError(f"{path}: its processor has no chat template")
+    hf = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa",
+                                                     use_safetensors=True)
+    if gradient_checkpointing:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if freeze_vision_tower:
+        hf.get_encoder(modality="image").requires_grad_(False)
+    return Policy(hf, processor, getattr(torch, dtype)).to(device).train(), processor
+
+
+def export(policy: Policy, processor, source: str, folder: str | Path):
+    """Write a complete Hugging Face folder: weights and config by save_pretrained, everything else as in `source`.
+
+    The source's processor, tokenizer and chat-template files are copied rather than re-saved, so that files which
+    this processor does not know (a video_preprocessor_config.json, say) stay. Weights are in the training dtype.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.to(policy.dtype) if v.is_floating_point() else v for k, v in policy.hf.state_dict().items()}
+    policy.hf.save_pretrained(folder, state_dict=state)
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = str(policy.dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    source = Path(source if os.path.isdir(source) else cached_file(source, "config.json")).resolve()
+    source = source if source.is_dir() else source.parent
+    written = {"config.json", "generation_config.json", "model.safetensors.index.json"}
+    for file in source.iterdir():
+        if file.suffix in (".json", ".jinja", ".txt", ".model") and file.name not in written:
+            shutil.copyfile(file, folder / file.name)
+
+
+def weights_fingerprint(policy: Policy) -> str:
+    """sha256 of every parameter and buffer that `state_dict` holds, with names, shapes and dtypes."""
+    digest = hashlib.sha256()
+    for name, tensor in policy.hf.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The built-in default: a tiny model of the real Qwen2.5-VL classes, and its supervised cold start
+
+CHAT_TEMPLATE = """\
+{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] is string %}{{ m['content'] }}\
+{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
+{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+def build_tokenizer(corpus: list[str], specials: list[str], eos: str, pad: str):
+    """A byte-level BPE tokenizer with the corpus's words as tokens; any other text still encodes, as bytes."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r"</?[a-z]+>|\s?[A-Za-z]+|\d|\s+|[^\sA-Za-z\d]")  # a tag, a word, a digit: one token each
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
+        vocab_size=600, min_frequency=1, special_tokens=specials, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=pad, padding_side="left")
+
+
+def build_tiny_vlm(folder: str | Path, corpus: list[str], seed: int = 0):
+    """Write a random Qwen2.5-VL of half a million parameters, with tokenizer and processor, as save_pretrained would.
+
+    Images up to 48 x 48 (patch 8, merge 2: nine image tokens). initializer_range 0.08 rather than 0.02: at this width
+    it learns to look at the image about twice as fast.
+    """
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+                "<|video_pad|>"]
+    tokenizer = build_tokenizer(corpus, specials, eos="<|im_end|>", pad="<|endoftext|>")
+    ids = dict(zip(specials, tokenizer.convert_tokens_to_ids(specials)))
+    config = Qwen2_5_VLConfig(
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+                         initializer_range=0.08, bos_token_id=None, eos_token_id=ids["<|im_end|>"],
+                         pad_token_id=ids["<|endoftext|>"],
+                         rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 6, 6])),
+        vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=8,
+                           spatial_merge_size=2, temporal_patch_size=2, window_size=96, out_hidden_size=128,
+                           fullatt_block_indexes=[0, 1], initializer_range=0.08),
+        tie_word_embeddings=True, image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"])
+    image_processor = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2,
+                                               size={"shortest_edge": 16 * 16, "longest_edge": 48 * 48})
+    processor = without_video(Qwen2_5_VLProcessor)(image_processor=image_processor, tokenizer=tokenizer,
+                                                   chat_template=CHAT_TEMPLATE)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        hf = Qwen2_5_VLForConditionalGeneration(config)
+    hf.generation_config.eos_token_id, hf.generation_config.pad_token_id = ids["<|im_end|>"], ids["<|endoftext|>"]
+    hf.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    # Where torchvision is installed, AutoProcessor insists on this file.
+    (Path(folder) / "video_preprocessor_config.json").write_text(json.dumps(dict(
+        video_processor_type="Qwen2VLVideoProcessor", patch_size=8, merge_size=2, temporal_patch_size=2,
+        size={"shortest_edge": 16 * 16, "longest_edge": 48 * 48})) + "\n")
+
+
+def cold_start(output_dir: Path, max_steps: int, seed: int, accuracy: float = 0.4) -> str:
+    """Supervised training of the tiny model on `shapes`, until its sampled held-out answers pass `accuracy`.
+
+    It is an ordinary run of train_dpo.py, in its own process and folder, whose final/ is then the model that the run
+    starts from (its reference, too). Returns that folder. Called on one rank; it does not use the others.
+    """
+    folder = output_dir / "cold_start"
+    command = [sys.executable, str(Path(__file__).with_name("train_dpo.py")), "--algo", "sft",
+               "--max_steps", str(max_steps), "--eval_steps", "2", "--eval_temperature", "1",
+               "--stop_at_accuracy", str(accuracy), "--seed", str(seed), "--output_dir", str(folder)]
+    print("cold start:", " ".join(["python", "train_dpo.py", *command[2:]]), flush=True)
+    env = {k: v for k, v in os.environ.items()
+           if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+           and not k.startswith("TORCHELASTIC")}
+    result = subprocess.run(command, env=env)
+    if result.returncode:
+        raise RuntimeError(f"the cold start failed (exit code {result.returncode}); its output stands above")
+    return str(folder / "final")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks
+
+
+def init_distributed(device: str = "auto"):
+    """(rank, world_size, device) under torchrun or alone. gloo on a CPU, nccl on GPUs; one process needs no group."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return rank, world_size, torch.device(device)
+
+
+def all_reduce_sums(sums: dict[str, tuple], device="cpu") -> dict[str, tuple[float, float]]:
+    """{key: (sum, count)} of this rank -> of all ranks, in fp64 and one collective. Keys must be the same everywhere."""
+    keys = sorted(sums)
+    flat = torch.tensor([[float(x) for x in sums[k]] for k in keys], dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(flat)
+    return {k: tuple(pair) for k, pair in zip(keys, flat.tolist())}
+
+
+def backward(policy: Policy, loss: torch.Tensor, sync: bool):
+    """loss.backward(); with `sync` (the last micro-batch of a step) the gradients are averaged over the ranks after.
+
+    Averaged, not summed, as FSDP does it: the scripts multiply their loss by world_size. A parameter that no row used
+    (the vision tower, in rows without images) gets a gradient of zero, so that AdamW's momentum moves it alike
+    whether or not another rank had an image.
+    """
+    loss.backward()
+    if not sync:
+        return
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    if not dist.is_initialized():
+        return
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad.copy_(grad.view_as(p))

@@ -1,0 +1,118 @@
+"""Tiny random models of the real classes, written by save_pretrained and read back by the program's own loader."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data
+import model
+
+torch.set_num_threads(1)  # two threads on shared cores are slower, and sums then depend on the load
+
+
+def build_tiny_idefics3(folder):
+    """A family with plain 1-D positions, pixel_values of (samples, images, 3, H, W) and a pixel_attention_mask."""
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    specials = ["<pad>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>",
+                *(f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4))]
+    tokenizer = model.build_tokenizer(data.TINY_CORPUS, specials, eos="<end_of_utterance>", pad="<pad>")
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=48,
+                  patch_size=8)
+    config = Idefics3Config(
+        text_config=dict(model_type="llama", vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128,
+                         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                         max_position_embeddings=512, initializer_range=0.1, bos_token_id=None, pad_token_id=0,
+                         eos_token_id=tokenizer.eos_token_id),
+        vision_config=vision, scale_factor=2, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=0, tie_word_embeddings=False)
+    image_processor = Idefics3ImageProcessorPil(size={"longest_edge": 48}, max_image_size={"longest_edge": 48},
+                                                do_image_splitting=False)
+    template = model.CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
+    template = template.replace("<|im_start|>", "").replace("<|im_end|>", "<end_of_utterance>")
+    processor = Idefics3Processor(image_processor=image_processor, tokenizer=tokenizer, image_seq_len=9,
+                                  chat_template=template)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf = Idefics3ForConditionalGeneration(config)
+    hf.generation_config.eos_token_id = tokenizer.eos_token_id
+    hf.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+BUILDERS = {"qwen2_5_vl": lambda folder: model.build_tiny_vlm(folder, data.TINY_CORPUS), "idefics3": build_tiny_idefics3}
+FAMILIES = list(BUILDERS)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """{family: model folder}"""
+    made = {}
+    for name, build in BUILDERS.items():
+        made[name] = tmp_path_factory.mktemp(name)
+        build(made[name])
+    return made
+
+
+@pytest.fixture(scope="session")
+def loaded(folders):
+    """family -> (policy, processor); shared, so a test leaves weights and gradients as it found them."""
+    cache = {}
+
+    def get(family):
+        if family not in cache:
+            cache[family] = model.load_policy(str(folders[family]))
+        cache[family][0].zero_grad()
+        return cache[family]
+
+    return get
+
+
+def make_row(images: int, seed: int = 0, text: str = "how many shapes are there?", size=None) -> dict:
+    """A row with that many pictures, of different sizes."""
+    rng = random.Random(seed)
+    pictures = [data.draw_shapes(rng, rng.randint(1, 6)).resize(size or rng.choice([(48, 48), (48, 32), (32, 48)]))
+                for _ in range(images)]
+    return {"prompt": text, "images": pictures, "solution": "3", "_source": f"row {seed}", "_image_root": None}
+
+
+def make_group(policy, processor, images: int, lengths, seed: int = 0, text: str = "how many shapes are there?"):
+    """(Prompt, completions of random allowed ids, the last of each an EOS)."""
+    prompt = data.encode_prompt(policy, processor, make_row(images, seed, text))
+    generator = torch.Generator().manual_seed(seed)
+    banned = set(policy.never_sampled.tolist()) | set(policy.eos_ids)
+    allowed = torch.tensor([i for i in range(policy.hf.get_output_embeddings().weight.shape[0]) if i not in banned])
+    completions = []
+    for length in lengths:
+        ids = allowed[torch.randint(len(allowed), (length,), generator=generator)]
+        ids[-1] = policy.eos_ids[0]
+        completions.append(ids)
+    return prompt, completions
+
+
+def run(*command, cwd, ok=True, env=None, timeout=600):
+    """A command from `cwd` with the project's scripts by absolute path; returns its output (stdout + stderr)."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})}
+    result = subprocess.run([str(c) for c in command], cwd=cwd, env=environment, text=True, timeout=timeout,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert (result.returncode == 0) == ok, f"exit code {result.returncode}:\n{result.stdout}"
+    return result.stdout
+
+
+def script(name, *flags, ranks=1, **kwargs):
+    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                  f"--nproc_per_node={ranks}"]
+    return run(*launch, ROOT / name, *flags, **kwargs)

@@ -1,0 +1,252 @@
+"""Rows, images, templates: what is read, and what is refused with one clear error."""
+
+import json
+import os
+from collections import Counter
+
+import pytest
+import torch
+from conftest import FAMILIES, make_row
+from PIL import Image
+
+import data
+import model
+
+
+@pytest.fixture
+def root(tmp_path):
+    """An image root with good.png, and things that are no good image."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (48, 48), "red").save(folder / "good.png")
+    good = (folder / "good.png").read_bytes()
+    (folder / "truncated.png").write_bytes(good[:len(good) // 2])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "page.png").write_text("<html>404</html>")
+    Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
+    os.symlink(tmp_path / "outside.png", folder / "link.png")
+    return folder
+
+
+def write(tmp_path, *lines, name="rows.jsonl"):
+    path = tmp_path / name
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return str(path)
+
+
+GOOD = {"prompt": "how many?", "image": "good.png", "solution": 4, "chosen": "4", "rejected": "5", "difficulty": 0.3}
+
+
+def test_reads_rows_under_canonical_names(tmp_path, root):
+    """Column aliases, one image or a list, other columns untouched, CRLF and a BOM; a row knows its line."""
+    path = write(tmp_path, GOOD, "", {"question": "q", "images": ["good.png", "good.png"], "answer": "7", "id": 3})
+    text = open(path).read().replace("\n", "\r\n")
+    open(path, "w", encoding="utf-8-sig", newline="").write(text)
+    first, second = data.read_rows(path, str(root), ("prompt", "solution"))
+    assert first["images"] == ["good.png"] and first["difficulty"] == 0.3 and first["solution"] == 4
+    assert (second["prompt"], second["solution"], second["id"]) == ("q", "7", 3) and len(second["images"]) == 2
+    assert second["_source"] == f"{path}:3"
+    as_list = write(tmp_path, json.dumps([GOOD, GOOD]), name="rows.json")
+    assert data.read_rows(as_list, None, ())[1]["_source"] == f"{as_list}[1]"
+
+
+@pytest.mark.parametrize("lines, message", [
+    (['{"prompt": "a"', ], ":1: not valid JSON"),
+    ([GOOD, "[1, 2]"], ":2: expected an object, got list"),
+    ([GOOD, '{"prompt": "a", "solution": NaN}'], ":2: not valid JSON: NaN"),
+    ([GOOD, {"prompt": "a"}], ":2: no solution or answer"),
+    ([{"prompt": None, "solution": 1}], ":1: no prompt or problem"),
+    ([""], "no rows")])
+def test_malformed_rows_name_file_and_line(tmp_path, lines, message):
+    """F19: one error with file:line and what was expected."""
+    with pytest.raises(data.RowError, match=message) as error:
+        data.read_rows(write(tmp_path, *lines), None, ("prompt", "solution"))
+    assert "rows.jsonl" in str(error.value)
+
+
+def test_missing_or_odd_file(tmp_path):
+    """A wrong path or suffix says what was expected."""
+    with pytest.raises(FileNotFoundError, match=r"expected a \.jsonl or \.json"):
+        data.read_rows(str(tmp_path / "none.jsonl"), None, ())
+    with pytest.raises(data.RowError, match=r"expected a \.jsonl or \.json"):
+        data.read_rows(write(tmp_path, GOOD, name="rows.csv"), None, ())
+
+
+@pytest.mark.parametrize("image, message", [
+    ("missing.png", "does not exist"), ("truncated.png", "cannot be read"), ("empty.png", "cannot be read"),
+    ("page.png", "cannot be read"), ("../outside.png", "outside --image_root"), ("link.png", "outside --image_root"),
+    ("/etc/hostname", "outside --image_root"), ("https://example.com/a.png", "URLs are not fetched"),
+    ("data:image/png;base64,AAAA", "URLs are not fetched"), (7, "must be a path")])
+def test_bad_images_name_row_and_file(root, image, message):
+    """F20, F23: missing, corrupt, outside the root (also by a symbolic link), or a URL."""
+    row = {"_source": "rows.jsonl:12", "_image_root": str(root)}
+    with pytest.raises(data.RowError, match=message) as error:
+        data.load_image(image, row)
+    assert "rows.jsonl:12" in str(error.value)
+    assert data.load_image("good.png", row).getpixel((3, 3)) == (255, 0, 0)
+    with pytest.raises(data.RowError, match="--image_root is not given"):
+        data.load_image("good.png", row | {"_image_root": None})
+
+
+def kinds(row):
+    return [[b.get("text", "IMAGE") for b in m["content"]] for m in data.to_messages(row | {"_source": "f:1"})]
+
+
+def test_where_images_stand():
+    """In the text's own places, else before the first user text (also behind a system message)."""
+    assert kinds({"prompt": "what?", "images": ["a", "b"]}) == [["IMAGE", "IMAGE", "what?"]]
+    assert kinds({"prompt": "<image>\nis it <image>?", "images": ["a", "b"]}) == [["IMAGE", "\nis it ", "IMAGE", "?"]]
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what?"}]
+    assert kinds({"prompt": messages, "images": ["a"]}) == [["be brief"], ["IMAGE", "what?"]]
+    blocks = [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image", "text": None}]}]
+    assert kinds({"prompt": blocks, "images": ["a"]}) == [["x", "IMAGE"]]
+    assert kinds({"prompt": "no picture", "images": []}) == [["no picture"]]
+
+
+@pytest.mark.parametrize("prompt, images", [
+    ("<image> and <image>", ["a"]), ("<image>", []), ("<image>", ["a", "b"]),
+    ([{"role": "user", "content": [{"type": "image"}]}], ["a", "b"])])
+def test_placeholder_count_must_match(prompt, images):
+    """F24: never drop an image or invent one."""
+    with pytest.raises(data.RowError, match=r"f:1.*image placeholders, the row has"):
+        kinds({"prompt": prompt, "images": images})
+
+
+@pytest.mark.parametrize("prompt", [3, [], [{"role": "user"}], [{"role": "user", "content": [{"type": "video"}]}]])
+def test_odd_prompts_are_refused(prompt):
+    """An unknown message or block is an error of that row, not an empty prompt."""
+    with pytest.raises(data.RowError, match="f:1"):
+        kinds({"prompt": prompt, "images": []})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompt_is_what_the_processor_makes(loaded, family):
+    """Ids and pixels are those of transformers' own apply_chat_template(tokenize=True), image tokens included."""
+    policy, processor = loaded(family)
+    row = make_row(2, 5)
+    prompt = data.encode_prompt(policy, processor, row)
+    messages = data.to_messages(row)
+    for block, image in zip(messages[0]["content"], row["images"]):
+        block["image"] = image
+    theirs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True,
+                                           return_tensors="pt")
+    assert torch.equal(prompt.tokens, theirs["input_ids"][0])
+    torch.testing.assert_close(prompt.pixels["pixel_values"], theirs["pixel_values"])
+    assert data.encode_prompt(policy, processor, row).tokens.tolist() == prompt.tokens.tolist()  # F28: no mutation
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_completion_is_the_answer_and_its_eos(loaded, family):
+    """T13: the ids decode to the answer exactly, then one EOS; prompt ids + completion ids are the whole's prefix."""
+    policy, processor = loaded(family)
+    row = make_row(1, 5) | {"chosen": "<think>i see 4 shapes</think><answer>4</answer>"}
+    ids = data.encode_completion(policy, processor, row, "chosen")
+    assert ids[-1] in policy.eos_ids and not set(ids[:-1].tolist()) & set(policy.eos_ids)
+    assert processor.tokenizer.decode(ids[:-1]) == row["chosen"]
+    messages = [{"role": "assistant", "content": [{"type": "text", "text": row["chosen"]}]}]
+    as_messages = data.encode_completion(policy, processor, row | {"chosen": messages}, "chosen")
+    assert torch.equal(ids, as_messages)
+
+
+@pytest.mark.parametrize("column, value, message", [
+    ("chosen", "", "non-empty"), ("chosen", 4, "non-empty"), ("rejected", [{"role": "user"}], "non-empty"),
+    ("chosen", "same", "are the same"), ("chosen", "a <|image_pad|>", "placeholder tokens"),
+    ("prompt", "what is <|image_pad|>?", "own image token")])
+def test_bad_pairs_are_refused(loaded, column, value, message):
+    """F26: empty or equal answers, placeholder tokens in text: an error that names the row."""
+    policy, processor = loaded("qwen2_5_vl")
+    row = make_row(1, 5) | {"chosen": "good", "rejected": "same", column: value}
+    with pytest.raises(data.RowError, match=f"row 5.*{message}"):
+        data.encode_group(policy, processor, row, ("chosen", "rejected"))
+
+
+def test_overlong_is_refused_or_skipped_never_cut(loaded, capsys):
+    """F25: lengths are counted with the images; `error` names the row, `skip` counts, and others take its place."""
+    policy, processor = loaded("qwen2_5_vl")
+    rows = [make_row(1 + 3 * (i == 2), i) | {"_source": f"f:{i}"} for i in range(4)]
+
+    def length_of(row):
+        return len(data.encode_prompt(policy, processor, row).tokens)
+
+    limit = max(length_of(rows[i]) for i in (0, 1, 3))
+    with pytest.raises(data.RowError, match=rf"f:2: {length_of(rows[2])} tokens with the images"):
+        data.check_rows(rows, 4, 0, "error", limit, 0, 1, length_of)
+    plan = data.check_rows(rows, 8, 0, "skip", limit, 0, 1, length_of)
+    assert len(plan) == 8 and set(plan) == {0, 1, 3}
+    assert "1 skipped as longer than" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no row is left"):
+        data.check_rows(rows, 4, 0, "skip", 3, 0, 1, length_of)
+    assert data.length_limit(policy, 10**9) == policy.hf.config.text_config.max_position_embeddings
+
+
+def test_draw_plan_covers_each_row_once_an_epoch():
+    """P21: every epoch is a permutation, a longer plan begins with a shorter one (resume at any cut), seeds differ."""
+    plan = data.draw_plan(7, 24, seed=3)
+    for epoch in range(3):
+        assert sorted(plan[7 * epoch:7 * epoch + 7]) == list(range(7))
+    assert plan[:7] != plan[7:14]
+    assert data.draw_plan(7, 10, seed=3) == plan[:10] and data.draw_plan(7, 24, seed=4) != plan
+    kept = data.draw_plan(7, 10, seed=3, dropped={2, 5})
+    assert Counter(kept) == Counter([0, 1, 3, 4, 6] * 2)
+
+
+def test_shapes_task():
+    """The picture holds as many shapes as the solution says (counted by colour regions per cell); splits differ."""
+    for row in data.shapes_rows(50, 0, "train"):
+        image = row["images"][0]
+        cells = [image.crop((16 * c, 16 * r, 16 * c + 16, 16 * r + 16)) for r in range(3) for c in range(3)]
+        drawn = sum(len(cell.getcolors()) > 1 for cell in cells)
+        assert str(drawn) == row["solution"] and f">{drawn}<" in row["chosen"] and f">{drawn}<" not in row["rejected"]
+    a, b = data.shapes_rows(3, 0, "train"), data.shapes_rows(3, 0, "train")
+    assert [x["images"][0].tobytes() for x in a] == [x["images"][0].tobytes() for x in b]
+    assert a[0]["images"][0].tobytes() != data.shapes_rows(1, 0, "test")[0]["images"][0].tobytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_export_round_trip(loaded, folders, family, tmp_path):
+    """F18: every tensor, the processor, the chat template and files the processor does not know come back, read by
+    transformers alone in a clean process; tied weights are written once."""
+    from conftest import run
+    import sys
+
+    policy, processor = loaded(family)
+    with torch.no_grad():
+        kept = [p.clone() for p in policy.parameters()]
+        for i, p in enumerate(policy.parameters()):
+            p += 0.001 * (i + 1)
+    try:
+        model.export(policy, processor, str(folders[family]), tmp_path / "final")
+        torch.save(policy.hf.state_dict(), tmp_path / "expected.pt")
+    finally:
+        with torch.no_grad():
+            for p, value in zip(policy.parameters(), kept):
+                p.copy_(value)
+    check = '''
+import sys, torch
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+hf, info = AutoModelForImageTextToText.from_pretrained("final", output_loading_info=True)
+assert not any(info.values()), info
+expected = torch.load("expected.pt", weights_only=True)
+state = hf.state_dict()
+assert state.keys() == expected.keys() and all(torch.equal(state[k], expected[k]) for k in state)
+assert hf.dtype == torch.float32
+sys.path.insert(0, sys.argv[1])
+import model
+processor = model.load_processor("final")
+print(processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hi"}]}],
+                                    add_generation_prompt=True))
+'''
+    text = run(sys.executable, "-c", check, os.path.dirname(model.__file__), cwd=tmp_path)
+    assert "hi" in text and "assistant" in text
+    assert {f.name for f in folders[family].iterdir()} == {f.name for f in (tmp_path / "final").iterdir()}
+
+
+def test_wrong_model_paths_are_one_error(tmp_path):
+    """A folder that is not there is not looked up on the hub; a text-only model says so."""
+    from transformers import LlamaConfig
+
+    with pytest.raises(FileNotFoundError, match="--model_name_or_path ./nowhere: no such folder"):
+        model.load_policy("./nowhere")
+    LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not a vision-language model"):
+        model.load_policy(str(tmp_path))

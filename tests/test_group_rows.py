@@ -1,0 +1,211 @@
+"""A packed group is its repeated rows: log-probs, gradients, and what is computed once."""
+
+import pytest
+import torch
+from conftest import FAMILIES, make_group
+
+import model
+
+# (images in the prompt, lengths of the completions) of each group
+BATCHES = {
+    "one image": [(1, [4, 7, 1])],
+    "no image": [(0, [3, 5])],
+    "two images": [(2, [6, 2, 9])],
+    "mixed, uneven, padded": [(1, [5, 3]), (0, [2, 8, 4]), (2, [1, 6])],
+}
+
+
+def groups_of(policy, processor, batch):
+    return [make_group(policy, processor, images, lengths, seed=i) for i, (images, lengths) in enumerate(batch)]
+
+
+def transformers_logps(policy, group, temperature):
+    """The oracle: every completion behind its own prompt through transformers' own forward, alone, unpadded, without
+    position_ids or mask, and a plain log_softmax over all logits. -> [(len,), ...]"""
+    prompt, completions = group
+    logps = []
+    for ids in completions:
+        tokens = torch.cat([prompt.tokens, ids])[None]
+        inputs = dict(input_ids=tokens, **prompt.pixels)
+        if policy.hf.config.model_type == "qwen2_5_vl":
+            inputs["mm_token_type_ids"] = (tokens == policy.hf.config.image_token_id).int()
+        logits = policy.hf(**inputs).logits[0, len(prompt.tokens) - 1:-1] / temperature
+        logits[:, policy.never_sampled] = -torch.inf
+        logps.append(logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0])
+    return logps
+
+
+def gradients(policy, loss):
+    policy.zero_grad()
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+    policy.zero_grad()
+    return found
+
+
+def assert_same_gradients(a, b, atol):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("row_tokens", [None, 0, 10_000], ids=["row each", "filled rows", "one row"])
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_transformers_one_by_one(loaded, family, batch, row_tokens):
+    """Guards the mask, the M-RoPE positions, the gather index and the image order: a completion that sees its sibling,
+    a position off by one, the wrong prompt's image or padding that leaks changes log-probs and gradients."""
+    policy, processor = loaded(family)
+    groups = groups_of(policy, processor, batch)
+    packed = model.pack_groups(groups, policy.pad_id, row_tokens)
+    assert len(packed["input_ids"]) == {None: len(groups), 10_000: 1}.get(row_tokens, len(packed["input_ids"]))
+    logps, _ = policy(packed, temperature=0.7)
+    expected = [x for group in groups for x in transformers_logps(policy, group, 0.7)]
+    weights = [torch.randn(len(x), generator=torch.Generator().manual_seed(i)) for i, x in enumerate(expected)]
+    for n, reference in enumerate(expected):
+        assert packed["completion_mask"][n].sum() == len(reference)
+        torch.testing.assert_close(logps[n, :len(reference)], reference, atol=5e-6, rtol=0)
+        assert (logps[n, len(reference):] == 0).all()
+    ours = gradients(policy, sum((w * logps[n, :len(w)]).sum() for n, w in enumerate(weights)))
+    theirs = gradients(policy, sum((w * x).sum() for w, x in zip(weights, expected)))
+    assert_same_gradients(ours, theirs, atol=5e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_prompt_equals_plain_form(loaded, family):
+    """--no-share_prompt, the fall-back and oracle of the program itself, is the same function."""
+    policy, processor = loaded(family)
+    groups = groups_of(policy, processor, BATCHES["mixed, uneven, padded"])
+    plain = [(prompt, [ids]) for prompt, completions in groups for ids in completions]
+    shared, _ = policy(model.pack_groups(groups, policy.pad_id, 0))
+    repeated, _ = policy(model.pack_groups(plain, policy.pad_id, 0))
+    torch.testing.assert_close(shared, repeated, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_image_is_encoded_once_per_group(loaded, family):
+    """Guards the point of the group row: G copies of an image in the vision tower."""
+    policy, processor = loaded(family)
+    groups = groups_of(policy, processor, [(1, [3] * 8), (2, [4] * 8)])
+    seen = []
+    tower = policy.hf.get_encoder(modality="image")
+    hook = tower.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["pixel_values"]), with_kwargs=True)
+    try:
+        batch = model.pack_groups(groups, policy.pad_id, 0)
+        policy(batch)
+    finally:
+        hook.remove()
+    assert len(seen) == 1  # one call for the whole batch,
+    single = sum(len(policy_input(family, prompt)) for prompt, _ in groups)
+    assert len(seen[0]) == single  # with each of its three pictures in it once
+    prompt_tokens = sum(len(p.tokens) for p, _ in groups)
+    assert (batch["segment_ids"] == 0).sum() == prompt_tokens
+
+
+def policy_input(family, prompt):
+    """What the vision tower gets for one prompt: patches (Qwen) or pictures (Idefics3)."""
+    pixels = prompt.pixels["pixel_values"]
+    return pixels if family == "qwen2_5_vl" else pixels[0]
+
+
+def test_pixels_matter(loaded):
+    """Guards silent image loss: another picture must change the log-probs, swapping two pictures must swap them."""
+    policy, processor = loaded("qwen2_5_vl")
+    (a, ids), (b, _) = (make_group(policy, processor, 1, [5], seed=s, text="a <image> b") for s in (0, 4))
+    b = b._replace(tokens=b.tokens)
+    assert a.tokens.shape == b.tokens.shape, "pick two seeds of the same picture size"
+    scored = policy(model.pack_groups([(a, ids), (b, ids)], policy.pad_id))[0]
+    swapped = policy(model.pack_groups([(b, ids), (a, ids)], policy.pad_id))[0]
+    assert (scored[0] - scored[1]).abs().max() > 1e-3
+    torch.testing.assert_close(scored, swapped.flip(0), atol=5e-6, rtol=0)
+
+
+def test_gradient_only_where_trained(loaded):
+    """P12: the logits' gradient is zero on prompt, image and padding, non-zero on EOS."""
+    policy, processor = loaded("qwen2_5_vl")
+    groups = groups_of(policy, processor, BATCHES["mixed, uneven, padded"])
+    batch = model.pack_groups(groups, policy.pad_id)
+    caught = []
+    hidden = policy.hidden
+
+    def spy(*args, **kwargs):
+        out = hidden(*args, **kwargs)
+        out.retain_grad()
+        caught.append(out)
+        return out
+
+    policy.hidden = spy
+    try:
+        policy(batch)[0].sum().backward()
+    finally:
+        del policy.hidden
+        policy.zero_grad()
+    grad = caught[0].grad.abs().sum(-1).flatten()                               # (B * S,)
+    used = torch.zeros_like(grad, dtype=torch.bool)
+    used[batch["logit_index"][batch["completion_mask"]]] = True
+    assert (grad[used] > 0).all() and (grad[~used] == 0).all()
+    ends = batch["completion_mask"].sum(-1) - 1
+    assert (grad[batch["logit_index"][torch.arange(len(ends)), ends]] > 0).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 64])
+def test_chunked_logps_value_and_gradient(tokens):
+    """Guards the hand-written backward (log-prob and entropy, temperature, excluded ids, a last partial chunk)."""
+    torch.manual_seed(tokens)
+    hidden = torch.randn(tokens, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    targets, never = torch.randint(0, 9, (tokens,)), torch.tensor([9, 10])
+
+    def reference(h, w):
+        logits = (h @ w.T / 1.3)[:, :9]
+        log_p = logits.log_softmax(-1)
+        return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+    a, b = torch.randn(tokens), torch.randn(tokens)
+    results = []
+    for function in (lambda h, w: model.ChunkedLogps.apply(h, w, targets, never, 1.3, 4), reference):
+        logps, entropy = function(hidden, weight)
+        grads = torch.autograd.grad((a * logps).sum() + (b * entropy).sum(), (hidden, weight))
+        results.append((logps.float(), entropy.float(), *(g.float() for g in grads)))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+def test_full_logits_never_exist(loaded):
+    """Guards the memory claim: no tensor of (tokens, vocabulary) beyond a chunk is made in forward or backward."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    policy, processor = loaded("qwen2_5_vl")
+    vocabulary, chunk = policy.hf.get_output_embeddings().weight.shape[0], 4
+    groups = groups_of(policy, processor, BATCHES["mixed, uneven, padded"])
+    batch = model.pack_groups(groups, policy.pad_id)
+    assert batch["completion_mask"].sum() > 2 * chunk
+    largest = 0
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                if torch.is_tensor(t) and t.dim() >= 2 and t.shape[-1] == vocabulary:
+                    largest = max(largest, t[..., 0].numel())
+            return out
+
+    with Spy():
+        policy(batch, chunk=chunk)[0].sum().backward()
+    policy.zero_grad()
+    assert 0 < largest <= max(chunk, policy.hf.config.text_config.hidden_size)  # hidden: the head's own (H, V) view
+
+
+def test_attention_mask_rule():
+    """The rule of model.py's docstring, entry by entry; padding sees only padding and itself."""
+    segment = torch.tensor([[0, 0, 1, 2, 0, 1, -1]])
+    group = torch.tensor([[0, 0, 0, 0, 1, 1, -1]])
+    mask = model.group_attention_mask(segment, group)[0, 0]
+    for q in range(7):
+        for k in range(7):
+            s, g = segment[0], group[0]
+            expected = k <= q and g[k] == g[q] and (s[k] == 0 or s[k] == s[q])
+            assert mask[q, k] == expected
+    assert mask.any(-1).all()

@@ -1,0 +1,189 @@
+"""The sampler and the trainer are one distribution: log-probs, masks, keyed randomness, what is never sampled."""
+
+import math
+import random
+
+import pytest
+import torch
+from conftest import FAMILIES, make_row
+
+import data
+import model
+import rollout
+
+
+def encode(policy, processor, *rows):
+    return [data.encode_prompt(policy, processor, row) for row in rows]
+
+
+def mixed_prompts(policy, processor):
+    """Different lengths: no, one and two images, of different sizes, long and short texts."""
+    return encode(policy, processor, make_row(1, 1), make_row(0, 2, "which digit is this? 4 5 6"),
+                  make_row(2, 3, "how many shapes are there? " * 3))
+
+
+def rescored(policy, prompts, sampled, G, temperature):
+    groups = [(p, [sampled.completion_ids[n][sampled.completion_mask[n]] for n in range(i * G, i * G + G)])
+              for i, p in enumerate(prompts)]
+    with torch.no_grad():
+        return policy(model.pack_groups(groups, policy.pad_id, 0), temperature)[0]
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampler_equals_trainer(loaded, monkeypatch, family, temperature):
+    """P6, the ratio is 1: the sampler's log-probs equal a training forward on the same ids (TRL #4159: temperature left
+    out of the trainer's), with images, prompts of different lengths, and completions that end at different lengths."""
+    policy, processor = loaded(family)
+    prompts = mixed_prompts(policy, processor)
+    monkeypatch.setattr(policy, "eos_ids", list(range(100, 112)))  # so that some end early
+    sampled = rollout.sample(policy, prompts, [0, 1, 2], num_generations=6, max_completion_length=30,
+                             temperature=temperature, seed=3)
+    again = rescored(policy, prompts, sampled, 6, temperature)
+    lengths = sampled.completion_mask.sum(-1)
+    assert len(set(lengths.tolist())) > 3, "the test needs completions of different lengths"
+    torch.testing.assert_close(sampled.sampling_logps, again, atol=1e-5, rtol=0)
+    assert (sampled.sampling_logps[sampled.completion_mask] < 0).all()
+
+
+def test_greedy_equals_transformers_generate(loaded):
+    """Guards cache, positions and mask of the decode against transformers' own greedy generate, prompt by prompt."""
+    policy, processor = loaded("qwen2_5_vl")
+    prompts = mixed_prompts(policy, processor)
+    sampled = rollout.sample(policy, prompts, [0, 1, 2], num_generations=1, max_completion_length=20, temperature=0,
+                             seed=0)
+    policy.eval()
+    for n, prompt in enumerate(prompts):
+        types = (prompt.tokens == policy.hf.config.image_token_id).int()[None]
+        out = policy.hf.generate(input_ids=prompt.tokens[None], attention_mask=torch.ones_like(prompt.tokens)[None],
+                                 mm_token_type_ids=types, **prompt.pixels, max_new_tokens=20, do_sample=False,
+                                 suppress_tokens=policy.never_sampled.tolist())[0, len(prompt.tokens):]
+        ours = sampled.completion_ids[n][sampled.completion_mask[n]]
+        assert torch.equal(ours, out[:len(ours)])
+    policy.train()
+
+
+def test_eos_ends_and_belongs_to_the_completion(loaded, monkeypatch):
+    """The mask ends with the first EOS and includes it; a completion cut by the limit is marked truncated. Masks made
+    from `ids != pad` with pad = EOS drop it (tiny-grpo)."""
+    policy, processor = loaded("qwen2_5_vl")
+    prompts = mixed_prompts(policy, processor)
+    monkeypatch.setattr(policy, "eos_ids", list(range(100, 140)))
+    monkeypatch.setattr(policy, "pad_id", 100)
+    sampled = rollout.sample(policy, prompts, [0, 1, 2], num_generations=16, max_completion_length=12, temperature=1.5,
+                             seed=0)
+    assert sampled.truncated.any() and not sampled.truncated.all()
+    assert (sampled.completion_mask.sum(-1) == 1).any(), "an EOS at once is a completion of length 1"
+    for ids, mask, truncated in zip(sampled.completion_ids, sampled.completion_mask, sampled.truncated):
+        length = int(mask.sum())
+        ends = [i for i, token in enumerate(ids[:length].tolist()) if token in policy.eos_ids]
+        assert mask[:length].all() and not mask[length:].any() and length >= 1
+        assert ends == ([] if truncated else [length - 1])
+        assert not truncated or length == 12
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_placeholders_are_never_sampled(loaded, family):
+    """R1-V #91 and many more: a policy that prefers the image token crashes the scoring forward. Both sides leave it
+    out of the softmax, so the rest still sums to one."""
+    policy, processor = loaded(family)
+    assert policy.hf.config.image_token_id in policy.never_sampled
+    head = policy.hf.get_output_embeddings().weight
+    kept = head.data.clone()
+    prompts = mixed_prompts(policy, processor)
+    batch = model.pack_groups([(prompts[1], [])], policy.pad_id)
+    with torch.no_grad():
+        mask = model.group_attention_mask(batch["segment_ids"], batch["group_ids"])
+        hidden = policy.hidden(batch["input_ids"], batch["position_ids"], mask)
+        head.data[policy.never_sampled] = 50 * hidden[0, -1]  # the logit is now enormous
+    try:
+        sampled = rollout.sample(policy, prompts, [0, 1, 2], num_generations=8, max_completion_length=8,
+                                 temperature=1.0, seed=0)
+        assert not torch.isin(sampled.completion_ids[sampled.completion_mask], policy.never_sampled).any()
+        torch.testing.assert_close(sampled.sampling_logps, rescored(policy, prompts, sampled, 8, 1.0), atol=1e-5, rtol=0)
+        with torch.no_grad():
+            total = policy.logits(hidden[:, -1], 1.0).softmax(-1).sum()
+        assert total.item() == pytest.approx(1.0)
+    finally:
+        head.data.copy_(kept)
+
+
+def test_randomness_belongs_to_the_draw(loaded):
+    """A completion depends on (seed, draw number, k) alone: not on the batch it sits in, its order, or G."""
+    policy, processor = loaded("qwen2_5_vl")
+    prompts = mixed_prompts(policy, processor)
+
+    def run(indices, G=4, seed=0, offset=0):
+        r = rollout.sample(policy, [prompts[i] for i in indices], [i + offset for i in indices], num_generations=G,
+                           max_completion_length=16, temperature=1.0, seed=seed)
+        ids = [x[m].tolist() for x, m in zip(r.completion_ids, r.completion_mask)]
+        return {(i, k): ids[j * G + k] for j, i in enumerate(indices) for k in range(G)}
+
+    whole = run([0, 1, 2])
+    assert run([0, 1, 2]) == whole
+    assert run([2, 0]) == {key: whole[key] for key in whole if key[0] != 1}
+    assert run([1], G=2) == {key: whole[key] for key in ((1, 0), (1, 1))}
+    assert run([0, 1, 2], seed=1) != whole and run([0, 1, 2], offset=3) != whole
+    assert len({tuple(x) for x in whole.values()}) > 6  # the draws of a group differ
+
+
+def test_sampling_leaves_no_trace(loaded):
+    """The mode is restored and a training forward after a rollout is what it was before (stale rope_deltas, caches)."""
+    policy, processor = loaded("qwen2_5_vl")
+    prompts = mixed_prompts(policy, processor)
+    groups = [(p, [torch.tensor([20, 21, policy.eos_ids[0]])]) for p in prompts]
+    before = policy(model.pack_groups(groups, policy.pad_id))[0]
+    assert policy.training
+    rollout.sample(policy, prompts[:1], [0], num_generations=3, max_completion_length=9, temperature=1.0, seed=0)
+    assert policy.training and torch.equal(policy(model.pack_groups(groups, policy.pad_id))[0], before)
+
+
+def test_sampling_distribution():
+    """P7: 200,000 draws of the loop's own uniforms against the softmax, chi-square; a zero-probability id never."""
+    logits = torch.tensor([1.0, -1e30, 0.0, 2.0, -3.0, -1e30])
+    n = 200_000
+    u = rollout.keyed_uniform(7, torch.arange(n // 100)[:, None], torch.arange(100)[None], torch.tensor(0)).flatten()
+    counts = torch.bincount(rollout.sample_tokens(logits.expand(n, -1), u), minlength=6).double()
+    expected = n * logits.softmax(-1).double()
+    assert (counts[[1, 5]] == 0).all()
+    live = expected > 0
+    chi2 = ((counts - expected)[live] ** 2 / expected[live]).sum()
+    assert chi2 < 30.66  # 3 degrees of freedom, p = 1e-6
+
+
+def test_uniform_ends():
+    """u = 0 must not give a masked first id, the largest u must not run off the end or give a masked last one."""
+    logits = torch.tensor([[-1e30, 0.3, 0.1, -1e30]])
+    assert rollout.sample_tokens(logits, torch.tensor([0.0], dtype=torch.float64)).item() == 1
+    assert rollout.sample_tokens(logits, torch.tensor([1 - 2.0**-52], dtype=torch.float64)).item() == 2
+
+
+def test_keyed_uniforms_are_uniform_and_keyed():
+    """Moments and distinctness over each of the four keys; a hash that ignores one would repeat its numbers."""
+    for axis in range(4):
+        keys = [torch.tensor(5)] * 4
+        keys[axis] = torch.arange(50_000)
+        u = torch.stack([rollout.keyed_uniform(int(s), *keys[1:]) for s in range(2000)]) if axis == 0 else \
+            rollout.keyed_uniform(5, *keys[1:])
+        assert len(u.unique()) == u.numel() and 0 <= u.min() and u.max() < 1
+        assert abs(u.mean() - 0.5) < 4 * math.sqrt(1 / 12 / u.numel())
+        assert abs((u[1:] - 0.5).dot(u[:-1] - 0.5) / u.numel()) < 4 / 12 / math.sqrt(u.numel())
+
+
+def test_splitmix_reference_value():
+    """The published first outputs of splitmix64 with seed 1234567: the int64 arithmetic wraps as uint64 does."""
+    state, outputs = 1234567, [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    for expected in outputs:
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        signed = state - 2**64 if state >= 2**63 else state
+        assert int(rollout._mix(torch.tensor(signed))) % 2**64 == expected
+
+
+def test_rng_state_is_untouched(loaded):
+    """No generator state to save: torch's own is not consumed."""
+    policy, processor = loaded("qwen2_5_vl")
+    state = torch.get_rng_state()
+    random.seed(0)
+    rollout.sample(policy, mixed_prompts(policy, processor)[:1], [0], num_generations=2, max_completion_length=4,
+                   temperature=1.0, seed=0)
+    assert torch.equal(state, torch.get_rng_state())
