@@ -1,15 +1,16 @@
-"""Rows -> prompts and completions. Readers, chat template, images, the keyed order of draws, and the `shapes` task.
+"""Rows -> prompts and completions: readers, chat template, images, keyed order of draws, the `shapes` task.
 
-A dataset is a .jsonl file (one object a line) or a .json file (a list of objects). Columns, the first present of:
+A dataset is a .jsonl (one object a line) or a .json file (a list of objects). Columns, the first present of:
 
-    prompt     prompt | problem | question | query      a string, or chat messages [{"role", "content"}, ...] whose
-                                                        content is a string or blocks {"type": "text" | "image"}
-    images     images | image                           paths under --image_root; none for a text-only row
-    solution   solution | answer | answer_gt | ground_truth          what `accuracy` compares with
-    chosen     chosen | completion,  rejected           train_dpo.py: strings, or one assistant message
+    prompt    prompt | problem | question | query           a string, or messages [{"role", "content"}, ...]
+                                                            whose content is a string, or a list of blocks
+                                                            {"type": "text" | "image"}
+    images    images | image                                paths under --image_root; none in a text-only row
+    solution  solution | answer | answer_gt | ground_truth  what `accuracy` compares with
+    chosen    chosen | completion,  rejected                train_dpo.py: strings, or one assistant message
 
-Images stand where `<image>` (in strings) or image blocks (in messages) say, and before the first user text if the row
-says nothing; any other number of placeholders is an error. Every other column reaches the reward functions untouched.
+Images stand where `<image>` (in strings) or image blocks (in messages) say, else before the first user text;
+any other number of placeholders is an error. Every other column reaches the reward functions untouched.
 """
 
 import json
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
 
-from model import Policy, Prompt
+from model import InputError, Policy, Prompt
 
 ALIASES = {
     "prompt": ("prompt", "problem", "question", "query"),
@@ -30,15 +31,15 @@ ALIASES = {
     "solution": ("solution", "answer", "answer_gt", "ground_truth"),
     "chosen": ("chosen", "completion"),
 }
-TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # all else is image tensors
+TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # all else: image tensors
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what Pillow may decode: no PSD, EPS, FITS, ...
 
 
-class RowError(ValueError):
+class RowError(InputError):
     """A row that cannot be used; the message starts with where it is (file:line)."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reading
 
 
@@ -49,7 +50,7 @@ def read_rows(path: str, image_root: str | None, need: tuple[str, ...]) -> list[
     """
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"--dataset {path}: no such file (expected a .jsonl or .json file)")
+        raise RowError(f"--dataset {path}: no such file (expected a .jsonl or .json file)")
     reject = {"parse_constant": lambda name: (_ for _ in ()).throw(ValueError(f"{name} is not JSON"))}
     text = file.read_text(encoding="utf-8-sig")
     if file.suffix == ".jsonl":
@@ -80,11 +81,12 @@ def read_rows(path: str, image_root: str | None, need: tuple[str, ...]) -> list[
         row = {"_source": source, "_image_root": image_root} | value
         for name, aliases in ALIASES.items():
             found = next((a for a in aliases if value.get(a) is not None), None)
-            if found is not None:
-                row[name] = row.pop(found) if found != name else row[name]
+            if found is not None:  # under both names: a reward function may ask for the dataset's own
+                row[name] = value[found]
         for name in need:
             if row.get(name) is None:
-                raise RowError(f"{source}: no {' or '.join(ALIASES.get(name, (name,)))} column; it has {', '.join(value)}")
+                columns = " or ".join(ALIASES.get(name, (name,)))
+                raise RowError(f"{source}: no {columns} column; it has {', '.join(value)}")
         images = row.get("images")
         row["images"] = [] if images is None else images if isinstance(images, list) else [images]
         rows.append(row)
@@ -92,7 +94,7 @@ def read_rows(path: str, image_root: str | None, need: tuple[str, ...]) -> list[
 
 
 def load_image(image, row: dict) -> Image.Image:
-    """A path under the row's image root (or a PIL image) -> RGB. Never follows a URL; refuses paths that leave the root."""
+    """A path under the row's image root (or a PIL image) -> RGB. Refuses URLs and paths out of the root."""
     source = row["_source"]
     if isinstance(image, Image.Image):
         return image.convert("RGB")
@@ -111,12 +113,12 @@ def load_image(image, row: dict) -> Image.Image:
             return ImageOps.exif_transpose(opened).convert("RGB")
     except FileNotFoundError:
         raise RowError(f"{source}: image {path} does not exist") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's ways to say corrupt
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # corrupt, to Pillow
         raise RowError(f"{source}: image {path} cannot be read: {error}") from None
 
 
 def to_messages(row: dict) -> list[dict]:
-    """The row's prompt as chat messages whose content is a list of text and image blocks, images accounted for.
+    """The row's prompt as chat messages whose content is a list of text and image blocks, images matched.
 
     >>> row = {"prompt": "a <image> b", "images": ["x.png"], "_source": "f:1"}
     >>> [block.get("text", "IMAGE") for block in to_messages(row)[0]["content"]]
@@ -125,8 +127,8 @@ def to_messages(row: dict) -> list[dict]:
     source, prompt, count = row["_source"], row["prompt"], len(row["images"])
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(messages, list) or not messages or not all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), (str, list))
-            for m in messages):
+            isinstance(m, dict) and isinstance(m.get("role"), str)
+            and isinstance(m.get("content"), (str, list)) for m in messages):
         raise RowError(f"{source}: prompt must be a string or a list of {{'role', 'content'}} messages")
     out, markers, blocks = [], 0, 0
     for message in messages:
@@ -134,11 +136,13 @@ def to_messages(row: dict) -> list[dict]:
         if isinstance(content, str):
             pieces, markers = content.split("<image>"), markers + content.count("<image>")
             content = [b for i, text in enumerate(pieces)
-                       for b in ([{"type": "image"}] if i else []) + ([{"type": "text", "text": text}] if text else [])]
+                       for b in ([{"type": "image"}] if i else [])
+                       + ([{"type": "text", "text": text}] if text else [])]
         else:  # struct columns carry a null text beside each image
             for block in content:
                 if not isinstance(block, dict) or block.get("type") not in ("text", "image"):
-                    raise RowError(f"{source}: a content block must have type text or image, got {str(block)[:80]}")
+                    raise RowError(f"{source}: a content block must have type text or image, "
+                                   f"got {str(block)[:80]}")
             blocks += sum(b["type"] == "image" for b in content)
             content = [{"type": "image"} if b["type"] == "image" else {"type": "text", "text": b["text"]}
                        for b in content]
@@ -147,11 +151,12 @@ def to_messages(row: dict) -> list[dict]:
         first_user = next((m for m in out if m["role"] == "user"), out[0])
         first_user["content"] = [{"type": "image"} for _ in range(count)] + first_user["content"]
     elif markers + blocks != count:
-        raise RowError(f"{source}: the prompt has {markers + blocks} image placeholders, the row has {count} images")
+        raise RowError(f"{source}: the prompt has {markers + blocks} image placeholders, "
+                       f"the row has {count} images")
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Encoding
 
 
@@ -161,18 +166,18 @@ def _special_tokens(tokenizer, text: str) -> dict:
 
 
 def encode_prompt(policy: Policy, processor, row: dict) -> Prompt:
-    """One processor call for one row: chat template with the generation prompt, ids, image tensors, positions."""
+    """One processor call for one row: chat template with generation prompt, ids, image tensors, positions."""
     messages, images = to_messages(row), [load_image(image, row) for image in row["images"]]
-    image_token = getattr(processor, "image_token", None)
+    source, image_token = row["_source"], getattr(processor, "image_token", None)
     for block in (b for m in messages for b in m["content"] if b["type"] == "text"):
         if image_token and image_token in block["text"]:
-            raise RowError(f"{row['_source']}: the prompt's text contains the model's own image token {image_token}")
+            raise RowError(f"{source}: the prompt's text contains the model's own image token {image_token}")
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     try:
         inputs = processor(text=[text], images=[images] if images else None, return_tensors="pt",
                            **_special_tokens(processor.tokenizer, text))
     except Exception as error:  # e.g. an aspect ratio that the image processor refuses
-        raise RowError(f"{row['_source']}: the processor refused it: {type(error).__name__}: {error}") from error
+        raise RowError(f"{source}: the processor refused it: {type(error).__name__}: {error}") from error
     tokens, pixels = inputs["input_ids"][0], {k: v for k, v in inputs.items() if k not in TEXT_KEYS}
     positions = policy.prompt_positions(tokens, {k: inputs[k] for k in TEXT_KEYS if k in inputs}, pixels)
     return Prompt(tokens, positions, pixels, row)
@@ -181,10 +186,10 @@ def encode_prompt(policy: Policy, processor, row: dict) -> Prompt:
 def encode_completion(policy: Policy, processor, row: dict, column: str) -> torch.Tensor:
     """The ids (len,) that the policy should have produced after the prompt to say row[column], EOS included.
 
-    The conversation is rendered with and without the answer; the rest is tokenized in place where the prompt's ids
-    are a prefix of the whole's, and by itself where a token would straddle the boundary (the sampler's prompt ends
-    there). What the template writes after the first EOS is left out, since sampling stops there; a template that ends
-    no turn gets the tokenizer's EOS.
+    The conversation is rendered with and without the answer; the rest is tokenized in place where the
+    prompt's ids are a prefix of the whole's, and by itself where a token would straddle the boundary (the
+    sampler's prompt ends there). What the template writes after the first EOS is left out, since sampling
+    stops there; a template that ends no turn gets the tokenizer's EOS.
     """
     source, answer, tokenizer = row["_source"], row[column], processor.tokenizer
     if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict):
@@ -192,16 +197,18 @@ def encode_completion(policy: Policy, processor, row: dict, column: str) -> torc
         if isinstance(answer, list):
             answer = "".join(block.get("text") or "" for block in answer)
     if not isinstance(answer, str) or not answer.strip():
-        raise RowError(f"{source}: {column} must be a non-empty string or one assistant message, got {str(answer)[:80]!r}")
+        raise RowError(f"{source}: {column} must be a non-empty string or one assistant message, "
+                       f"got {str(answer)[:80]!r}")
     messages = to_messages(row)
     prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
     whole = processor.apply_chat_template([*messages, reply], tokenize=False)
     rest = whole.removeprefix(prompt)
     if rest == whole or answer.strip() not in rest:
-        raise RowError(f"{source}: the chat template does not render {column} whole after the prompt: {rest[:200]!r}")
+        raise RowError(f"{source}: the chat template does not render {column} whole after the prompt: "
+                       f"{rest[:200]!r}")
     special = _special_tokens(tokenizer, prompt)
-    prompt_ids, whole_ids = tokenizer(prompt, **special)["input_ids"], tokenizer(whole, **special)["input_ids"]
+    prompt_ids, whole_ids = (tokenizer(text, **special)["input_ids"] for text in (prompt, whole))
     if whole_ids[:len(prompt_ids)] == prompt_ids:
         ids = whole_ids[len(prompt_ids):]
     else:
@@ -210,7 +217,8 @@ def encode_completion(policy: Policy, processor, row: dict, column: str) -> torc
     ids = [*ids, tokenizer.eos_token_id] if end is None else ids[:end + 1]
     bad = set(ids) & set(policy.never_sampled.tolist())
     if bad:
-        raise RowError(f"{source}: {column} contains placeholder tokens {tokenizer.convert_ids_to_tokens(sorted(bad))}")
+        tokens = tokenizer.convert_ids_to_tokens(sorted(bad))
+        raise RowError(f"{source}: {column} contains placeholder tokens {tokens}")
     return torch.tensor(ids)
 
 
@@ -218,22 +226,23 @@ def encode_group(policy: Policy, processor, row: dict, columns: tuple[str, ...])
     """(Prompt, [completion ids of each column]): one preference pair, or one SFT example."""
     if len(columns) == 2 and row[columns[0]] == row[columns[1]]:
         raise RowError(f"{row['_source']}: {columns[0]} and {columns[1]} are the same")
-    return encode_prompt(policy, processor, row), [encode_completion(policy, processor, row, c) for c in columns]
+    prompt = encode_prompt(policy, processor, row)
+    return prompt, [encode_completion(policy, processor, row, column) for column in columns]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The order of draws
 
 
 def draw_plan(num_rows: int, num_draws: int, seed: int, dropped: set[int] = frozenset()) -> list[int]:
-    """The row of every draw of a run: epoch after epoch, each a permutation keyed by (seed, epoch), less `dropped`.
+    """The row of every draw of a run: epoch by epoch a permutation keyed by (seed, epoch), less `dropped`.
 
-    A pure function, so that a run can continue anywhere and no rank's data depends on how many ranks there are. There
-    is no ragged last batch: a batch that crosses an epoch's end goes on into the next one.
+    A pure function, so that a run can continue anywhere and no rank's data depends on how many ranks there
+    are. There is no ragged last batch: a batch that crosses an epoch's end goes on into the next one.
     """
     kept = num_rows - len(dropped)
     if kept == 0:
-        raise ValueError("no row is left: every one of them is too long")
+        raise InputError("no row is left: every one of them is too long")
     plan, epoch = [], 0
     while len(plan) < num_draws:
         order = np.random.default_rng([seed, epoch]).permutation(num_rows).tolist()
@@ -260,12 +269,13 @@ def check_length(row: dict, length: int, limit: int):
                        f"(nothing is ever cut; --overlong skip leaves such training rows out)")
 
 
-def check_rows(rows, num_draws: int, seed: int, overlong: str, limit: int, rank: int, world_size: int, length_of):
-    """Read and encode every row that the run will visit, before it starts -> its `draw_plan`, the same on all ranks.
+def check_rows(rows, num_draws: int, seed: int, overlong: str, limit: int, rank: int, world_size: int,
+               length_of):
+    """Read and encode every row the run will visit, before it starts -> its `draw_plan`, alike on all ranks.
 
-    length_of(row) -> tokens; it raises RowError for a row that cannot be used. Rows beyond `limit` are an error, or
-    with overlong "skip" left out, counted and printed; then others take their place, which are checked in turn. The
-    work is split over the ranks.
+    length_of(row) -> tokens; it raises RowError for a row that cannot be used. Rows beyond `limit` are an
+    error, or with overlong "skip" left out, counted and printed; then others take their place, which are
+    checked in turn. The work is split over the ranks.
     """
     dropped, checked, lengths = set(), set(), []
     while True:
@@ -287,18 +297,26 @@ def check_rows(rows, num_draws: int, seed: int, overlong: str, limit: int, rank:
                 lengths.append(length)
         checked |= set(todo)
     if rank == 0:
-        print(f"data: {len(rows)} rows, {len(set(plan))} of them in this run, {len(dropped)} skipped as longer than "
-              f"{limit} tokens; lengths {min(lengths)} to {max(lengths)}, mean {sum(lengths) / len(lengths):.0f}",
-              flush=True)
+        print(f"data: {len(rows)} rows, {len(set(plan))} of them in this run, {len(dropped)} skipped as "
+              f"longer than {limit} tokens; lengths {min(lengths)} to {max(lengths)}, "
+              f"mean {sum(lengths) / len(lengths):.0f}", flush=True)
     return plan
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def check_eval_rows(rows, limit: int, rank: int, world_size: int, length_of) -> list[dict]:
+    """This rank's held-out rows, each read, encoded and checked; held-out rows are never skipped."""
+    if 0 < len(rows) < world_size:
+        raise InputError(f"{len(rows)} held-out rows for {world_size} ranks: every rank needs at least one")
+    rows = rows[rank::world_size]
+    for row in rows:
+        check_length(row, length_of(row), limit)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The built-in task: how many shapes are there?
 
 SHAPE_COLORS = ("red", "green", "blue", "orange", "purple", "black")
-TINY_CORPUS = ["how many shapes are there?", "<think>i see shapes</think><answer></answer>", "user", "assistant",
-               "which digit is this?", "this is a", "0 1 2 3 4 5 6 7 8 9"]  # the words the tiny tokenizer knows
 
 
 def draw_shapes(rng: random.Random, count: int) -> Image.Image:
@@ -319,7 +337,7 @@ def draw_shapes(rng: random.Random, count: int) -> Image.Image:
 
 
 def shapes_rows(count: int, seed: int, split: str) -> list[dict]:
-    """`count` rows of the task; a wrong number of shapes is the rejected answer. The two splits share no key."""
+    """`count` rows of the task; a wrong number of shapes is the rejected answer. The splits share no key."""
     rows = []
     for i in range(count):
         rng = random.Random(f"{split} {seed} {i}")  # a str seeds by sha512: the same on every machine

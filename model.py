@@ -1,22 +1,22 @@
-"""The policy: a transformers vision-language model, the packed group row it is fed, its token log-probs, its export.
+"""The policy: a transformers vision-language model, the group row it is fed, its token log-probs, its export.
 
-The one idea of flatpo is that a **group is one row**. A group is one prompt (text and images) with its G completions;
-SFT is G=1, a preference pair G=2 (chosen, rejected), GRPO G=num_generations. The prompt stands in the row once:
+The one idea of flatpo: a **group is one row**. A group is a prompt (text and images) with its G completions;
+SFT is G=1, a preference pair G=2 (chosen, rejected), GRPO G=num_generations. The prompt stands there once:
 
     tokens      [ prompt ...... | completion 1 .... | completion 2 .. | ... | completion G ... | pad ]
     segment_ids   0 0 0 0 0 0 0   1 1 1 1 1 1         2 2 2 2                 G G G              -1
-    group_ids     0 0 0 ...                            (several groups may share a row: 0 0 ... 1 1 ...)  pad -1
+    group_ids     0 0 0 ...   (several groups may share a row: 0 0 ... 1 1 ...)                      -1
     position      0 1 2 ... P-1   P P+1 ...           P P+1 ...               P P+1 ...
 
-    q may attend to k   iff   k <= q  and  group[k] == group[q]  and  (segment[k] == 0  or  segment[k] == segment[q])
+    q may attend to k  iff  k <= q and group[k] == group[q] and (segment[k] == 0 or segment[k] == segment[q])
 
 so an image goes through the vision tower once per group, the prompt through the language model once, and only
-completion tokens are scored. The mask and the positions are all that is needed: the model classes are transformers',
-unchanged. The first token of every completion is predicted by the prompt's last hidden state, all later ones by the
-token before. tests/test_group_rows.py proves log-probs and gradients equal those of G repeated rows.
+completion tokens are scored. Mask and positions are all it takes: the model classes are transformers',
+unchanged. The first token of every completion is predicted by the prompt's last hidden state, all later ones
+by the token before. tests/test_group_rows.py proves log-probs and gradients equal those of G repeated rows.
 
-Sizes in comments: B rows, S row length, P prompt length, G completions of a group, N completions of the batch,
-T longest completion, M trained tokens, H hidden, V vocabulary, R position rows (3 for M-RoPE models, else 1).
+Sizes in comments: B rows, S row length, P prompt length, G completions of a group, N of the batch, T longest
+completion, M trained tokens, H hidden, V vocabulary, R position rows (3 for M-RoPE models, else 1).
 """
 
 import hashlib
@@ -27,35 +27,42 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import cached_file, is_torchvision_available, logging
 
 logging.disable_progress_bar()  # ours is the only one
 
-# ---------------------------------------------------------------------------------------------------------------------
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The scripts print its message, no traceback, and exit."""
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Packed group rows
 
 
 class Prompt(NamedTuple):
-    """What the completions of a group share, as one processor call returned it (data.encode_prompt makes them)."""
+    """What a group's completions share, as one processor call returned it (data.encode_prompt makes them)."""
 
-    tokens: torch.Tensor                # (P,) ids, image placeholders already expanded
-    positions: torch.Tensor             # (R, P)
-    pixels: dict[str, torch.Tensor]     # pixel_values, image_grid_thw, ...: whatever the family's processor returns
-    row: dict                           # the dataset row
+    tokens: torch.Tensor             # (P,) ids, image placeholders already expanded
+    positions: torch.Tensor          # (R, P)
+    pixels: dict[str, torch.Tensor]  # pixel_values, image_grid_thw, ...: what the family's processor returns
+    row: dict                        # the dataset row
 
 
 def cat_pixels(prompts: list[Prompt]) -> dict[str, torch.Tensor]:
     """Join the prompts' image tensors on dim 0, in order, zero-padding the other dims to the largest.
 
-    This one rule serves every family's layout: (patches, D) with image_grid_thw (Qwen), (images, 3, H, W) (LLaVA),
+    This one rule serves every layout: (patches, D) with image_grid_thw (Qwen), (images, 3, H, W) (LLaVA),
     (1, images, 3, H, W) with pixel_attention_mask (Idefics3, whose model drops all-zero padding images).
     """
     pixels = {}
@@ -74,10 +81,10 @@ def pack_groups(groups, pad_id: int, row_tokens: int | None = None) -> dict:
 
     row_tokens None gives every group a row of its own; a number lets groups share rows, first fit, of
     max(row_tokens, longest group) tokens, so that 0 fills rows up to the longest group.
-    Returns input_ids, segment_ids, group_ids (B, S), position_ids (R, B, S), pixels {name: tensor}, and, with the
-    completions in the order given: completion_ids, completion_mask, logit_index (N, T), the last being the index into
-    the flattened (B * S) hidden states of the one that predicts the token. Completions may be an empty list: the
-    sampler's prefill is such a batch.
+    Returns input_ids, segment_ids, group_ids (B, S), position_ids (R, B, S), pixels {name: tensor}, and, with
+    the completions in the order given: completion_ids, completion_mask, logit_index (N, T), the last being
+    the index into the flattened (B * S) hidden states of the one that predicts the token. Completions may be
+    an empty list: the sampler's prefill is such a batch.
 
     >>> prompt = Prompt(torch.tensor([5, 6, 7]), torch.arange(3)[None], {}, {})
     >>> batch = pack_groups([(prompt, [torch.tensor([8, 9]), torch.tensor([4])])], pad_id=0)
@@ -130,8 +137,8 @@ def pack_groups(groups, pad_id: int, row_tokens: int | None = None) -> dict:
                 at += length
             start = end
     completion_mask = torch.arange(T) < torch.tensor(lengths, dtype=torch.long)[:, None]
-    return {"input_ids": input_ids, "segment_ids": segment_ids, "group_ids": group_ids, "position_ids": position_ids,
-            "pixels": cat_pixels([groups[g][0] for row in rows for g in row]),
+    return {"input_ids": input_ids, "segment_ids": segment_ids, "group_ids": group_ids,
+            "position_ids": position_ids, "pixels": cat_pixels([groups[g][0] for row in rows for g in row]),
             "completion_ids": completion_ids, "completion_mask": completion_mask, "logit_index": logit_index}
 
 
@@ -143,8 +150,8 @@ def to_device(batch: dict, device) -> dict:
 def group_attention_mask(segment_ids: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
     """The rule at the top of this file, as a boolean mask (B, 1, S, S), True = may attend.
 
-    Padding carries segment -1 and group -1 and so attends to padding, itself included: no softmax row is empty (an
-    empty one is nan, and the gradient of nan spreads), and no real token sees it.
+    Padding carries segment -1 and group -1 and so attends to padding, itself included: no softmax row is
+    empty (an empty one is nan, and the gradient of nan spreads), and no real token sees it.
     """
     S = segment_ids.shape[1]
     causal = torch.ones(S, S, dtype=torch.bool, device=segment_ids.device).tril()
@@ -153,13 +160,13 @@ def group_attention_mask(segment_ids: torch.Tensor, group_ids: torch.Tensor) -> 
     return (causal & same_group & visible)[:, None]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Log-probs
 
 
 def scaled_logits(hidden, weight, never_sampled, temperature):
-    """(M, H), (V, H) -> (M, V) fp32 logits / temperature, ids that are never sampled at -1e30: probability exactly 0,
-    yet finite, so that p * logit in the entropy is 0 and not nan. Sampler, trainer and reference all use this."""
+    """(M, H), (V, H) -> (M, V) fp32 logits / temperature, never-sampled ids at -1e30: probability exactly 0,
+    yet finite, so that p * logit in the entropy is 0, not nan. Sampler, trainer and reference use this."""
     logits = (hidden @ weight.T).float() / temperature
     return logits.index_fill_(-1, never_sampled, -1e30)
 
@@ -167,7 +174,7 @@ def scaled_logits(hidden, weight, never_sampled, temperature):
 class ChunkedLogps(torch.autograd.Function):
     """log softmax(h W^T / temperature)[target] and the entropy of that softmax, `chunk` tokens at a time.
 
-    The (M, V) logits never exist: forward keeps one number a token (the log-sum-exp), backward recomputes a chunk.
+    The (M, V) logits never exist: forward keeps the log-sum-exp of each token, backward recomputes a chunk.
         d logp / dz = onehot(target) - p          d entropy / dz = -p (log p + entropy)
     """
 
@@ -181,7 +188,7 @@ class ChunkedLogps(torch.autograd.Function):
             W = weight.to(dtype)
             for i in range(0, len(hidden), chunk):
                 at = slice(i, i + chunk)
-                logits = scaled_logits(hidden[at].to(dtype), W, never_sampled, temperature)         # (chunk, V)
+                logits = scaled_logits(hidden[at].to(dtype), W, never_sampled, temperature)       # (chunk, V)
                 lse[at] = logits.logsumexp(-1)
                 logps[at] = logits.gather(-1, targets[at, None]).squeeze(-1) - lse[at]
                 entropy[at] = lse[at] - ((logits - lse[at, None]).exp() * logits).sum(-1)
@@ -198,7 +205,7 @@ class ChunkedLogps(torch.autograd.Function):
             for i in range(0, len(hidden), ctx.chunk):
                 at = slice(i, i + ctx.chunk)
                 h = hidden[at].to(ctx.dtype)
-                log_p = scaled_logits(h, W, never_sampled, ctx.temperature) - lse[at, None]         # (chunk, V)
+                log_p = scaled_logits(h, W, never_sampled, ctx.temperature) - lse[at, None]       # (chunk, V)
                 p = log_p.exp()
                 grad = -p * (grad_logps[at, None] + grad_entropy[at, None] * (log_p + entropy[at, None]))
                 grad.scatter_add_(-1, targets[at, None], grad_logps[at, None])
@@ -211,9 +218,9 @@ class ChunkedLogps(torch.autograd.Function):
 class Policy(nn.Module):
     """A transformers vision-language model, and the two things alignment asks of it: log-probs and decoding.
 
-    `policy.hf` is the model itself. A text-only prompt is a prompt without pixels. never_sampled are the ids that can
-    never be an answer (image, video and other placeholders, and rows of the head beyond the tokenizer): the sampler
-    does not draw them, and every log-prob is normalised without them.
+    `policy.hf` is the model itself. A text-only prompt is a prompt without pixels. never_sampled are the ids
+    that can never be an answer (image, video and other placeholders, and rows of the head beyond the
+    tokenizer): the sampler does not draw them, and every log-prob is normalised without them.
     """
 
     def __init__(self, hf, processor, dtype=torch.float32):
@@ -222,9 +229,9 @@ class Policy(nn.Module):
         text_config, head = config.get_text_config(), hf.get_output_embeddings()
         family = config.model_type
         if "sliding_attention" in (getattr(text_config, "layer_types", None) or []):
-            raise ValueError(f"{family}: sliding-window attention layers are not supported")
+            raise InputError(f"{family}: sliding-window attention layers are not supported")
         if getattr(text_config, "final_logit_softcapping", None) or getattr(head, "bias", None) is not None:
-            raise ValueError(f"{family}: an output head with soft-capping or a bias is not supported")
+            raise InputError(f"{family}: an output head with soft-capping or a bias is not supported")
         placeholder = re.compile(r"(image|video|vision|audio|boi|eoi)\w*token\w*(id|index)$")
         ids = {v for owner in (config.to_dict(), vars(processor)) for k, v in owner.items()
                if placeholder.search(k) and isinstance(v, int) and 0 <= v < head.weight.shape[0]}
@@ -232,14 +239,14 @@ class Policy(nn.Module):
         eos = hf.generation_config.eos_token_id if hf.generation_config else None
         eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         if not eos:
-            raise ValueError(f"{family}: neither generation_config nor the tokenizer names an EOS token")
+            raise InputError(f"{family}: neither generation_config nor the tokenizer names an EOS token")
 
         self.hf, self.dtype = hf, dtype
         self.eos_ids = sorted(eos)
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.register_buffer("never_sampled", torch.tensor(sorted(ids - eos)), persistent=False)  # (few,)
-        # Dropout off, everywhere: the ratio of the first update must be exactly 1. train() mode stays on, because
-        # transformers skips gradient checkpointing in eval() without a word.
+        # Dropout off, everywhere: the ratio of the first update must be exactly 1. train() mode stays on,
+        # because transformers skips gradient checkpointing in eval() without a word.
         for module in hf.modules():
             for name in ("p", "dropout", "attention_dropout", "drop_path_rate", "drop_prob"):
                 if isinstance(getattr(module, name, None), float):
@@ -254,8 +261,8 @@ class Policy(nn.Module):
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def prompt_positions(self, tokens: torch.Tensor, text_inputs: dict, pixels: dict) -> torch.Tensor:
-        """Rotary positions (R, P) of one prompt (P,). M-RoPE families say theirs (`get_rope_index`: an image spans a
-        (t, h, w) grid, so the text after it goes on from a smaller number than its index); all others count up."""
+        """Rotary positions (R, P) of one prompt (P,). M-RoPE families say theirs (`get_rope_index`: an image
+        spans a (t, h, w) grid, so the text after it goes on from less than its index); others count up."""
         rope_index = getattr(self.hf.base_model, "get_rope_index", None)
         if rope_index is None:
             return torch.arange(len(tokens))[None]
@@ -265,41 +272,42 @@ class Policy(nn.Module):
         return rope_index(input_ids=tokens[None], mm_token_type_ids=types, **grids)[0][:, 0]
 
     def hidden(self, input_ids, position_ids, attention_mask, pixels=None, cache=None) -> torch.Tensor:
-        """Last hidden states (B, S, H) of tokens (B, S) at positions (R, B, S) under a mask (B, 1, S, past + S)."""
+        """Last hidden states (B, S, H) of tokens (B, S), positions (R, B, S), mask (B, 1, S, past + S)."""
         positions = position_ids if len(position_ids) > 1 else position_ids[0]
-        return self.hf.base_model(input_ids=input_ids, position_ids=positions, attention_mask=attention_mask,
-                                  past_key_values=cache, use_cache=cache is not None, **(pixels or {})).last_hidden_state
+        out = self.hf.base_model(input_ids=input_ids, position_ids=positions, attention_mask=attention_mask,
+                                 past_key_values=cache, use_cache=cache is not None, **(pixels or {}))
+        return out.last_hidden_state
 
     def logits(self, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
         """(N, H) -> (N, V), for the sampler: one token a row."""
-        weight = self.hf.get_output_embeddings().weight
+        weight = self.hf.get_output_embeddings().weight.to(self.dtype)
         with torch.autocast(self.device.type, enabled=False):
-            return scaled_logits(hidden.to(self.dtype), weight.to(self.dtype), self.never_sampled, temperature)
+            return scaled_logits(hidden.to(self.dtype), weight, self.never_sampled, temperature)
 
     def forward(self, batch: dict, temperature: float = 1.0, chunk: int = 256):
-        """A batch of `pack_groups` -> (per_token_logps (N, T), entropies (N, T)), fp32, 0 where completion_mask is
-        False. The logits are divided by the temperature the completions were sampled at."""
+        """A `pack_groups` batch -> (per_token_logps (N, T), entropies (N, T)), fp32, 0 where completion_mask
+        is False. The logits are divided by the temperature the completions were sampled at."""
         mask = batch["completion_mask"]
         with self.autocast():
-            hidden = self.hidden(batch["input_ids"], batch["position_ids"],
-                                 group_attention_mask(batch["segment_ids"], batch["group_ids"]), batch["pixels"])
-            used = hidden.flatten(0, 1).index_select(0, batch["logit_index"][mask])                 # (M, H)
+            attention_mask = group_attention_mask(batch["segment_ids"], batch["group_ids"])
+            hidden = self.hidden(batch["input_ids"], batch["position_ids"], attention_mask, batch["pixels"])
+            used = hidden.flatten(0, 1).index_select(0, batch["logit_index"][mask])               # (M, H)
             weight = self.hf.get_output_embeddings().weight
-            logps, entropy = ChunkedLogps.apply(used, weight, batch["completion_ids"][mask], self.never_sampled,
-                                                temperature, chunk)                                 # (M,), (M,)
+            logps, entropy = ChunkedLogps.apply(used, weight, batch["completion_ids"][mask],
+                                                self.never_sampled, temperature, chunk)           # (M,), (M,)
         zeros = torch.zeros(mask.shape, device=mask.device)
         return zeros.masked_scatter(mask, logps), zeros.masked_scatter(mask, entropy)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Load and export
 
 
 def without_video(processor_class):
     """The same processor class without its video processor, which transformers only has with torchvision.
 
-    transformers' own constructor and from_pretrained refuse to build Qwen-VL's processor without it, also when no
-    video is ever used. Its image and text halves need nothing but Pillow.
+    transformers' own constructor and from_pretrained refuse to build Qwen-VL's processor without it, also
+    when no video is ever used. Its image and text halves need nothing but Pillow.
     """
     names = processor_class.get_attributes()
     if not any("video" in name for name in names):
@@ -313,10 +321,10 @@ def without_video(processor_class):
         @classmethod
         def from_args_and_dict(cls, args, processor_dict, **kwargs):
             given = iter(args)
-            return super().from_args_and_dict([None if "video" in n else next(given) for n in names], processor_dict,
-                                              **kwargs)
+            args = [None if "video" in name else next(given) for name in names]
+            return super().from_args_and_dict(args, processor_dict, **kwargs)
 
-    ImageTextProcessor.__name__ = ImageTextProcessor.__qualname__ = processor_class.__name__  # what save_pretrained writes
+    ImageTextProcessor.__name__ = ImageTextProcessor.__qualname__ = processor_class.__name__  # the saved name
     return ImageTextProcessor
 
 
@@ -326,7 +334,7 @@ def load_processor(path: str):
         return AutoProcessor.from_pretrained(path)
     config = AutoConfig.from_pretrained(path)
     if type(config) not in PROCESSOR_MAPPING:
-        raise ValueError(f"{path}: {config.model_type} has no processor: not a vision-language model")
+        raise InputError(f"{path}: {config.model_type} has no processor: not a vision-language model")
     return without_video(PROCESSOR_MAPPING[type(config)]).from_pretrained(path)
 
 
@@ -334,14 +342,14 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
                 freeze_vision_tower: bool = False):
     """A local folder or a hub id -> (Policy, processor). Weights are held in fp32 whatever the compute dtype.
 
-    Only safetensors are read and no remote code runs. freeze_vision_tower freezes what transformers calls the image
-    encoder; Qwen's merger is part of it, LLaVA's and Idefics3's projector is not.
+    Only safetensors are read and no remote code runs. freeze_vision_tower freezes what transformers calls the
+    image encoder; Qwen's merger is part of it, LLaVA's and Idefics3's projector is not.
     """
     if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        raise FileNotFoundError(f"--model_name_or_path {path}: no such folder (and not a hub id of the form owner/name)")
+        raise InputError(f"--model_name_or_path {path}: no such folder (and not a hub id like owner/name)")
     processor = load_processor(path)
     if not getattr(processor, "chat_template", None):
-        raise ValueError(f"{path}: its processor has no chat template")
+        raise InputError(f"{path}: its processor has no chat template")
     hf = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa",
                                                      use_safetensors=True)
     if gradient_checkpointing:
@@ -352,10 +360,10 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
 
 
 def export(policy: Policy, processor, source: str, folder: str | Path):
-    """Write a complete Hugging Face folder: weights and config by save_pretrained, everything else as in `source`.
+    """Write a complete Hugging Face folder: weights and config by save_pretrained, all else as in `source`.
 
-    The source's processor, tokenizer and chat-template files are copied rather than re-saved, so that files which
-    this processor does not know (a video_preprocessor_config.json, say) stay. Weights are in the training dtype.
+    The source's processor, tokenizer and chat-template files are copied, not re-saved, so that files unknown
+    to this processor (a video_preprocessor_config.json, say) stay. Weights are in the training dtype.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -381,50 +389,57 @@ def weights_fingerprint(policy: Policy) -> str:
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The built-in default: a tiny model of the real Qwen2.5-VL classes, and its supervised cold start
 
 CHAT_TEMPLATE = """\
-{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] is string %}{{ m['content'] }}\
+{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}\
+{% if m['content'] is string %}{{ m['content'] }}\
 {% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
-{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}\
-{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}\
+{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+TINY_CORPUS = [  # the words the tiny tokenizer knows
+    "how many shapes are there?", "<think>i see shapes</think><answer></answer>", "user", "assistant",
+    "which digit is this?", "this is a", "0 1 2 3 4 5 6 7 8 9"]
 
 
 def build_tokenizer(corpus: list[str], specials: list[str], eos: str, pad: str):
-    """A byte-level BPE tokenizer with the corpus's words as tokens; any other text still encodes, as bytes."""
+    """A byte-level BPE tokenizer with the corpus's words as tokens; any other text encodes as bytes."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"</?[a-z]+>|\s?[A-Za-z]+|\d|\s+|[^\sA-Za-z\d]")  # a tag, a word, a digit: one token each
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.Split(words, "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
         vocab_size=600, min_frequency=1, special_tokens=specials, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=pad, padding_side="left")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=pad,
+                                   padding_side="left")
 
 
-def build_tiny_vlm(folder: str | Path, corpus: list[str], seed: int = 0):
-    """Write a random Qwen2.5-VL of half a million parameters, with tokenizer and processor, as save_pretrained would.
+def build_tiny_vlm(folder: str | Path, seed: int = 0):
+    """Write a random Qwen2.5-VL of half a million parameters, its tokenizer and processor (save_pretrained).
 
-    Images up to 48 x 48 (patch 8, merge 2: nine image tokens). initializer_range 0.08 rather than 0.02: at this width
-    it learns to look at the image about twice as fast.
+    Images up to 48 x 48 (patch 8, merge 2: nine image tokens). initializer_range 0.08 rather than 0.02: at
+    this width it learns to look at the image about twice as fast.
     """
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-                "<|video_pad|>"]
-    tokenizer = build_tokenizer(corpus, specials, eos="<|im_end|>", pad="<|endoftext|>")
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+                "<|image_pad|>", "<|video_pad|>"]
+    tokenizer = build_tokenizer(TINY_CORPUS, specials, eos="<|im_end|>", pad="<|endoftext|>")
     ids = dict(zip(specials, tokenizer.convert_tokens_to_ids(specials)))
     config = Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-                         initializer_range=0.08, bos_token_id=None, eos_token_id=ids["<|im_end|>"],
-                         pad_token_id=ids["<|endoftext|>"],
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256,
+                         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                         max_position_embeddings=2048, initializer_range=0.08, bos_token_id=None,
+                         eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
                          rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 6, 6])),
         vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=8,
                            spatial_merge_size=2, temporal_patch_size=2, window_size=96, out_hidden_size=128,
@@ -438,7 +453,8 @@ def build_tiny_vlm(folder: str | Path, corpus: list[str], seed: int = 0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         hf = Qwen2_5_VLForConditionalGeneration(config)
-    hf.generation_config.eos_token_id, hf.generation_config.pad_token_id = ids["<|im_end|>"], ids["<|endoftext|>"]
+    hf.generation_config.eos_token_id = ids["<|im_end|>"]
+    hf.generation_config.pad_token_id = ids["<|endoftext|>"]
     hf.save_pretrained(folder)
     processor.save_pretrained(folder)
     # Where torchvision is installed, AutoProcessor insists on this file.
@@ -450,8 +466,8 @@ def build_tiny_vlm(folder: str | Path, corpus: list[str], seed: int = 0):
 def cold_start(output_dir: Path, max_steps: int, seed: int, accuracy: float = 0.4) -> str:
     """Supervised training of the tiny model on `shapes`, until its sampled held-out answers pass `accuracy`.
 
-    It is an ordinary run of train_dpo.py, in its own process and folder, whose final/ is then the model that the run
-    starts from (its reference, too). Returns that folder. Called on one rank; it does not use the others.
+    It is an ordinary run of train_dpo.py, in its own process and folder, whose final/ is then the model that
+    the run starts from (its reference, too). Returns that folder. Called on one rank; it needs no other.
     """
     folder = output_dir / "cold_start"
     command = [sys.executable, str(Path(__file__).with_name("train_dpo.py")), "--algo", "sft",
@@ -463,16 +479,32 @@ def cold_start(output_dir: Path, max_steps: int, seed: int, accuracy: float = 0.
            and not k.startswith("TORCHELASTIC")}
     result = subprocess.run(command, env=env)
     if result.returncode:
-        raise RuntimeError(f"the cold start failed (exit code {result.returncode}); its output stands above")
+        raise InputError(f"the cold start failed (exit code {result.returncode}); its output stands above")
     return str(folder / "final")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def start_model(args, output_dir: Path, rank: int) -> str:
+    """The folder or hub id the run starts from. Without --model_name_or_path rank 0 writes the tiny model and
+    trains it a little (--cold_start_steps); then all is as if --model_name_or_path had named that folder."""
+    if args.model_name_or_path is not None:
+        return args.model_name_or_path
+    path = output_dir / "tiny_vlm"
+    if rank == 0:
+        if args.cold_start_steps:
+            cold_start(output_dir, args.cold_start_steps, args.seed)
+        else:
+            build_tiny_vlm(path, args.seed)
+    if dist.is_initialized():
+        dist.barrier()
+    return str(output_dir / "cold_start" / "final" if args.cold_start_steps else path)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Ranks
 
 
 def init_distributed(device: str = "auto"):
-    """(rank, world_size, device) under torchrun or alone. gloo on a CPU, nccl on GPUs; one process needs no group."""
+    """(rank, world_size, device) under torchrun or alone: gloo on a CPU, nccl on GPUs, no group if alone."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -485,7 +517,7 @@ def init_distributed(device: str = "auto"):
 
 
 def all_reduce_sums(sums: dict[str, tuple], device="cpu") -> dict[str, tuple[float, float]]:
-    """{key: (sum, count)} of this rank -> of all ranks, in fp64 and one collective. Keys must be the same everywhere."""
+    """{key: (sum, count)} of this rank -> of all ranks, in fp64 and one collective. Keys must agree."""
     keys = sorted(sums)
     flat = torch.tensor([[float(x) for x in sums[k]] for k in keys], dtype=torch.float64, device=device)
     if dist.is_initialized():
@@ -494,11 +526,11 @@ def all_reduce_sums(sums: dict[str, tuple], device="cpu") -> dict[str, tuple[flo
 
 
 def backward(policy: Policy, loss: torch.Tensor, sync: bool):
-    """loss.backward(); with `sync` (the last micro-batch of a step) the gradients are averaged over the ranks after.
+    """loss.backward(); with `sync` (the last micro-batch of a step) it then averages gradients over ranks.
 
-    Averaged, not summed, as FSDP does it: the scripts multiply their loss by world_size. A parameter that no row used
-    (the vision tower, in rows without images) gets a gradient of zero, so that AdamW's momentum moves it alike
-    whether or not another rank had an image.
+    Averaged, not summed, as FSDP does it: the scripts multiply their loss by world_size. A parameter that no
+    row used (the vision tower, in rows without images) gets a gradient of zero, so that AdamW's momentum
+    moves it alike whether or not another rank had an image.
     """
     loss.backward()
     if not sync:
@@ -513,3 +545,41 @@ def backward(policy: Policy, loss: torch.Tensor, sync: bool):
     flat /= dist.get_world_size()
     for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad.copy_(grad.view_as(p))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a run leaves: output_dir/{args.json, metrics.jsonl, completions/, final/}
+
+
+def open_run(args, rank: int) -> Path:
+    """A new output folder, the same on every rank, with args.json: resolved flags and package versions."""
+    chosen = [None]
+    if rank == 0:
+        if args.output_dir is None:
+            n = 1
+            while os.path.exists(f"runs/{args.algo}-{n}"):
+                n += 1
+            args.output_dir = f"runs/{args.algo}-{n}"
+        folder = Path(args.output_dir)
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"--output_dir {folder} is not empty; name a new one, "
+                             f"or none for runs/{args.algo}-N")
+        (folder / "completions").mkdir(parents=True)
+        packages = ("torch", "transformers", "safetensors", "pillow", "numpy")
+        saved = vars(args) | {"command": sys.argv, "versions": {name: version(name) for name in packages}}
+        (folder / "args.json").write_text(json.dumps(saved, indent=2) + "\n")
+        print(f"{args.algo}: " + " ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
+        chosen = [args.output_dir]
+    if dist.is_initialized():
+        dist.broadcast_object_list(chosen)
+    return Path(chosen[0])
+
+
+def log_step(metrics: dict, output_dir: Path, rank: int, keys: tuple[str, ...]):
+    """Append to metrics.jsonl, and print the chosen keys on one line (tqdm.write spares the progress bar)."""
+    if rank == 0:
+        with open(output_dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        shown = [f"{k} {metrics[k]:.4g}" for k in keys if metrics.get(k) is not None]
+        if shown:
+            tqdm.write(f"step {metrics['step']} | " + " | ".join(shown))

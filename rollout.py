@@ -1,8 +1,9 @@
 """KV-cached sampling for groups, and the runner that scores completions in a killable process.
 
-The sampler runs the training module itself: no second engine, no second copy of the weights, nothing to sync. A
-prompt and its images are prefilled once; its keys and values then serve all of the group's completions. Sizes in
-comments: P prompts, G num_generations, N = P * G completions (group-major), S longest prompt, T longest completion.
+The sampler runs the training module itself: no second engine, no second copy of the weights, nothing to sync.
+A prompt and its images are prefilled once; its keys and values then serve all of the group's completions.
+Sizes in comments: P prompts, G num_generations, N = P * G completions (group-major), S longest prompt, T
+longest completion, R position rows (3 for M-RoPE models, else 1).
 """
 
 import importlib.util
@@ -15,24 +16,24 @@ from typing import NamedTuple
 import torch
 from transformers import DynamicCache
 
-from model import Policy, Prompt, group_attention_mask, pack_groups, to_device
+from model import InputError, Policy, Prompt, group_attention_mask, pack_groups, to_device
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Keyed randomness
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """splitmix64's finalizer (Steele, Lea, Flood 2014) on int64, whose multiplication wraps as uint64's does."""
+    """splitmix64's finalizer (Steele, Lea, Flood 2014) on int64, whose product wraps as uint64's does."""
     for shift, multiplier in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * multiplier
     return x
 
 
 def keyed_uniform(seed: int, draw: torch.Tensor, k: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Uniforms in [0, 1 - 2^-52], fp64, a pure function of (seed, draw number, k, token index); int64s that broadcast.
+    """fp64 uniforms in [0, 1 - 2^-52] from (seed, draw number, k, token index) alone; int64s that broadcast.
 
-    So there is no generator state to save, and neither the batch a prompt sits in nor the number of ranks nor an
-    interrupted rollout can shift what is sampled.
+    So there is no generator state to save, and neither the batch a prompt sits in nor the number of ranks nor
+    an interrupted rollout can shift what is sampled.
     """
     golden = -0x61C8864680B583EB  # 2^64 / phi, as int64
     x = torch.as_tensor(seed, dtype=torch.int64, device=draw.device)
@@ -43,51 +44,52 @@ def keyed_uniform(seed: int, draw: torch.Tensor, k: torch.Tensor, t: torch.Tenso
 
 
 def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Inverse CDF: (N, V) logits, (N,) uniforms in [0, 1) -> (N,) ids. An id of probability 0 is never returned.
+    """Inverse CDF: (N, V) logits, (N,) uniforms in [0, 1) -> (N,) ids, never one of probability 0.
 
-    right=True skips entries where the CDF does not rise; u <= 1 - 2^-52 keeps u * total below the total, so that the
-    index cannot run off the end. fp64, because in fp32 a CDF over 150k ids forgets its small ones.
+    right=True skips entries where the CDF does not rise; u <= 1 - 2^-52 keeps u * total below the total, so
+    that the index cannot run off the end. fp64, because in fp32 a CDF over 150k ids forgets its small ones.
     """
     cdf = logits.double().softmax(-1).cumsum(-1)                                    # (N, V)
     return torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sampling
 
 
 class Rollout(NamedTuple):
     """N = P * G completions, group-major: completion i belongs to prompt i // G."""
 
-    completion_ids: torch.Tensor     # (N, T) padded with pad_id; what is trained is these ids, never re-encoded text
-    completion_mask: torch.Tensor    # (N, T) True up to the first EOS, which is included
-    sampling_logps: torch.Tensor     # (N, T) log-probs at the sampling temperature, 0 where the mask is False
-    truncated: torch.Tensor          # (N,) True where max_completion_length came before an EOS
+    completion_ids: torch.Tensor   # (N, T) padded with pad_id; these ids are trained, never re-encoded text
+    completion_mask: torch.Tensor  # (N, T) True up to the first EOS, which is included
+    sampling_logps: torch.Tensor   # (N, T) log-probs at the sampling temperature, 0 where the mask is False
+    truncated: torch.Tensor        # (N,) True where max_completion_length came before an EOS
 
 
 @torch.no_grad()
-def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_generations: int, max_completion_length: int,
-           temperature: float, seed: int) -> Rollout:
+def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_generations: int,
+           max_completion_length: int, temperature: float, seed: int) -> Rollout:
     """num_generations completions of every prompt; temperature 0 is greedy (log-probs are then those at 1).
 
-    draws: the prompts' draw numbers, which key the randomness. Results come back on the CPU. Completion lengths
-    differ freely; rows that have ended leave the batch every 8 tokens, at which point alone the device is asked
-    whether all have ended. Runs in eval() mode and restores the mode it found.
+    draws: the prompts' draw numbers, which key the randomness. Results come back on the CPU. Completion
+    lengths differ freely; rows that have ended leave the batch every 8 tokens, at which point alone the
+    device is asked whether all have ended. Runs in eval() mode and restores the mode it found.
     """
     P, G, device = len(prompts), num_generations, policy.device
     N, T, was_training = P * G, max_completion_length, policy.training
     policy.eval()
     batch = to_device(pack_groups([(prompt, []) for prompt in prompts], policy.pad_id), device)
     lengths = (batch["segment_ids"] == 0).sum(-1)                                               # (P,)
-    S = batch["input_ids"].shape[1]
+    R, S = len(batch["position_ids"]), batch["input_ids"].shape[1]
     cache, eos = DynamicCache(), torch.tensor(policy.eos_ids, device=device)
     with policy.autocast():
-        hidden = policy.hidden(batch["input_ids"], batch["position_ids"],
-                               group_attention_mask(batch["segment_ids"], batch["group_ids"]), batch["pixels"], cache)
+        mask = group_attention_mask(batch["segment_ids"], batch["group_ids"])                   # (P, 1, S, S)
+        hidden = policy.hidden(batch["input_ids"], batch["position_ids"], mask, batch["pixels"], cache)
     # Everything below is per completion: row n continues prompt n // G.
-    hidden = hidden[torch.arange(P, device=device), lengths - 1].repeat_interleave(G, 0)       # (N, H)
+    hidden = hidden[torch.arange(P, device=device), lengths - 1].repeat_interleave(G, 0)        # (N, H)
     cache.batch_repeat_interleave(G)
-    next_position = torch.stack([p.positions.max() + 1 for p in prompts]).to(device).repeat_interleave(G)      # (N,)
+    next_position = torch.stack([p.positions.max() + 1 for p in prompts]).to(device)            # (P,)
+    next_position = next_position.repeat_interleave(G)                                          # (N,)
     # The columns a completion may attend to: its prompt without the padding, then its own tokens.
     visible = torch.ones(N, S + T, dtype=torch.bool, device=device)
     visible[:, :S] = (batch["segment_ids"] == 0).repeat_interleave(G, 0)
@@ -97,13 +99,14 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
 
     ids = torch.full((N, T), policy.pad_id, device=device)
     logps, alive = torch.zeros(N, T, device=device), torch.zeros(N, T, dtype=torch.bool, device=device)
-    rows = torch.arange(N, device=device)                    # which completion each row of the shrinking batch is
+    rows = torch.arange(N, device=device)  # which completion each row of the shrinking batch is
     running = torch.ones(N, dtype=torch.bool, device=device)
     for t in range(T):
-        logits = policy.logits(hidden, temperature or 1.0)                                      # (rows, V)
+        logits = policy.logits(hidden, temperature or 1.0)                              # (rows, V)
         token = sample_tokens(logits, uniforms[rows, t]) if temperature else logits.argmax(-1)
         ids[rows, t] = torch.where(running, token, policy.pad_id)
-        logps[rows, t] = torch.where(running, logits.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1), 0.0)
+        logp = logits.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1)            # (rows,)
+        logps[rows, t] = torch.where(running, logp, 0.0)
         alive[rows, t] = running
         running = running & ~torch.isin(token, eos)
         if t % 8 == 7 or t == T - 1:
@@ -114,28 +117,29 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
                 cache.batch_select_indices(left)
                 rows, running, token = rows[left], running[left], token[left]
         with policy.autocast():
-            positions = (next_position[rows] + t).expand(len(batch["position_ids"]), -1)[..., None]     # (R, rows, 1)
-            mask = visible[rows, None, None, :S + t + 1]                                        # (rows, 1, 1, S+t+1)
-            hidden = policy.hidden(token[:, None], positions, mask, cache=cache)[:, 0]          # (rows, H)
+            positions = (next_position[rows] + t).expand(R, -1)[..., None]              # (R, rows, 1)
+            mask = visible[rows, None, None, :S + t + 1]                                # (rows, 1, 1, S+t+1)
+            hidden = policy.hidden(token[:, None], positions, mask, cache=cache)[:, 0]  # (rows, H)
     policy.train(was_training)
     longest = max(1, int(alive.sum(-1).max()))
     truncated = ~torch.isin(ids, eos).logical_and(alive).any(-1)
-    return Rollout(ids[:, :longest].cpu(), alive[:, :longest].cpu(), logps[:, :longest].cpu(), truncated.cpu())
+    return Rollout(*(x[:, :longest].cpu() for x in (ids, alive, logps)), truncated.cpu())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rewards, in a process of their own
 
 
-class RewardError(RuntimeError):
-    """A reward function that raised, hung, died, or returned what is not one finite number (or None) a completion."""
+class RewardError(InputError):
+    """A reward function raised, hung, died, or did not return one finite number or None a completion."""
 
 
 def _load_function(spec: str):
-    """'path/to/file.py:function' -> the function. The file is run by its path; importing it must do nothing else."""
+    """'file.py:function' -> the function. The file is run by its path; importing it must do nothing else."""
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
-        raise RewardError(f"reward {spec}: no such file {path!r} (expected a built-in name or path/to/file.py:function)")
+        raise RewardError(f"reward {spec}: no such file {path!r} "
+                          "(expected a built-in name or path/to/file.py:function)")
     module_spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
@@ -145,7 +149,7 @@ def _load_function(spec: str):
 
 
 def _reward_child(connection, specs: list[str]):
-    """Loop of the child: receive (function index, columns), send ("ok", rewards) or ("error", traceback, row)."""
+    """Child loop: receive (function index, columns), send ("ok", rewards) or ("error", traceback, row)."""
     try:
         functions = [_load_function(spec) for spec in specs]
     except BaseException as error:
@@ -173,9 +177,9 @@ def _reward_child(connection, specs: list[str]):
 class RewardRunner:
     """Reward functions in one persistent `spawn`ed child: a hang or a crash there is a clear error here.
 
-    specs: "file.py:function". A function is called as in TRL, f(prompts=, completions=, **columns), each a list over
-    the completions, and returns one finite number a completion, or None to abstain. It is not a sandbox: the function
-    runs with this user's rights.
+    specs: "file.py:function". A function is called as in TRL, f(prompts=, completions=, **columns), each a
+    list over the completions, and returns one finite number a completion, or None to abstain. It is not a
+    sandbox: the function runs with this user's rights.
     """
 
     def __init__(self, specs: list[str], timeout: float = 60.0):
@@ -190,7 +194,8 @@ class RewardRunner:
         try:
             if not self.connection.poll(timeout):
                 self.close()
-                raise RewardError(f"{what}: no answer within {timeout:g} s (--reward_timeout); its process was killed")
+                raise RewardError(f"{what}: no answer within {timeout:g} s (--reward_timeout); "
+                                  "its process was killed")
             return self.connection.recv()
         except EOFError:
             self.process.join()
@@ -207,8 +212,9 @@ class RewardRunner:
     def score(self, completions: list[str], rows: list[dict], step: int) -> torch.Tensor:
         """(functions, N) fp64, nan where a function abstained. rows: the dataset row of each completion."""
         self.wait_until_ready()
-        hidden = {"images", "chosen", "rejected"}  # pixels are not sent through the pipe; answers are not prompts
-        names = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in hidden and not k.startswith("_")]
+        hidden = {"images", "chosen", "rejected"}  # pixels stay out of the pipe; answers are not prompts
+        names = [k for k in dict.fromkeys(k for row in rows for k in row)
+                 if k not in hidden and not k.startswith("_")]
         columns = {name: [row.get(name) for row in rows] for name in names}
         columns["prompts"], columns["completions"] = columns.pop("prompt"), completions
         return torch.stack([self._score_one(i, columns, rows, step) for i in range(len(self.specs))])
@@ -224,7 +230,8 @@ class RewardRunner:
         if status == "error":
             hint = ""
             if "string indices must be integers" in result:
-                hint = "\n(completions are strings here, not message lists: use completion, not completion[0]['content'])"
+                hint = ("\n(completions are strings here, not message lists: "
+                        "use completion, not completion[0]['content'])")
             elif "unexpected keyword argument" in result:
                 hint = "\n(it is called with every column of the dataset: give it a **kwargs)"
             where = at(culprit) if culprit is not None else f"a batch of {len(rows)} rows"
@@ -250,22 +257,23 @@ class RewardRunner:
         self.connection.close()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
-def evaluate(policy: Policy, processor, prompts: list[Prompt], rewards: RewardRunner, *, temperature: float,
-             max_completion_length: int, batch_size: int, seed: int, step: int):
-    """One answer to every held-out prompt -> (texts, rewards (functions, P)); temperature 0 is greedy."""
+def evaluate(policy: Policy, processor, rows: list[dict], encode, rewards: RewardRunner, *,
+             temperature: float, max_completion_length: int, batch_size: int, seed: int, step: int):
+    """One answer to every held-out row -> (texts, rewards (functions, rows)); temperature 0 is greedy.
+
+    encode(row) -> Prompt; rows are encoded batch by batch, so that never all pixels are in memory at once.
+    """
     texts = []
-    for i in range(0, len(prompts), batch_size):
-        chunk = prompts[i:i + batch_size]
-        result = sample(policy, chunk, list(range(i, i + len(chunk))), num_generations=1, temperature=temperature,
-                        max_completion_length=max_completion_length, seed=seed)
+    for i in range(0, len(rows), batch_size):
+        prompts = [encode(row) for row in rows[i:i + batch_size]]
+        result = sample(policy, prompts, list(range(i, i + len(prompts))), num_generations=1,
+                        temperature=temperature, max_completion_length=max_completion_length, seed=seed)
         texts += decode(processor, result)
-    if not prompts:
-        return [], torch.zeros(len(rewards.specs), 0, dtype=torch.float64)
-    return texts, rewards.score(texts, [p.row for p in prompts], step)
+    return texts, rewards.score(texts, rows, step)
 
 
 def decode(processor, rollout: Rollout) -> list[str]:

@@ -1,31 +1,31 @@
-"""Offline preference training of a vision-language model: MPO, DPO, SFT, and any weighted mix of their losses.
+"""Offline preference training of a vision-language model: MPO, DPO, SFT, and any weighted mix of them.
 
-    python train_dpo.py                                            # the built-in default: MPO on a tiny VLM, CPU, 2 min
-    python train_dpo.py --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --dataset pairs.jsonl --image_root images \\
-        --algo mpo --dtype bfloat16 --gradient_checkpointing --per_device_train_batch_size 2 \\
+    python train_dpo.py                          # the built-in default: MPO on a tiny VLM, CPU, 2 min
+    python train_dpo.py --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --algo mpo --dtype bfloat16 \\
+        --dataset pairs.jsonl --image_root images --gradient_checkpointing --per_device_train_batch_size 2 \\
         --gradient_accumulation_steps 128 --learning_rate 5e-6 --num_train_epochs 1
-    torchrun --nproc_per_node=2 train_dpo.py                       # the same on two ranks
+    torchrun --nproc_per_node=2 train_dpo.py     # the same on two ranks
 
     rows -> group rows (chosen, rejected) -> [reference log-probs, cached on disk once] -> token log-probs
          -> sum of weighted losses, each divided by its count over the whole optimizer step -> step
 
-At step 1 the policy is the reference, so the printed losses must be: sigmoid 0.6931, bco_pair 1.3863, MPO 0.8318 + NLL.
+At step 1 the policy is the reference: the losses must be sigmoid 0.6931, bco_pair 1.3863, MPO 0.8318 + NLL.
 
 Where this differs from the papers and from TRL:
- 1. BCO's reward shift delta is the mean of the rewards of all completed optimizer steps (--bco_delta running). InternVL's
-    mean includes the current micro-batch, TRL >= 0.29 has none (--bco_delta none). Evaluation does not move it.
- 2. Every loss is a sum over the whole optimizer step divided by its count there, so the gradient does not depend on the
-    micro-batch size or the number of ranks. TRL averages micro-batch means, which differs for `sft`.
- 3. `sft` in MPO is the paper's per-response mean (--nll_normalization sequence), in --algo sft the token mean.
- 4. A completion ends with its first EOS; what the chat template writes after it is not trained. TRL trains it.
- 5. The reference is the starting policy. Its log-probs are computed before the first step and kept on disk, by the
-    content of weights, ids and pixels; there is no second model in memory.
+ 1. BCO's reward shift delta is the mean reward of all completed optimizer steps (--bco_delta running).
+    InternVL includes the current micro-batch, TRL >= 0.29 has none (--bco_delta none). Evaluation keeps it.
+ 2. Every loss is a sum over the whole optimizer step divided by its count there, so the gradient depends on
+    neither micro-batch size nor number of ranks. TRL averages micro-batch means, which differs for `sft`.
+ 3. `sft` in MPO is the paper's per-response mean (--nll_normalization sequence), in --algo sft a token mean.
+ 4. A completion ends with its first EOS; what the template writes after it is not trained. TRL trains it.
+ 5. The reference is the starting policy. Its log-probs are computed before the first step and kept on disk,
+    by the content of weights, ids and pixels; there is no second model in memory.
  6. rewards/accuracies counts a tie as 1/2, so it starts at 0.5 (TRL: 0).
 """
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads are ruinous on a shared machine
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads ruin a shared machine
 
 import argparse
 import difflib
@@ -35,7 +35,6 @@ import math
 import sys
 import time
 from collections import defaultdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -52,84 +51,82 @@ import model
 import rollout
 
 PRESETS = {
-    "mpo": dict(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0], beta=0.1, bco_delta="running",
-                nll_normalization="sequence"),  # arXiv 2411.10442, section 4.1 and InternVL's scripts
+    "mpo": dict(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0], bco_delta="running",
+                beta=0.1, nll_normalization="sequence"),  # arXiv 2411.10442, section 4.1, InternVL's scripts
     "dpo": dict(loss_type=["sigmoid"], beta=0.1),  # arXiv 2305.18290
     "sft": dict(loss_type=["sft"], nll_normalization="token", learning_rate=2e-5),
 }
-TINY_DEFAULTS = {  # for the tiny model, used when no --model_name_or_path is given
-    "mpo": dict(learning_rate=2e-4, per_device_train_batch_size=32, max_steps=80, eval_steps=20, warmup_steps=5),
-    "dpo": dict(learning_rate=2e-4, per_device_train_batch_size=32, max_steps=80, eval_steps=20, warmup_steps=5),
-    "sft": dict(learning_rate=2e-3, per_device_train_batch_size=32, max_steps=100, eval_steps=20, warmup_steps=20,
-                adam_beta2=0.98),
-}
-ALL_TINY = dict(lr_scheduler_type="constant", max_completion_length=24, per_device_eval_batch_size=256)
+# For the tiny model, used when no --model_name_or_path is given.
+TINY_DEFAULTS = dict(learning_rate=2e-4, per_device_train_batch_size=32, max_steps=80, eval_steps=20,
+                     warmup_steps=5, lr_scheduler_type="constant", max_completion_length=24,
+                     per_device_eval_batch_size=256)
+TINY_BY_ALGO = {"sft": dict(learning_rate=2e-3, max_steps=100, warmup_steps=20, adam_beta2=0.98)}
 
 
 def build_parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
+    add = p.add_argument
+    on_off = argparse.BooleanOptionalAction
     # what
-    p.add_argument("--algo", choices=list(PRESETS), default="mpo", help="a preset of the loss flags; a flag given wins")
-    p.add_argument("--model_name_or_path", help="folder or hub id of a vision-language model; none: a tiny one is built")
-    p.add_argument("--dataset", help=".jsonl or .json of pairs (data.py says the columns); none: the shapes task")
-    p.add_argument("--image_root", help="folder that image paths are relative to, and may not leave")
-    p.add_argument("--eval_dataset", help="held-out rows, same columns and --image_root")
-    p.add_argument("--output_dir", help="default: a new runs/<algo>-N")
-    p.add_argument("--ref_cache", default="runs/ref_cache", help="folder of cached reference log-probs")
+    add("--algo", choices=list(PRESETS), default="mpo", help="a preset of the loss flags; a flag given wins")
+    add("--model_name_or_path", help="folder or hub id of a vision-language model; none: a tiny one is built")
+    add("--dataset", help=".jsonl or .json of pairs (data.py says the columns); none: the shapes task")
+    add("--image_root", help="folder that image paths are relative to, and may not leave")
+    add("--eval_dataset", help="held-out rows, same columns and --image_root")
+    add("--output_dir", help="default: a new runs/<algo>-N")
+    add("--ref_cache", default="runs/ref_cache", help="folder of cached reference log-probs")
     # losses
-    p.add_argument("--loss_type", nargs="+", help=f"any of {', '.join(losses.PREFERENCE_LOSSES)}; spaces or commas")
-    p.add_argument("--loss_weights", nargs="+", type=float, help="one per loss_type; default 1 each")
-    p.add_argument("--beta", type=float, default=0.1, help="strength of the pull to the reference, in every pair loss")
-    p.add_argument("--bco_delta", choices=["running", "ema", "none"], default="running", help="BCO's reward shift")
-    p.add_argument("--nll_normalization", choices=["sequence", "token"], default="sequence", help="the mean in `sft`")
+    add("--loss_type", nargs="+", help=f"any of {', '.join(losses.PREFERENCE_LOSSES)}; spaces or commas")
+    add("--loss_weights", nargs="+", type=float, help="one per loss_type; default 1 each")
+    add("--beta", type=float, default=0.1, help="strength of the pull to the reference, in every pair loss")
+    add("--bco_delta", choices=["running", "ema", "none"], default="running", help="BCO's reward shift")
+    add("--nll_normalization", choices=["sequence", "token"], default="sequence", help="the mean in `sft`")
     # steps
-    p.add_argument("--per_device_train_batch_size", type=int, default=8, help="pairs (SFT: rows) of a micro-batch")
-    p.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of an optimizer step")
-    p.add_argument("--num_train_epochs", type=float, default=1.0, help="passes over the data; max_steps wins")
-    p.add_argument("--max_steps", type=int, default=-1, help="optimizer steps; -1: from the epochs")
-    p.add_argument("--learning_rate", type=float, default=1e-6, help="peak, after the warm-up")
-    p.add_argument("--lr_scheduler_type", choices=["cosine", "linear", "constant"], default="linear", help="after warm-up")
-    p.add_argument("--warmup_steps", type=float, default=0.0, help="steps, or below 1 a share of all steps")
-    p.add_argument("--weight_decay", type=float, default=0.0, help="of AdamW, on every parameter")
-    p.add_argument("--adam_beta1", type=float, default=0.9, help="of AdamW")
-    p.add_argument("--adam_beta2", type=float, default=0.999, help="of AdamW")
-    p.add_argument("--max_grad_norm", type=float, default=1.0, help="global norm that gradients are clipped to")
+    add("--per_device_train_batch_size", type=int, default=8, help="pairs (SFT: rows) of a micro-batch")
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of an optimizer step")
+    add("--num_train_epochs", type=float, default=1.0, help="passes over the data; max_steps wins")
+    add("--max_steps", type=int, default=-1, help="optimizer steps; -1: from the epochs")
+    add("--learning_rate", type=float, default=1e-6, help="peak, after the warm-up")
+    add("--lr_scheduler_type", choices=["cosine", "linear", "constant"], default="linear", help="the decay")
+    add("--warmup_steps", type=float, default=0.0, help="steps, or below 1 a share of all steps")
+    add("--weight_decay", type=float, default=0.0, help="of AdamW, on every parameter")
+    add("--adam_beta1", type=float, default=0.9, help="of AdamW")
+    add("--adam_beta2", type=float, default=0.999, help="of AdamW")
+    add("--max_grad_norm", type=float, default=1.0, help="global norm that gradients are clipped to")
     # limits
-    p.add_argument("--max_length", type=int, help="longest prompt + completion in tokens; default: the model's context")
-    p.add_argument("--overlong", choices=["error", "skip"], default="error", help="rows beyond it; never cut, skip counts")
-    p.add_argument("--max_completion_length", type=int, default=256, help="tokens of a held-out answer")
+    add("--max_length", type=int, help="longest prompt + completion in tokens; default: the model's context")
+    add("--overlong", choices=["error", "skip"], default="error", help="rows beyond; never cut, skip counts")
+    add("--max_completion_length", type=int, default=256, help="tokens of a held-out answer")
     # model
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute; weights are fp32")
-    p.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False,
-                   help="recompute layers in the backward")
-    p.add_argument("--freeze_vision_tower", action=argparse.BooleanOptionalAction, default=False,
-                   help="train the language model only")
-    p.add_argument("--share_prompt", action=argparse.BooleanOptionalAction, default=True,
-                   help="a pair is one row; --no-share_prompt gives each completion its own")
-    p.add_argument("--cold_start_steps", type=int, help="most SFT steps before the run, on the built-in model and task "
-                   "only; default 200 there (0 in --algo sft), it stops at 0.4 sampled accuracy")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute; weights are fp32")
+    add("--gradient_checkpointing", action=on_off, default=False, help="recompute layers in the backward")
+    add("--freeze_vision_tower", action=on_off, default=False, help="train the language model only")
+    add("--share_prompt", action=on_off, default=True,
+        help="a pair is one row; --no-share_prompt gives each completion its own")
+    add("--cold_start_steps", type=int, help="most SFT steps before the run, on the built-in model and task "
+        "only; default 200 there (0 in --algo sft), it stops at 0.4 sampled accuracy")
     # evaluation and the rest
-    p.add_argument("--eval_steps", type=int, default=100, help="evaluate every so many steps, and before and after")
-    p.add_argument("--per_device_eval_batch_size", type=int, default=16, help="prompts answered, pairs scored at once")
-    p.add_argument("--eval_temperature", type=float, default=0.0, help="of held-out answers; 0 is greedy")
-    p.add_argument("--stop_at_accuracy", type=float, help="stop once eval/accuracy reaches it")
-    p.add_argument("--reward_timeout", type=float, default=60.0, help="seconds for scoring the held-out answers")
-    p.add_argument("--seed", type=int, default=0, help="of the data order, the sampling, the tiny model")
-    p.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    add("--eval_steps", type=int, default=100, help="evaluate every so many steps, and before and after")
+    add("--per_device_eval_batch_size", type=int, default=16, help="prompts answered, pairs scored at once")
+    add("--eval_temperature", type=float, default=0.0, help="of held-out answers; 0 is greedy")
+    add("--stop_at_accuracy", type=float, help="stop once eval/accuracy reaches it")
+    add("--reward_timeout", type=float, default=60.0, help="seconds for scoring the held-out answers")
+    add("--seed", type=int, default=0, help="of the data order, the sampling, the tiny model")
+    add("--device", default="auto", help="cpu, cuda, or auto")
     return p
 
 
-# === the same in train_dpo.py and train_grpo.py ======================================================================
+# === the same in train_dpo.py and train_grpo.py =============================================================
 
 
 def parse_args(argv):
-    """Flags, over the defaults that --algo and the built-in model set. A typo is an error that names the nearest flag."""
+    """Flags over --algo's and the built-in model's defaults; a typo is an error naming the nearest flag."""
     parser = build_parser()
     first, _ = parser.parse_known_args(argv)
     parser.set_defaults(**PRESETS[first.algo])
     if first.model_name_or_path is None:
-        parser.set_defaults(**ALL_TINY | TINY_DEFAULTS[first.algo])
+        parser.set_defaults(**TINY_DEFAULTS | TINY_BY_ALGO.get(first.algo, {}))
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [f for action in parser._actions for f in action.option_strings]
@@ -141,60 +138,12 @@ def parse_args(argv):
         parser.error("--cold_start_steps is for the built-in model and task; train your own with --algo sft")
     if args.cold_start_steps is None:
         args.cold_start_steps = 200 if built_in and args.algo != "sft" else 0
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "max_completion_length"):
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps",
+                 "max_completion_length"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     check_args(args, parser)
     return args
-
-
-def open_run(args, rank: int) -> Path:
-    """A new output folder, the same on every rank, with args.json: the resolved flags and the package versions."""
-    chosen = [None]
-    if rank == 0:
-        if args.output_dir is None:
-            n = 1
-            while os.path.exists(f"runs/{args.algo}-{n}"):
-                n += 1
-            args.output_dir = f"runs/{args.algo}-{n}"
-        folder = Path(args.output_dir)
-        if folder.exists() and any(folder.iterdir()):
-            raise FileExistsError(f"--output_dir {folder} is not empty; name a new one, or none for runs/{args.algo}-N")
-        (folder / "completions").mkdir(parents=True)
-        packages = ("torch", "transformers", "safetensors", "pillow", "numpy")
-        saved = vars(args) | {"command": sys.argv, "versions": {name: version(name) for name in packages}}
-        (folder / "args.json").write_text(json.dumps(saved, indent=2) + "\n")
-        print(f"{args.algo}: " + " ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
-        chosen = [args.output_dir]
-    if dist.is_initialized():
-        dist.broadcast_object_list(chosen)
-    return Path(chosen[0])
-
-
-def start_model(args, output_dir: Path, rank: int) -> str:
-    """The folder or hub id the run starts from. Without --model_name_or_path rank 0 writes the tiny model, and trains
-    it a little (--cold_start_steps); from then on the run is as if --model_name_or_path had named that folder."""
-    if args.model_name_or_path is not None:
-        return args.model_name_or_path
-    path = output_dir / "tiny_vlm"
-    if rank == 0:
-        if args.cold_start_steps:
-            model.cold_start(output_dir, args.cold_start_steps, args.seed)
-        else:
-            model.build_tiny_vlm(path, data.TINY_CORPUS, args.seed)
-    if dist.is_initialized():
-        dist.barrier()
-    return str(output_dir / "cold_start" / "final" if args.cold_start_steps else path)
-
-
-def log_step(metrics: dict, output_dir: Path, rank: int, keys: tuple[str, ...]):
-    """Append to metrics.jsonl, and print the chosen keys on one line (tqdm.write keeps the progress bar whole)."""
-    if rank == 0:
-        with open(output_dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
-        shown = [f"{k} {metrics[k]:.4g}" for k in keys if metrics.get(k) is not None]
-        if shown:
-            tqdm.write(f"step {metrics['step']} | " + " | ".join(shown))
 
 
 def make_optimizer(args, policy, max_steps: int):
@@ -207,7 +156,7 @@ def make_optimizer(args, policy, max_steps: int):
     return optimizer, get_scheduler(name, optimizer, int(warmup), max_steps), parameters
 
 
-# === end of the shared part ==========================================================================================
+# === end of the shared part =================================================================================
 
 
 def check_args(args, parser):
@@ -226,15 +175,16 @@ def group_key(group) -> str:
     """What a group's log-probs depend on besides the weights: prompt ids, pixels, completion ids."""
     prompt, completions = group
     digest = hashlib.sha256()
-    for name, tensor in [("tokens", prompt.tokens), *sorted(prompt.pixels.items()), *(("", c) for c in completions)]:
+    named = [("tokens", prompt.tokens), *sorted(prompt.pixels.items()), *(("", c) for c in completions)]
+    for name, tensor in named:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.contiguous().numpy())
     return digest.hexdigest()
 
 
 class ReferenceCache:
-    """Per-token log-probs of the starting policy: {group key: (all completions' tokens,)}, in safetensors files under
-    a folder named after the weights and the dtype. A changed model, template, image or answer is another key."""
+    """Per-token log-probs of the starting policy, {group key: (all completions' tokens,)}, in safetensors
+    files in a folder named after weights and dtype. A new model, template, image or answer is a new key."""
 
     def __init__(self, folder: str, policy):
         name = f"{model.weights_fingerprint(policy)[:32]}-{str(policy.dtype).removeprefix('torch.')}"
@@ -244,12 +194,12 @@ class ReferenceCache:
                 self.known |= {key: tensors.get_tensor(key) for key in tensors.keys()}
 
     def add(self, policy, groups_in_batches, share_prompt: bool) -> tuple[int, int]:
-        """Compute and store what is missing. -> (groups found, groups computed)"""
-        found, new = 0, {}
+        """Compute and store what is missing. -> (distinct groups computed, distinct groups found)"""
+        found, new = set(), {}
         for groups in groups_in_batches:
             keyed = {group_key(g): g for g in groups}
             missing = {k: g for k, g in keyed.items() if k not in self.known and k not in new}
-            found += len(keyed) - len(missing)
+            found |= keyed.keys() & self.known.keys()
             if missing:
                 batch = model.to_device(pack(list(missing.values()), policy, share_prompt), policy.device)
                 with torch.no_grad():
@@ -261,12 +211,13 @@ class ReferenceCache:
                     n += len(completions)
         if new:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = self.folder / f"{hashlib.sha256(''.join(sorted(new)).encode()).hexdigest()[:32]}.safetensors"
+            name = hashlib.sha256("".join(sorted(new)).encode()).hexdigest()[:32]
+            file = self.folder / f"{name}.safetensors"
             temporary = file.with_suffix(f".tmp{os.getpid()}")
             save_file(new, temporary)
             temporary.rename(file)  # a killed run leaves no half-written cache
             self.known |= new
-        return found, len(new)
+        return len(new), len(found)
 
     def logps(self, groups, mask) -> torch.Tensor:
         """(N, T) like the policy's, 0 where the mask is False."""
@@ -275,14 +226,14 @@ class ReferenceCache:
 
 
 def pack(groups, policy, share_prompt: bool):
-    """Group rows, or with share_prompt False the plain form: every completion behind its own copy of the prompt."""
+    """Group rows, or without share_prompt plain ones: each completion behind its own copy of the prompt."""
     if not share_prompt:
         groups = [(prompt, [completion]) for prompt, completions in groups for completion in completions]
     return model.pack_groups(groups, policy.pad_id, row_tokens=0)
 
 
 def score_groups(args, policy, groups, reference, delta):
-    """One micro-batch -> ({loss: (sum, count)}, {metric: (sum, count)}). Chosen and rejected alternate in the batch."""
+    """One micro-batch -> ({loss: (sum, count)}, {metric: (sum, count)}). Chosen and rejected alternate."""
     batch = model.to_device(pack(groups, policy, args.share_prompt), policy.device)
     logps, _ = policy(batch)                                                                    # (N, T)
     mask = batch["completion_mask"]
@@ -290,15 +241,15 @@ def score_groups(args, policy, groups, reference, delta):
         return losses.preference_losses(args.loss_type, logps, mask, beta=args.beta,
                                         nll_normalization=args.nll_normalization)
     ref_logps = reference.logps(groups, mask)                                                   # (N, T)
-    return losses.preference_losses(args.loss_type, logps[0::2], mask[0::2], logps[1::2], mask[1::2], ref_logps[0::2],
-                                    ref_logps[1::2], beta=args.beta, delta=delta,
+    return losses.preference_losses(args.loss_type, logps[0::2], mask[0::2], logps[1::2], mask[1::2],
+                                    ref_logps[0::2], ref_logps[1::2], beta=args.beta, delta=delta,
                                     nll_normalization=args.nll_normalization)
 
 
 def main(argv=None):
     args = parse_args(argv)
     rank, world_size, device = model.init_distributed(args.device)
-    output_dir = open_run(args, rank)
+    output_dir = model.open_run(args, rank)
     torch.manual_seed(args.seed)
 
     # --- data
@@ -313,17 +264,19 @@ def main(argv=None):
     if args.eval_dataset is not None:
         eval_rows = data.read_rows(args.eval_dataset, args.image_root, ("prompt", *columns))
     step_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
-    max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * len(train_rows) / step_rows)
+    steps = args.num_train_epochs * len(train_rows) / step_rows
+    max_steps = args.max_steps if args.max_steps > 0 else math.ceil(steps)
 
-    # --- held-out answers are scored by the same `accuracy` that train_grpo.py rewards, where rows have a solution
+    # --- held-out answers are scored by the same `accuracy` as in train_grpo.py, where rows have a solution
     rewards = None
     if eval_rows and all(row.get("solution") is not None for row in eval_rows):
-        rewards = rollout.RewardRunner([f"{Path(__file__).with_name('train_grpo.py')}:accuracy"], args.reward_timeout)
+        accuracy = f"{Path(__file__).with_name('train_grpo.py')}:accuracy"
+        rewards = rollout.RewardRunner([accuracy], args.reward_timeout)
     elif rank == 0:
-        print("no eval/accuracy: " + ("some held-out rows lack a solution" if eval_rows else "no --eval_dataset"))
+        print("no eval/accuracy:", "some held-out rows lack a solution" if eval_rows else "no --eval_dataset")
 
     # --- policy, the rows that it will meet, reference, optimizer
-    source = start_model(args, output_dir, rank)
+    source = model.start_model(args, output_dir, rank)
     policy, processor = model.load_policy(source, args.dtype, device, args.gradient_checkpointing,
                                           args.freeze_vision_tower)
 
@@ -331,18 +284,19 @@ def main(argv=None):
         return data.encode_group(policy, processor, row, columns)
 
     limit = data.length_limit(policy, args.max_length)
-    plan = data.check_rows(train_rows, max_steps * step_rows, args.seed, args.overlong, limit, rank, world_size,
-                           lambda row: data.group_length(encode(row)))
-    eval_rows = eval_rows[rank::world_size]
-    eval_groups = [encode(row) for row in eval_rows]
-    for row, group in zip(eval_rows, eval_groups):
-        data.check_length(row, data.group_length(group), limit)
+    plan = data.check_rows(train_rows, max_steps * step_rows, args.seed, args.overlong, limit, rank,
+                           world_size, lambda row: data.group_length(encode(row)))
+    eval_rows = data.check_eval_rows(eval_rows, limit, rank, world_size,
+                                     lambda row: data.group_length(encode(row)))
 
-    def batches(groups, size):
-        return [groups[i:i + size] for i in range(0, len(groups), size)]
+    def batches(items, size):
+        return [items[i:i + size] for i in range(0, len(items), size)]
+
+    def encoded(rows, size):
+        return ([encode(row) for row in chunk] for chunk in batches(rows, size))
 
     def rows_of(step):
-        """This rank's rows of a step: a slice of the global batch, which is the same for any number of ranks."""
+        """This rank's slice of a step's global batch, which is the same for any number of ranks."""
         mine = step_rows // world_size
         return [train_rows[i] for i in plan[step * step_rows + rank * mine:][:mine]]
 
@@ -350,54 +304,57 @@ def main(argv=None):
     if pairs:
         reference = ReferenceCache(args.ref_cache, policy)
         visited = {id(row): row for step in range(max_steps) for row in rows_of(step)}.values()
-        in_batches = ([encode(row) for row in chunk]
-                      for chunk in batches(list(visited), args.per_device_train_batch_size))
-        found, computed = reference.add(policy, in_batches, args.share_prompt)
-        reference.add(policy, batches(eval_groups, args.per_device_eval_batch_size), args.share_prompt)
+        batched = encoded(list(visited), args.per_device_train_batch_size)
+        computed, found = reference.add(policy, batched, args.share_prompt)
+        reference.add(policy, encoded(eval_rows, args.per_device_eval_batch_size), args.share_prompt)
         if rank == 0:
-            print(f"reference log-probs: {computed} pairs computed, {found} from {reference.folder}", flush=True)
+            print(f"reference log-probs: {computed} pairs computed, {found} found in {reference.folder}",
+                  flush=True)
     optimizer, scheduler, parameters = make_optimizer(args, policy, max_steps)
     delta = 0.0  # BCO's shift; moves after each optimizer step, never in evaluation
+    weighted = list(zip(args.loss_type, args.loss_weights))
 
     def evaluate(step):
+        if not eval_rows:
+            return {}
         sums = defaultdict(lambda: (0.0, 0.0))
 
         def add(new, prefix):
             for key, (total, count) in new.items():
-                sums[prefix + key] = (sums[prefix + key][0] + float(total), sums[prefix + key][1] + float(count))
+                old = sums[prefix + key]
+                sums[prefix + key] = (old[0] + float(total), old[1] + float(count))
 
         with torch.no_grad():
-            for groups in batches(eval_groups, args.per_device_eval_batch_size):
+            for groups in encoded(eval_rows, args.per_device_eval_batch_size):
                 terms, metrics = score_groups(args, policy, groups, reference, delta)
                 add(terms, "eval/loss/")
                 add(metrics, "eval/")
         if rewards is not None:
             texts, scores = rollout.evaluate(
-                policy, processor, [prompt for prompt, _ in eval_groups], rewards, temperature=args.eval_temperature,
-                max_completion_length=args.max_completion_length, batch_size=args.per_device_eval_batch_size,
-                seed=args.seed, step=step)
+                policy, processor, eval_rows, lambda row: data.encode_prompt(policy, processor, row), rewards,
+                temperature=args.eval_temperature, max_completion_length=args.max_completion_length,
+                batch_size=args.per_device_eval_batch_size, seed=args.seed, step=step)
             known = ~scores[0].isnan()
             add({"accuracy": (scores[0][known].sum(), known.sum())}, "eval/")
             if rank == 0:
                 with open(output_dir / "completions" / f"step_{step}.jsonl", "w") as file:
                     for row, text, score in zip(eval_rows, texts, scores[0].tolist()):
-                        file.write(json.dumps(dict(row=row["_source"], completion=text, accuracy=score)) + "\n")
-        if not eval_groups and world_size == 1:
-            return {}
+                        line = dict(row=row["_source"], completion=text, accuracy=score)
+                        file.write(json.dumps(line) + "\n")
         means = {k: s / max(n, 1) for k, (s, n) in model.all_reduce_sums(sums, device).items()}
-        if means:
-            means["eval/loss"] = sum(w * means[f"eval/loss/{n}"] for n, w in zip(args.loss_type, args.loss_weights))
-            if rank == 0:
-                shown = ("eval/loss", "eval/rewards/margins", "eval/rewards/accuracies", "eval/accuracy")
-                tqdm.write(f"held-out, step {step}: " + ", ".join(f"{k} {means[k]:.4f}" for k in shown if k in means))
+        means["eval/loss"] = sum(weight * means[f"eval/loss/{name}"] for name, weight in weighted)
+        if rank == 0:
+            shown = ("eval/loss", "eval/rewards/margins", "eval/rewards/accuracies", "eval/accuracy")
+            line = ", ".join(f"{k} {means[k]:.4f}" for k in shown if k in means)
+            tqdm.write(f"held-out, step {step}: {line}")
         return means
 
     start = evaluate(0)
-    log_step({"step": 0, **start}, output_dir, rank, ())
+    model.log_step({"step": 0, **start}, output_dir, rank, ())
     progress = tqdm(total=max_steps, desc=args.algo, disable=None if rank == 0 else True)
     end = start
 
-    # ---------------------------------------------------------------------------------------------------- the loop
+    # ----------------------------------------------------------------------------------------------- the loop
     for step in range(max_steps):
         began = time.perf_counter()
         groups = [encode(row) for row in rows_of(step)]
@@ -413,7 +370,7 @@ def main(argv=None):
         sums = defaultdict(lambda: (0.0, 0.0))
         for i, micro in enumerate(micro_batches):
             terms, metrics = score_groups(args, policy, micro, reference, delta)
-            loss = sum(weight * terms[name][0] / counts[name] for name, weight in zip(args.loss_type, args.loss_weights))
+            loss = sum(weight * terms[name][0] / counts[name] for name, weight in weighted)
             model.backward(policy, loss * world_size, sync=i == len(micro_batches) - 1)
             metrics |= {f"loss/{name}": (total.detach(), count) for name, (total, count) in terms.items()}
             for key, (total, count) in metrics.items():
@@ -429,7 +386,7 @@ def main(argv=None):
         # 4. everything below is diagnostics, except that BCO's shift moves by this step's mean reward
         means = {key: total / count for key, (total, count) in model.all_reduce_sums(sums, device).items()}
         metrics = {"step": step + 1, "epoch": (step + 1) * step_rows / len(train_rows),
-                   "loss": sum(w * means[f"loss/{n}"] for n, w in zip(args.loss_type, args.loss_weights)),
+                   "loss": sum(weight * means[f"loss/{name}"] for name, weight in weighted),
                    "grad_norm": float(grad_norm), "learning_rate": learning_rate, **means}
         if "bco_pair" in args.loss_type:
             metrics["bco_delta"] = delta  # the one that this step used
@@ -443,8 +400,9 @@ def main(argv=None):
         if (step + 1) % args.eval_steps == 0 or step + 1 == max_steps:
             end = evaluate(step + 1)
             metrics |= end
-        log_step(metrics, output_dir, rank, ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "nll",
-                                             "grad_norm", "learning_rate", "step_time", "eval/accuracy"))
+        model.log_step(metrics, output_dir, rank, (
+            "loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "nll", "grad_norm",
+            "learning_rate", "step_time", "eval/accuracy"))
         progress.update()
         if args.stop_at_accuracy is not None and end.get("eval/accuracy", -1) >= args.stop_at_accuracy:
             if rank == 0:
@@ -465,4 +423,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except model.InputError as error:
+        sys.exit(f"error: {error}")

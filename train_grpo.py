@@ -1,32 +1,33 @@
 """Online reinforcement learning of a vision-language model: GRPO, GSPO, Dr. GRPO, DAPO's loss.
 
-    python train_grpo.py                                           # the built-in default: a tiny VLM, CPU, under 3 min
-    python train_grpo.py --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --dataset train.jsonl --image_root images \\
-        --algo gspo --dtype bfloat16 --gradient_checkpointing --num_generations 8 --per_device_train_batch_size 8 \\
-        --gradient_accumulation_steps 8 --max_completion_length 512 --reward_funcs accuracy format my_rewards.py:brief
-    torchrun --nproc_per_node=2 train_grpo.py                      # the same on two ranks
+    python train_grpo.py                         # the built-in default: a tiny VLM, CPU, under 3 min
+    python train_grpo.py --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --algo gspo --dtype bfloat16 \\
+        --dataset train.jsonl --image_root images --gradient_checkpointing --num_generations 8 \\
+        --per_device_train_batch_size 8 --gradient_accumulation_steps 8 --max_completion_length 512 \\
+        --reward_funcs accuracy format my_rewards.py:brief
+    torchrun --nproc_per_node=2 train_grpo.py    # the same on two ranks
 
     prompts -> rollout (G completions each, with their log-probs) -> rewards -> advantages -> group rows
-            -> token log-probs -> clipped policy loss, divided by its count over the whole optimizer step -> step
+            -> token log-probs -> clipped policy loss / its count over the whole optimizer step -> step
 
-At the first update of a rollout the ratio is exactly 1 and nothing is clipped, yet the gradient norm is not 0; with
-loss_type grpo the loss is 0 (advantages are centred), with dapo it is -sum A|y| / sum |y|.
+At the first update of a rollout the ratio is exactly 1, nothing is clipped, yet the gradient norm is not 0;
+with loss_type grpo the loss is 0 (advantages are centred), with dapo it is -sum A|y| / sum |y|.
 
 Where this differs from the papers and from TRL:
- 1. Every loss is a sum over the whole optimizer step divided by its count there, so the gradient does not depend on the
-    micro-batch size or the number of ranks. TRL averages micro-batch means in `grpo`.
+ 1. Every loss is a sum over the whole optimizer step divided by its count there, so the gradient depends on
+    neither micro-batch size nor number of ranks. TRL averages micro-batch means in `grpo`.
  2. A rollout's groups are cut into updates whole. TRL shuffles completions across the updates of a rollout.
  3. beta is 0 (TRL's default; the GRPO paper has 0.04): no reference model is kept.
- 4. With one update per rollout, old log-probs are the training pass's own, detached, so the ratio is exactly 1 also in
-    bf16; with more, one no-grad pass of the same function on the same rows. The sampler's own log-probs are compared
-    with them (sampling/sampling_logp_difference/mean), never trained on.
- 5. Ids that can never be an answer (image placeholders) are excluded from the softmax, in sampler and trainer alike.
+ 4. With one update per rollout, old log-probs are the training pass's own, detached: the ratio is exactly 1
+    also in bf16; with more, one no-grad pass of the same function on the same rows. The sampler's own
+    log-probs are compared with them (sampling/sampling_logp_difference/mean), never trained on.
+ 5. Ids that can never be an answer (image placeholders) are left out of the softmax, in sampler and trainer.
  6. --algo dapo is its loss and clip range; its dynamic sampling and overlong penalty are not.
 """
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads are ruinous on a shared machine
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads ruin a shared machine
 
 import argparse
 import copy
@@ -37,7 +38,6 @@ import re
 import sys
 import time
 from collections import defaultdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -51,24 +51,24 @@ import losses
 import model
 import rollout
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reward functions: edit these, or pass --reward_funcs path/to/file.py:function.
 #
-# f(completions, **columns) -> one number a completion, or None to abstain. `completions` are strings (EOS and other
-# special tokens removed), the columns those of the dataset (`solution`, ...) with `prompts`, each a list over the
-# completions. They run in a process of their own, which imports this file.
+# f(completions, **columns) -> one number a completion, or None to abstain. `completions` are strings (EOS and
+# other special tokens removed), the columns those of the dataset (`solution`, ...) with `prompts`, each a
+# list over the completions. They run in a process of their own, which imports this file.
 
 
 def format(completions, **_):
-    """1.0 for <think>...</think><answer>...</answer> and nothing else around it (R1-V); both may span lines."""
+    """1.0 for <think>...</think><answer>...</answer> and nothing around it (R1-V); both may span lines."""
     pattern = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
     return [float(pattern.fullmatch(text[:100_000]) is not None) for text in completions]
 
 
 def accuracy(completions, solution, **_):
-    """1.0 if the answer equals the row's solution: as text, as a number, as a choice letter, or, where math-verify is
-    installed, as mathematics. The answer is the last <answer>, else the last \\boxed{}, else the whole text. None
-    (abstain) if the row has no solution."""
+    """1.0 if the answer equals the row's solution: as text, as a number, as a choice letter, or, where
+    math-verify is installed, as mathematics. The answer is the last <answer>, else the last \\boxed{}, else
+    the whole text. None (abstain) if the row has no solution."""
     return [None if gold is None else float(same_answer(final_answer(text), final_answer(str(gold))))
             for text, gold in zip(completions, solution)]
 
@@ -109,7 +109,7 @@ def same_answer(answer: str, gold: str) -> bool:
 
 REWARDS = ("accuracy", "format")
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 PRESETS = {
     "grpo": dict(loss_type=["grpo"], importance_sampling_level="token", epsilon=0.2),  # arXiv 2402.03300
@@ -119,85 +119,87 @@ PRESETS = {
     "dapo": dict(loss_type=["dapo"], epsilon=0.2, epsilon_high=0.28),  # arXiv 2503.14476
 }
 UPDATES_PER_ROLLOUT = {"gspo": 4}  # the paper cuts a rollout into four updates; the other presets take one
-TINY_DEFAULTS = {algo: dict(learning_rate=2e-4, per_device_train_batch_size=256, max_steps=75, eval_steps=25,
-                            warmup_steps=5, adam_beta2=0.95) for algo in PRESETS}  # used without --model_name_or_path
-ALL_TINY = dict(lr_scheduler_type="constant", max_completion_length=24, per_device_eval_batch_size=256)
+# For the tiny model, used when no --model_name_or_path is given. At temperature 1 one seed of three stopped ever
+# trying one of the six answers, and stayed at 0.85; at 1.25 none did.
+TINY_DEFAULTS = dict(learning_rate=3e-4, temperature=1.25, per_device_train_batch_size=256, max_steps=75,
+                     eval_steps=25, warmup_steps=5, adam_beta2=0.95, lr_scheduler_type="constant",
+                     max_completion_length=24, per_device_eval_batch_size=256)
+TINY_BY_ALGO = {"gspo": dict(per_device_train_batch_size=64, max_steps=200, eval_steps=50)}
 
 
 def build_parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
+    add = p.add_argument
+    on_off = argparse.BooleanOptionalAction
     # what
-    p.add_argument("--algo", choices=list(PRESETS), default="grpo", help="a preset of the loss flags; a flag given wins")
-    p.add_argument("--model_name_or_path", help="folder or hub id of a vision-language model; none: a tiny one is built")
-    p.add_argument("--dataset", help=".jsonl or .json of prompts (data.py says the columns); none: the shapes task")
-    p.add_argument("--image_root", help="folder that image paths are relative to, and may not leave")
-    p.add_argument("--eval_dataset", help="held-out rows, same columns and --image_root")
-    p.add_argument("--output_dir", help="default: a new runs/<algo>-N")
+    add("--algo", choices=list(PRESETS), default="grpo", help="a preset of the loss flags; a flag given wins")
+    add("--model_name_or_path", help="folder or hub id of a vision-language model; none: a tiny one is built")
+    add("--dataset", help=".jsonl or .json of prompts (data.py says the columns); none: the shapes task")
+    add("--image_root", help="folder that image paths are relative to, and may not leave")
+    add("--eval_dataset", help="held-out rows, same columns and --image_root")
+    add("--output_dir", help="default: a new runs/<algo>-N")
     # rewards
-    p.add_argument("--reward_funcs", nargs="+", default=["accuracy", "format"],
-                   help=f"{', '.join(REWARDS)}, or path/to/file.py:function; spaces or commas")
-    p.add_argument("--reward_weights", nargs="+", type=float, help="one per reward; default 1, 0.1 for format")
-    p.add_argument("--reward_timeout", type=float, default=60.0, help="seconds for one call of one reward function")
-    p.add_argument("--scale_rewards", choices=["group", "none"], default="group", help="divide by the group's std?")
+    add("--reward_funcs", nargs="+", default=["accuracy", "format"],
+        help=f"{', '.join(REWARDS)}, or path/to/file.py:function; spaces or commas")
+    add("--reward_weights", nargs="+", type=float, help="one per reward; default 1, 0.1 for format")
+    add("--reward_timeout", type=float, default=60.0, help="seconds for one call of one reward function")
+    add("--scale_rewards", choices=["group", "none"], default="group", help="divide by the group's std?")
     # loss
-    p.add_argument("--loss_type", nargs=1, help=f"the mean over tokens: {', '.join(losses.POLICY_LOSSES)}")
-    p.add_argument("--importance_sampling_level", choices=["token", "sequence"], default="token", help="GRPO, GSPO")
-    p.add_argument("--epsilon", type=float, default=0.2, help="ratio clipped below at 1 - epsilon")
-    p.add_argument("--epsilon_high", type=float, help="ratio clipped above at 1 + epsilon_high; default: epsilon")
-    p.add_argument("--beta", type=float, default=0.0, help="weight of the k3 KL to the starting policy; 0 keeps none")
+    add("--loss_type", nargs=1, help=f"the mean over tokens: {', '.join(losses.POLICY_LOSSES)}")
+    add("--importance_sampling_level", choices=["token", "sequence"], default="token", help="GRPO, GSPO")
+    add("--epsilon", type=float, default=0.2, help="ratio clipped below at 1 - epsilon")
+    add("--epsilon_high", type=float, help="ratio clipped above at 1 + epsilon_high; default: epsilon")
+    add("--beta", type=float, default=0.0, help="weight of the k3 KL to the starting policy; 0 keeps none")
     # sampling
-    p.add_argument("--num_generations", type=int, default=8, help="G, completions per prompt")
-    p.add_argument("--max_completion_length", type=int, default=256, help="tokens sampled at most")
-    p.add_argument("--temperature", type=float, default=1.0, help="of sampling; every log-prob is taken at it")
+    add("--num_generations", type=int, default=8, help="G, completions per prompt")
+    add("--max_completion_length", type=int, default=256, help="tokens sampled at most")
+    add("--temperature", type=float, default=1.0, help="of sampling; every log-prob is taken at it")
     # steps
-    p.add_argument("--per_device_train_batch_size", type=int, default=8, help="completions of a micro-batch")
-    p.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of an optimizer step")
-    p.add_argument("--steps_per_generation", type=int, help="micro-batches of a rollout, a multiple of "
-                   "gradient_accumulation_steps; default: one update per rollout (gspo: four)")
-    p.add_argument("--num_iterations", type=int, default=1, help="passes over a rollout")
-    p.add_argument("--num_train_epochs", type=float, default=1.0, help="passes over the data; max_steps wins")
-    p.add_argument("--max_steps", type=int, default=-1, help="optimizer steps; -1: from the epochs")
-    p.add_argument("--learning_rate", type=float, default=1e-6, help="peak, after the warm-up")
-    p.add_argument("--lr_scheduler_type", choices=["cosine", "linear", "constant"], default="linear", help="after warm-up")
-    p.add_argument("--warmup_steps", type=float, default=0.0, help="steps, or below 1 a share of all steps")
-    p.add_argument("--weight_decay", type=float, default=0.0, help="of AdamW, on every parameter")
-    p.add_argument("--adam_beta1", type=float, default=0.9, help="of AdamW")
-    p.add_argument("--adam_beta2", type=float, default=0.999, help="of AdamW")
-    p.add_argument("--max_grad_norm", type=float, default=1.0, help="global norm that gradients are clipped to")
+    add("--per_device_train_batch_size", type=int, default=8, help="completions of a micro-batch")
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of an optimizer step")
+    add("--steps_per_generation", type=int, help="micro-batches of a rollout, a multiple of "
+        "gradient_accumulation_steps; default: one update per rollout (gspo: four)")
+    add("--num_iterations", type=int, default=1, help="passes over a rollout")
+    add("--num_train_epochs", type=float, default=1.0, help="passes over the data; max_steps wins")
+    add("--max_steps", type=int, default=-1, help="optimizer steps; -1: from the epochs")
+    add("--learning_rate", type=float, default=1e-6, help="peak, after the warm-up")
+    add("--lr_scheduler_type", choices=["cosine", "linear", "constant"], default="linear", help="the decay")
+    add("--warmup_steps", type=float, default=0.0, help="steps, or below 1 a share of all steps")
+    add("--weight_decay", type=float, default=0.0, help="of AdamW, on every parameter")
+    add("--adam_beta1", type=float, default=0.9, help="of AdamW")
+    add("--adam_beta2", type=float, default=0.999, help="of AdamW")
+    add("--max_grad_norm", type=float, default=1.0, help="global norm that gradients are clipped to")
     # limits
-    p.add_argument("--max_prompt_length", type=int, help="tokens; default: what the context leaves the completion")
-    p.add_argument("--overlong", choices=["error", "skip"], default="error", help="prompts beyond it; never cut, skip "
-                   "counts")
+    add("--max_prompt_length", type=int, help="tokens; default: what the context leaves the completion")
+    add("--overlong", choices=["error", "skip"], default="error", help="rows beyond; never cut, skip counts")
     # model
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute; weights are fp32")
-    p.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False,
-                   help="recompute layers in the backward")
-    p.add_argument("--freeze_vision_tower", action=argparse.BooleanOptionalAction, default=False,
-                   help="train the language model only")
-    p.add_argument("--share_prompt", action=argparse.BooleanOptionalAction, default=True,
-                   help="a group is one row; --no-share_prompt gives each completion its own")
-    p.add_argument("--cold_start_steps", type=int, help="most SFT steps before the run, on the built-in model and task "
-                   "only; default 200 there, it stops at 0.4 sampled accuracy")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute; weights are fp32")
+    add("--gradient_checkpointing", action=on_off, default=False, help="recompute layers in the backward")
+    add("--freeze_vision_tower", action=on_off, default=False, help="train the language model only")
+    add("--share_prompt", action=on_off, default=True,
+        help="a group is one row; --no-share_prompt gives each completion its own")
+    add("--cold_start_steps", type=int, help="most SFT steps before the run, on the built-in model and task "
+        "only; default 200 there, it stops at 0.4 sampled accuracy")
     # evaluation and the rest
-    p.add_argument("--eval_steps", type=int, default=100, help="evaluate every so many steps, and before and after")
-    p.add_argument("--per_device_eval_batch_size", type=int, default=16, help="prompts answered at once")
-    p.add_argument("--eval_temperature", type=float, default=0.0, help="of held-out answers; 0 is greedy")
-    p.add_argument("--seed", type=int, default=0, help="of the data order, the sampling, the tiny model")
-    p.add_argument("--device", default="auto", help="cpu, cuda, or auto")
+    add("--eval_steps", type=int, default=100, help="evaluate every so many steps, and before and after")
+    add("--per_device_eval_batch_size", type=int, default=16, help="prompts answered at once")
+    add("--eval_temperature", type=float, default=0.0, help="of held-out answers; 0 is greedy")
+    add("--seed", type=int, default=0, help="of the data order, the sampling, the tiny model")
+    add("--device", default="auto", help="cpu, cuda, or auto")
     return p
 
 
-# === the same in train_dpo.py and train_grpo.py ======================================================================
+# === the same in train_dpo.py and train_grpo.py =============================================================
 
 
 def parse_args(argv):
-    """Flags, over the defaults that --algo and the built-in model set. A typo is an error that names the nearest flag."""
+    """Flags over --algo's and the built-in model's defaults; a typo is an error naming the nearest flag."""
     parser = build_parser()
     first, _ = parser.parse_known_args(argv)
     parser.set_defaults(**PRESETS[first.algo])
     if first.model_name_or_path is None:
-        parser.set_defaults(**ALL_TINY | TINY_DEFAULTS[first.algo])
+        parser.set_defaults(**TINY_DEFAULTS | TINY_BY_ALGO.get(first.algo, {}))
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [f for action in parser._actions for f in action.option_strings]
@@ -209,60 +211,12 @@ def parse_args(argv):
         parser.error("--cold_start_steps is for the built-in model and task; train your own with --algo sft")
     if args.cold_start_steps is None:
         args.cold_start_steps = 200 if built_in and args.algo != "sft" else 0
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "max_completion_length"):
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps",
+                 "max_completion_length"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     check_args(args, parser)
     return args
-
-
-def open_run(args, rank: int) -> Path:
-    """A new output folder, the same on every rank, with args.json: the resolved flags and the package versions."""
-    chosen = [None]
-    if rank == 0:
-        if args.output_dir is None:
-            n = 1
-            while os.path.exists(f"runs/{args.algo}-{n}"):
-                n += 1
-            args.output_dir = f"runs/{args.algo}-{n}"
-        folder = Path(args.output_dir)
-        if folder.exists() and any(folder.iterdir()):
-            raise FileExistsError(f"--output_dir {folder} is not empty; name a new one, or none for runs/{args.algo}-N")
-        (folder / "completions").mkdir(parents=True)
-        packages = ("torch", "transformers", "safetensors", "pillow", "numpy")
-        saved = vars(args) | {"command": sys.argv, "versions": {name: version(name) for name in packages}}
-        (folder / "args.json").write_text(json.dumps(saved, indent=2) + "\n")
-        print(f"{args.algo}: " + " ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
-        chosen = [args.output_dir]
-    if dist.is_initialized():
-        dist.broadcast_object_list(chosen)
-    return Path(chosen[0])
-
-
-def start_model(args, output_dir: Path, rank: int) -> str:
-    """The folder or hub id the run starts from. Without --model_name_or_path rank 0 writes the tiny model, and trains
-    it a little (--cold_start_steps); from then on the run is as if --model_name_or_path had named that folder."""
-    if args.model_name_or_path is not None:
-        return args.model_name_or_path
-    path = output_dir / "tiny_vlm"
-    if rank == 0:
-        if args.cold_start_steps:
-            model.cold_start(output_dir, args.cold_start_steps, args.seed)
-        else:
-            model.build_tiny_vlm(path, data.TINY_CORPUS, args.seed)
-    if dist.is_initialized():
-        dist.barrier()
-    return str(output_dir / "cold_start" / "final" if args.cold_start_steps else path)
-
-
-def log_step(metrics: dict, output_dir: Path, rank: int, keys: tuple[str, ...]):
-    """Append to metrics.jsonl, and print the chosen keys on one line (tqdm.write keeps the progress bar whole)."""
-    if rank == 0:
-        with open(output_dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
-        shown = [f"{k} {metrics[k]:.4g}" for k in keys if metrics.get(k) is not None]
-        if shown:
-            tqdm.write(f"step {metrics['step']} | " + " | ".join(shown))
 
 
 def make_optimizer(args, policy, max_steps: int):
@@ -275,48 +229,56 @@ def make_optimizer(args, policy, max_steps: int):
     return optimizer, get_scheduler(name, optimizer, int(warmup), max_steps), parameters
 
 
-# === end of the shared part ==========================================================================================
+# === end of the shared part =================================================================================
 
 
 def check_args(args, parser):
     if args.loss_type[0] not in losses.POLICY_LOSSES or len(args.loss_type) != 1:
-        parser.error(f"unknown --loss_type {' '.join(args.loss_type)}; choose one of {', '.join(losses.POLICY_LOSSES)}")
+        parser.error(f"unknown --loss_type {' '.join(args.loss_type)}; "
+                     f"choose one of {', '.join(losses.POLICY_LOSSES)}")
     args.loss_type = args.loss_type[0]
     args.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     args.reward_funcs = [name for item in args.reward_funcs for name in item.split(",") if name]
     for name in args.reward_funcs:
         if name not in REWARDS and ":" not in name:
-            parser.error(f"unknown --reward_funcs {name}; choose from {', '.join(REWARDS)} or path/to/file.py:function")
-    args.reward_weights = args.reward_weights or [0.1 if name == "format" else 1.0 for name in args.reward_funcs]
+            parser.error(f"unknown --reward_funcs {name}; choose from {', '.join(REWARDS)} "
+                         "or path/to/file.py:function")
+    names = [name.rpartition(":")[2] for name in args.reward_funcs]
+    if len(set(names)) < len(names):
+        parser.error(f"two --reward_funcs have one name ({', '.join(names)}): their metrics would be mixed up")
+    args.reward_weights = args.reward_weights or [0.1 if f == "format" else 1.0 for f in args.reward_funcs]
     if len(args.reward_weights) != len(args.reward_funcs):
-        parser.error(f"{len(args.reward_funcs)} --reward_funcs but {len(args.reward_weights)} --reward_weights")
+        parser.error(f"{len(args.reward_funcs)} --reward_funcs "
+                     f"but {len(args.reward_weights)} --reward_weights")
     if args.temperature <= 0:
         parser.error("--temperature must be above 0: a greedy group has no variance")
     if args.num_generations < 2:
-        parser.error("--num_generations must be at least 2: an advantage compares the completions of one prompt")
+        parser.error("--num_generations must be at least 2: an advantage compares a prompt's completions")
     ga, size, G = args.gradient_accumulation_steps, args.per_device_train_batch_size, args.num_generations
     args.steps_per_generation = args.steps_per_generation or ga * UPDATES_PER_ROLLOUT.get(args.algo, 1)
     if args.steps_per_generation % ga:
+        enough = ga * math.ceil(args.steps_per_generation / ga)
         parser.error(f"--steps_per_generation {args.steps_per_generation} must be a multiple of "
-                     f"--gradient_accumulation_steps {ga}; {ga * math.ceil(args.steps_per_generation / ga)} is")
+                     f"--gradient_accumulation_steps {ga}; {enough} is")
     if size * ga % G:
-        parser.error(f"an update of {size} x {ga} completions (per_device_train_batch_size x gradient_accumulation_steps) "
-                     f"must hold whole groups of --num_generations {G}; {math.ceil(size * ga / G) * G} completions would")
+        parser.error(f"an update of {size} x {ga} completions (per_device_train_batch_size x "
+                     f"gradient_accumulation_steps) must hold whole groups of --num_generations {G}; "
+                     f"{math.ceil(size * ga / G) * G} completions would")
 
 
 def main(argv=None):
     args = parse_args(argv)
     rank, world_size, device = model.init_distributed(args.device)
-    output_dir = open_run(args, rank)
+    output_dir = model.open_run(args, rank)
     torch.manual_seed(args.seed)
     specs = [name if ":" in name else f"{Path(__file__).resolve()}:{name}" for name in args.reward_funcs]
     names = [name.rpartition(":")[2] for name in args.reward_funcs]
     rewards = rollout.RewardRunner(specs, args.reward_timeout)  # starts while the model loads
 
     # --- sizes. A rollout serves `updates` optimizer steps, num_iterations times over
-    G = args.num_generations
+    G, scale_rewards = args.num_generations, args.scale_rewards
     updates = args.steps_per_generation // args.gradient_accumulation_steps
-    completions_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps    # of this rank
+    completions_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps  # per rank
     prompts_per_rank = completions_per_update * updates // G
     prompts_per_rollout = prompts_per_rank * world_size
     steps_per_rollout = updates * args.num_iterations
@@ -338,68 +300,73 @@ def main(argv=None):
               f"{rollouts} rollouts, {max_steps} steps", flush=True)
 
     # --- policy, the prompts that it will meet, reference, optimizer
-    source = start_model(args, output_dir, rank)
+    source = model.start_model(args, output_dir, rank)
     policy, processor = model.load_policy(source, args.dtype, device, args.gradient_checkpointing,
                                           args.freeze_vision_tower)
+
+    def encode(row):
+        return data.encode_prompt(policy, processor, row)
+
     limit = data.length_limit(policy, None) - args.max_completion_length
     limit = limit if args.max_prompt_length is None else min(limit, args.max_prompt_length)
-    plan = data.check_rows(train_rows, rollouts * prompts_per_rollout, args.seed, args.overlong, limit, rank, world_size,
-                           lambda row: len(data.encode_prompt(policy, processor, row).tokens))
-    eval_prompts = [data.encode_prompt(policy, processor, row) for row in eval_rows[rank::world_size]]
-    for prompt in eval_prompts:
-        data.check_length(prompt.row, len(prompt.tokens), limit)
+    plan = data.check_rows(train_rows, rollouts * prompts_per_rollout, args.seed, args.overlong, limit, rank,
+                           world_size, lambda row: len(encode(row).tokens))
+    eval_rows = data.check_eval_rows(eval_rows, limit, rank, world_size, lambda row: len(encode(row).tokens))
     ref = copy.deepcopy(policy).requires_grad_(False) if args.beta else None
     optimizer, scheduler, parameters = make_optimizer(args, policy, max_steps)
     rewards.wait_until_ready()
     weights = torch.tensor(args.reward_weights, dtype=torch.float64)
 
     def combine(scores):
-        """(functions, N) -> (N,): the weighted sum over the functions that did not abstain; nan where all did."""
+        """(functions, N) -> (N,): the weighted sum of those that did not abstain; nan where all did."""
         total = (weights[:, None] * scores.nan_to_num(0.0)).sum(0)
         return torch.where(scores.isnan().all(0), math.nan, total)
 
     def evaluate(step):
+        if not eval_rows:
+            return {}
         texts, scores = rollout.evaluate(
-            policy, processor, eval_prompts, rewards, temperature=args.eval_temperature, seed=args.seed, step=step,
-            max_completion_length=args.max_completion_length, batch_size=args.per_device_eval_batch_size)
+            policy, processor, eval_rows, encode, rewards, temperature=args.eval_temperature,
+            max_completion_length=args.max_completion_length, batch_size=args.per_device_eval_batch_size,
+            seed=args.seed, step=step)
         total = combine(scores)
         sums = {"eval/reward": (total.nansum(), (~total.isnan()).sum())}
         for name, row in zip(names, scores):
             key = "eval/accuracy" if name == "accuracy" else f"eval/rewards/{name}/mean"
             sums[key] = (row.nansum(), (~row.isnan()).sum())
         means = {k: s / n for k, (s, n) in model.all_reduce_sums(sums, device).items() if n}
-        if rank == 0 and means:
+        if rank == 0:
             tqdm.write(f"held-out, step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
         return means
 
     start = end = evaluate(0)
-    log_step({"step": 0, **start}, output_dir, rank, ())
+    model.log_step({"step": 0, **start}, output_dir, rank, ())
     progress = tqdm(total=max_steps, desc=args.algo, disable=None if rank == 0 else True)
 
-    # ---------------------------------------------------------------------------------------------------- the loop
+    # ----------------------------------------------------------------------------------------------- the loop
     step = 0
     for number in range(rollouts):
         began = time.perf_counter()
 
-        # 1. sample G completions for this rank's slice of the rollout's prompts, P of them; N = P * G
-        #    and within it this rank's slice of every update, so that the ranks together make the updates of one rank
+        # 1. sample G completions for each of this rank's P prompts of the rollout, N = P * G in all. They are
+        #    its slice of every update, so that the ranks together make the updates of one rank
         share = completions_per_update // G
         draws = [number * prompts_per_rollout + (update * world_size + rank) * share + i
                  for update in range(updates) for i in range(share)]
-        prompts = [data.encode_prompt(policy, processor, train_rows[plan[d]]) for d in draws]
+        prompts = [encode(train_rows[plan[d]]) for d in draws]
         sampled = rollout.sample(policy, prompts, draws, num_generations=G, temperature=args.temperature,
                                  max_completion_length=args.max_completion_length, seed=args.seed)
         texts = rollout.decode(processor, sampled)
         rollout_time = time.perf_counter() - began
 
         # 2. score them, and compare within each group
-        scores = rewards.score(texts, [p.row for p in prompts for _ in range(G)], step + 1)         # (functions, N)
-        total = combine(scores)                                                                     # (N,)
-        advantages = losses.group_advantages(total, G, scale_rewards=args.scale_rewards).float()    # (N,)
+        scores = rewards.score(texts, [p.row for p in prompts for _ in range(G)], step + 1)   # (functions, N)
+        total = combine(scores)                                                               # (N,)
+        advantages = losses.group_advantages(total, G, scale_rewards=scale_rewards).float()   # (N,)
         rollout_sums = rollout_metrics(names, scores, total, sampled, G)
         save_completions(output_dir, rank, step + 1, prompts, texts, names, scores, advantages, G)
 
-        # 3. group rows: `updates` lists of micro-batches; a micro-batch smaller than G holds slices of a group
+        # 3. group rows: `updates` lists of micro-batches; one smaller than G holds slices of a group
         micro_batches = [make_micro_batch(args, policy, prompts, sampled, advantages, range(i, j), device)
                          for i in range(0, len(texts), completions_per_update)
                          for i, j in slices(i, i + completions_per_update, args.per_device_train_batch_size)]
@@ -415,14 +382,14 @@ def main(argv=None):
             mine = micro_batches[update % updates * ga:][:ga]
 
             # 4. what the loss is divided by, over all micro-batches and ranks
-            count = sum(losses.policy_loss_count(args.loss_type, m["completion_mask"], args.max_completion_length)
-                        for m in mine)
+            count = sum(losses.policy_loss_count(args.loss_type, m["completion_mask"],
+                                                 args.max_completion_length) for m in mine)
             count = model.all_reduce_sums({"count": (count, 0)}, device)["count"][0]
 
             # 5. gradients, step
             sums = defaultdict(lambda: (0.0, 0.0), rollout_sums)
             for i, micro in enumerate(mine):
-                logps, entropy = policy(micro, args.temperature)                                    # (n, T), (n, T)
+                logps, entropy = policy(micro, args.temperature)                              # (n, T), (n, T)
                 old_logps = micro.get("old_logps", logps.detach())
                 loss, metrics = losses.policy_loss(
                     logps, old_logps, micro["advantages"], micro["completion_mask"], loss_type=args.loss_type,
@@ -447,21 +414,21 @@ def main(argv=None):
             # 6. everything below is diagnostics
             sums = model.all_reduce_sums(sums, device)
             loss = sums.pop("loss")[0] / count
-            metrics = {"step": step, "epoch": (number + 1) * prompts_per_rollout / len(train_rows), "loss": loss,
-                       "grad_norm": float(grad_norm), "learning_rate": learning_rate,
+            metrics = {"step": step, "epoch": (number + 1) * prompts_per_rollout / len(train_rows),
+                       "loss": loss, "grad_norm": float(grad_norm), "learning_rate": learning_rate,
                        **{k: s / n for k, (s, n) in sums.items() if n}}
             if rank == 0 and update == 0 and number == 0:
-                tqdm.write(f"step 1 must start at: ratio {metrics['ratio']:.6f} (expected 1), clipped "
-                           f"{metrics['clip_ratio/region_mean']:.4f} (expected 0), grad_norm {float(grad_norm):.4f} "
-                           f"(expected > 0)")
+                tqdm.write(f"step 1 must start at: ratio {metrics['ratio']:.6f} (expected 1), "
+                           f"clipped {metrics['clip_ratio/region_mean']:.4f} (expected 0), "
+                           f"grad_norm {float(grad_norm):.4f} (expected > 0)")
             metrics |= {"rollout_time": rollout_time, "step_time": time.perf_counter() - began}
             began = time.perf_counter()
             if step % args.eval_steps == 0 or step == max_steps:
                 end = evaluate(step)
                 metrics |= end
-            log_step(metrics, output_dir, rank, (
-                "reward", *(f"rewards/{name}/mean" for name in names), "reward_std", "frac_reward_zero_std", "loss",
-                "grad_norm", "entropy", "kl", "clip_ratio/region_mean", "completions/mean_length",
+            model.log_step(metrics, output_dir, rank, (
+                "reward", *(f"rewards/{name}/mean" for name in names), "reward_std", "frac_reward_zero_std",
+                "loss", "grad_norm", "entropy", "kl", "clip_ratio/region_mean", "completions/mean_length",
                 "completions/clipped_ratio", "step_time", "eval/accuracy"))
             progress.update()
 
@@ -481,13 +448,14 @@ def slices(start: int, stop: int, size: int):
 
 
 def make_micro_batch(args, policy, prompts, sampled, advantages, indices, device) -> dict:
-    """The completions `indices` of a rollout as packed rows, with what the loss needs of them beside it, (n,) or (n, T).
+    """A rollout's completions `indices` as packed rows, beside them what the loss needs, (n,) or (n, T).
 
     Consecutive completions of one prompt share a row (or, with --no-share_prompt, stand in one each).
     """
     groups = []
     for n in indices:
-        prompt, ids = prompts[n // args.num_generations], sampled.completion_ids[n][sampled.completion_mask[n]]
+        prompt = prompts[n // args.num_generations]
+        ids = sampled.completion_ids[n][sampled.completion_mask[n]]
         if groups and groups[-1][0] is prompt and args.share_prompt:
             groups[-1][1].append(ids)
         else:
@@ -500,9 +468,9 @@ def make_micro_batch(args, policy, prompts, sampled, advantages, indices, device
 
 def rollout_metrics(names, scores, total, sampled, G) -> dict[str, tuple[float, float]]:
     """TRL's keys for one rollout of this rank, as (sum, count). scores (functions, N), total (N,)."""
-    groups, lengths = total.view(-1, G), sampled.completion_mask.sum(-1)                            # (P, G), (N,)
+    groups, lengths = total.view(-1, G), sampled.completion_mask.sum(-1)                      # (P, G), (N,)
     known = groups[~groups.isnan().any(-1)]
-    std = known.std(-1)                                                                             # (P',)
+    std = known.std(-1)                                                                       # (P',)
     sums = {"reward": (total.nansum(), (~total.isnan()).sum()), "reward_std": (std.sum(), len(std)),
             "frac_reward_zero_std": ((std < 1e-8).sum(), len(std)),
             "completions/mean_length": (lengths.sum(), len(lengths)),
@@ -513,14 +481,18 @@ def rollout_metrics(names, scores, total, sampled, G) -> dict[str, tuple[float, 
 
 
 def save_completions(output_dir, rank, step, prompts, texts, names, scores, advantages, G):
-    """completions/step_N.jsonl: all of rank 0's completions of the rollout that step N is the first to use."""
+    """completions/step_N.jsonl: rank 0's completions of the rollout that step N is the first to use."""
     if rank == 0:
         with open(output_dir / "completions" / f"step_{step}.jsonl", "w") as file:
             for n, text in enumerate(texts):
-                file.write(json.dumps(dict(
-                    row=prompts[n // G].row["_source"], completion=text, advantage=advantages[n].item(),
-                    **{name: None if r[n].isnan() else r[n].item() for name, r in zip(names, scores)})) + "\n")
+                values = {name: None if r[n].isnan() else r[n].item() for name, r in zip(names, scores)}
+                line = dict(row=prompts[n // G].row["_source"], completion=text,
+                            advantage=advantages[n].item(), **values)
+                file.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except model.InputError as error:
+        sys.exit(f"error: {error}")

@@ -29,7 +29,7 @@ def build_tiny_idefics3(folder):
 
     specials = ["<pad>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>",
                 *(f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4))]
-    tokenizer = model.build_tokenizer(data.TINY_CORPUS, specials, eos="<end_of_utterance>", pad="<pad>")
+    tokenizer = model.build_tokenizer(model.TINY_CORPUS, specials, eos="<end_of_utterance>", pad="<pad>")
     vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=48,
                   patch_size=8)
     config = Idefics3Config(
@@ -53,7 +53,7 @@ def build_tiny_idefics3(folder):
     processor.save_pretrained(folder)
 
 
-BUILDERS = {"qwen2_5_vl": lambda folder: model.build_tiny_vlm(folder, data.TINY_CORPUS), "idefics3": build_tiny_idefics3}
+BUILDERS = {"qwen2_5_vl": lambda folder: model.build_tiny_vlm(folder), "idefics3": build_tiny_idefics3}
 FAMILIES = list(BUILDERS)
 
 

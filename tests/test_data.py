@@ -44,7 +44,7 @@ def test_reads_rows_under_canonical_names(tmp_path, root):
     open(path, "w", encoding="utf-8-sig", newline="").write(text)
     first, second = data.read_rows(path, str(root), ("prompt", "solution"))
     assert first["images"] == ["good.png"] and first["difficulty"] == 0.3 and first["solution"] == 4
-    assert (second["prompt"], second["solution"], second["id"]) == ("q", "7", 3) and len(second["images"]) == 2
+    assert (second["prompt"], second["solution"], second["answer"], second["id"]) == ("q", "7", "7", 3) and len(second["images"]) == 2
     assert second["_source"] == f"{path}:3"
     as_list = write(tmp_path, json.dumps([GOOD, GOOD]), name="rows.json")
     assert data.read_rows(as_list, None, ())[1]["_source"] == f"{as_list}[1]"
@@ -66,7 +66,7 @@ def test_malformed_rows_name_file_and_line(tmp_path, lines, message):
 
 def test_missing_or_odd_file(tmp_path):
     """A wrong path or suffix says what was expected."""
-    with pytest.raises(FileNotFoundError, match=r"expected a \.jsonl or \.json"):
+    with pytest.raises(data.RowError, match=r"expected a \.jsonl or \.json"):
         data.read_rows(str(tmp_path / "none.jsonl"), None, ())
     with pytest.raises(data.RowError, match=r"expected a \.jsonl or \.json"):
         data.read_rows(write(tmp_path, GOOD, name="rows.csv"), None, ())
@@ -206,8 +206,9 @@ def test_shapes_task():
 def test_export_round_trip(loaded, folders, family, tmp_path):
     """F18: every tensor, the processor, the chat template and files the processor does not know come back, read by
     transformers alone in a clean process; tied weights are written once."""
-    from conftest import run
     import sys
+
+    from conftest import run
 
     policy, processor = loaded(family)
     with torch.no_grad():
@@ -245,8 +246,8 @@ def test_wrong_model_paths_are_one_error(tmp_path):
     """A folder that is not there is not looked up on the hub; a text-only model says so."""
     from transformers import LlamaConfig
 
-    with pytest.raises(FileNotFoundError, match="--model_name_or_path ./nowhere: no such folder"):
+    with pytest.raises(model.InputError, match="--model_name_or_path ./nowhere: no such folder"):
         model.load_policy("./nowhere")
     LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="not a vision-language model"):
+    with pytest.raises(model.InputError, match="not a vision-language model"):
         model.load_policy(str(tmp_path))

@@ -3,9 +3,9 @@
 import time
 
 import pytest
-import train_grpo
 
 import rollout
+import train_grpo
 
 FORMAT = [
     ("<think>a</think><answer>4</answer>", 1), ("<think>a\nb</think>\n<answer>4</answer>", 1),  # R1-V's lacked DOTALL

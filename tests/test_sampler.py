@@ -187,3 +187,23 @@ def test_rng_state_is_untouched(loaded):
     rollout.sample(policy, mixed_prompts(policy, processor)[:1], [0], num_generations=2, max_completion_length=4,
                    temperature=1.0, seed=0)
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompt_and_image_are_prefilled_once_per_group(loaded, family):
+    """The vision tower sees each picture once and the language model each prompt once, however many completions."""
+    policy, processor = loaded(family)
+    prompts, pictures, tokens = mixed_prompts(policy, processor), [], []
+    tower = policy.hf.get_encoder(modality="image")
+    hooks = [tower.register_forward_hook(lambda *_: pictures.append(1)),
+             policy.hf.get_decoder().layers[0].register_forward_pre_hook(
+                 lambda _, args, kwargs: tokens.append((args[0] if args else kwargs["hidden_states"]).shape[:2]),
+                 with_kwargs=True)]
+    try:
+        rollout.sample(policy, prompts, [0, 1, 2], num_generations=5, max_completion_length=4, temperature=1.0, seed=0)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(pictures) == 1
+    assert tokens[0] == (3, max(len(p.tokens) for p in prompts))  # the prefill: one row a prompt
+    assert all(shape[1] == 1 and shape[0] <= 15 for shape in tokens[1:])

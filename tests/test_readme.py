@@ -1,0 +1,100 @@
+"""The README's commands are run, and what it says of their results is checked."""
+
+import re
+import shlex
+import sys
+
+import pytest
+import train_dpo
+import train_grpo
+from conftest import ROOT, run, script
+
+import data
+import model
+import rollout
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line.strip()]
+INSTALL = "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt"
+PARSERS = {"train_dpo.py": train_dpo.parse_args, "train_grpo.py": train_grpo.parse_args}
+
+
+def command(start, *contains):
+    """The one README command that begins so and holds all of `contains`."""
+    found = [c for c in COMMANDS if c.startswith(start) and all(part in c for part in contains)]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_every_command_is_known():
+    """A new command of the README must get a test: each is one of these."""
+    known = [INSTALL, ". .venv/bin/activate && pip install -q scikit-learn && python benchmarks/digits.py digits",
+             "python train_dpo.py", "python train_grpo.py", "torchrun --nproc_per_node=2 train_grpo.py"]
+    for c in COMMANDS:
+        assert any(c.startswith(k) for k in known), c
+
+
+def test_ci_runs_the_readmes_test_command():
+    """CI proves the command that a reader copies, install step included."""
+    assert command(INSTALL, "pytest") in (ROOT / ".ci" / "run").read_text().splitlines()
+    assert command(INSTALL, "train_grpo.py") == f"{INSTALL} && .venv/bin/python train_grpo.py"
+
+
+@pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("python train_")])
+def test_flags_of_every_command_exist(line):
+    """A renamed flag must not live on in the README."""
+    name, *flags = shlex.split(line)[1:]
+    PARSERS[name](flags)
+
+
+@pytest.mark.slow
+def test_main_job_learns_from_the_picture(tmp_path):
+    """The first command: accuracy climbs past 0.8, and the answers need the image: with blank or with another row's
+    picture the trained model is at chance (1/6)."""
+    output = script("train_grpo.py", cwd=tmp_path)
+    before, after = map(float, re.search(r"eval/accuracy: ([\d.]+) before, ([\d.]+) after\neval/reward", output).groups())
+    assert after > 0.8 and after > before + 0.2
+    assert "step 1 must start at: ratio 1.000000 (expected 1), clipped 0.0000" in output
+    policy, processor = model.load_policy(str(tmp_path / "runs" / "grpo-1" / "final"))
+    rows = data.shapes_rows(256, 0, "test")
+    rewards = rollout.RewardRunner([f"{ROOT / 'train_grpo.py'}:accuracy"])
+    pictures = [row["images"] for row in rows]
+    blank = [[image.point(lambda _: 255) for image in images] for images in pictures]
+    shares = {}
+    for name, images in (("real", pictures), ("blank", blank), ("shuffled", pictures[1:] + pictures[:1])):
+        shown = [row | {"images": image} for row, image in zip(rows, images)]
+        _, scores = rollout.evaluate(policy, processor, shown, lambda row: data.encode_prompt(policy, processor, row),
+                                     rewards, temperature=0, max_completion_length=24, batch_size=256, seed=0, step=0)
+        shares[name] = scores[0].mean().item()
+    rewards.close()
+    assert shares["real"] == pytest.approx(after) and shares["blank"] < 0.3 and shares["shuffled"] < 0.3, shares
+
+
+@pytest.mark.slow
+def test_mpo_default_raises_accuracy_and_margins(tmp_path):
+    """`python train_dpo.py`: held-out pairs and held-out answers both improve."""
+    output = script("train_dpo.py", cwd=tmp_path)
+    found = {k: (float(a), float(b)) for k, a, b in re.findall(r"(eval/\S+): (\S+) before, (\S+) after", output)}
+    assert found["eval/accuracy"][1] > max(0.8, found["eval/accuracy"][0] + 0.1)
+    assert found["eval/rewards/accuracies"][1] > 0.9 and found["eval/rewards/margins"][1] > 1
+
+
+@pytest.mark.slow
+def test_torchrun_with_one_rank(tmp_path):
+    """`torchrun --nproc_per_node=1 train_grpo.py` takes the same path (two ranks: test_runs.py)."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    output = run(*torchrun, ROOT / "train_grpo.py", "--max_steps", "1", "--cold_start_steps", "2", "--eval_steps", "1",
+                 cwd=tmp_path)
+    assert "saved runs/grpo-1/final" in output
+
+
+@pytest.mark.slow
+def test_digits_commands(tmp_path):
+    """The real-image recipe, cut to a few steps: files are written and read, each run starts from the one before."""
+    pytest.importorskip("sklearn")
+    run(sys.executable, ROOT / "benchmarks" / "digits.py", "digits", cwd=tmp_path)
+    for line in (command("python train_dpo.py", "--algo sft"), command("python train_grpo.py", "runs/digits-sft/final"),
+                 command("python train_dpo.py", "runs/digits-sft/final")):
+        name, *flags = shlex.split(line)[1:]
+        output = script(name, *flags, "--max_steps", "3", cwd=tmp_path)
+        assert "saved runs/digits" in output
