@@ -244,7 +244,8 @@ class Policy(nn.Module):
         self.hf, self.dtype = hf, dtype
         self.eos_ids = sorted(eos)
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.register_buffer("never_sampled", torch.tensor(sorted(ids - eos)), persistent=False)  # (few,)
+        never_sampled = torch.tensor(sorted(ids - eos), dtype=torch.long)  # (few,)
+        self.register_buffer("never_sampled", never_sampled, persistent=False)
         # Dropout off, everywhere: the ratio of the first update must be exactly 1. train() mode stays on,
         # because transformers skips gradient checkpointing in eval() without a word.
         for module in hf.modules():

@@ -124,7 +124,7 @@ UPDATES_PER_ROLLOUT = {"gspo": 4}  # the paper cuts a rollout into four updates;
 TINY_DEFAULTS = dict(learning_rate=3e-4, temperature=1.25, per_device_train_batch_size=256, max_steps=75,
                      eval_steps=25, warmup_steps=5, adam_beta2=0.95, lr_scheduler_type="constant",
                      max_completion_length=24, per_device_eval_batch_size=256)
-TINY_BY_ALGO = {"gspo": dict(per_device_train_batch_size=64, max_steps=200, eval_steps=50)}
+TINY_BY_ALGO = {"gspo": dict(learning_rate=2e-4, per_device_train_batch_size=64, max_steps=150)}
 
 
 def build_parser():
