@@ -52,7 +52,10 @@ def read_rows(path: str, image_root: str | None, need: tuple[str, ...]) -> list[
     if not file.is_file():
         raise RowError(f"--dataset {path}: no such file (expected a .jsonl or .json file)")
     reject = {"parse_constant": lambda name: (_ for _ in ()).throw(ValueError(f"{name} is not JSON"))}
-    text = file.read_text(encoding="utf-8-sig")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RowError(f"{path}: not UTF-8: {error}") from None
     if file.suffix == ".jsonl":
         raw = []
         for number, line in enumerate(text.split("\n"), 1):
@@ -78,7 +81,7 @@ def read_rows(path: str, image_root: str | None, need: tuple[str, ...]) -> list[
     for source, value in raw:
         if not isinstance(value, dict):
             raise RowError(f"{source}: expected an object, got {type(value).__name__}")
-        row = {"_source": source, "_image_root": image_root} | value
+        row = value | {"_source": source, "_image_root": image_root}  # ours win: a row cannot move its root
         for name, aliases in ALIASES.items():
             found = next((a for a in aliases if value.get(a) is not None), None)
             if found is not None:  # under both names: a reward function may ask for the dataset's own
@@ -105,7 +108,7 @@ def load_image(image, row: dict) -> Image.Image:
     if row["_image_root"] is None:
         raise RowError(f"{source}: the row names an image ({image}), but --image_root is not given")
     root = os.path.realpath(row["_image_root"])
-    path = os.path.realpath(os.path.join(root, image))
+    path = os.path.realpath(os.path.join(root, image.replace("\0", "?")))
     if os.path.commonpath([root, path]) != root:
         raise RowError(f"{source}: image {image} lies outside --image_root {row['_image_root']}")
     try:
@@ -130,28 +133,26 @@ def to_messages(row: dict) -> list[dict]:
             isinstance(m, dict) and isinstance(m.get("role"), str)
             and isinstance(m.get("content"), (str, list)) for m in messages):
         raise RowError(f"{source}: prompt must be a string or a list of {{'role', 'content'}} messages")
-    out, markers, blocks = [], 0, 0
+    out, placeholders = [], 0
     for message in messages:
-        content = message["content"]
-        if isinstance(content, str):
-            pieces, markers = content.split("<image>"), markers + content.count("<image>")
-            content = [b for i, text in enumerate(pieces)
-                       for b in ([{"type": "image"}] if i else [])
-                       + ([{"type": "text", "text": text}] if text else [])]
-        else:  # struct columns carry a null text beside each image
-            for block in content:
-                if not isinstance(block, dict) or block.get("type") not in ("text", "image"):
-                    raise RowError(f"{source}: a content block must have type text or image, "
-                                   f"got {str(block)[:80]}")
-            blocks += sum(b["type"] == "image" for b in content)
-            content = [{"type": "image"} if b["type"] == "image" else {"type": "text", "text": b["text"]}
-                       for b in content]
-        out.append({"role": message["role"], "content": content})
-    if markers + blocks == 0 and count:
+        content, blocks = message["content"], []
+        for block in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            kind = block.get("type") if isinstance(block, dict) else None
+            if kind == "image":  # struct columns carry a null text beside each image: leave it behind
+                blocks.append({"type": "image"})
+            elif kind == "text" and isinstance(block.get("text"), str):
+                for i, text in enumerate(block["text"].split("<image>")):
+                    blocks += [{"type": "image"}] if i else []
+                    blocks += [{"type": "text", "text": text}] if text else []
+            else:
+                raise RowError(f"{source}: expected an image block or a text block, got {str(block)[:80]}")
+        placeholders += sum(block["type"] == "image" for block in blocks)
+        out.append({"role": message["role"], "content": blocks})
+    if placeholders == 0 and count:
         first_user = next((m for m in out if m["role"] == "user"), out[0])
         first_user["content"] = [{"type": "image"} for _ in range(count)] + first_user["content"]
-    elif markers + blocks != count:
-        raise RowError(f"{source}: the prompt has {markers + blocks} image placeholders, "
+    elif placeholders != count:
+        raise RowError(f"{source}: the prompt has {placeholders} image placeholders, "
                        f"the row has {count} images")
     return out
 
@@ -165,6 +166,13 @@ def _special_tokens(tokenizer, text: str) -> dict:
     return {"add_special_tokens": not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))}
 
 
+def _render(processor, messages: list[dict], source: str, **kwargs) -> str:
+    try:
+        return processor.apply_chat_template(messages, tokenize=False, **kwargs)
+    except Exception as error:  # templates raise for roles they do not know, or turns that do not alternate
+        raise RowError(f"{source}: the chat template refused it: {type(error).__name__}: {error}") from error
+
+
 def encode_prompt(policy: Policy, processor, row: dict) -> Prompt:
     """One processor call for one row: chat template with generation prompt, ids, image tensors, positions."""
     messages, images = to_messages(row), [load_image(image, row) for image in row["images"]]
@@ -172,7 +180,7 @@ def encode_prompt(policy: Policy, processor, row: dict) -> Prompt:
     for block in (b for m in messages for b in m["content"] if b["type"] == "text"):
         if image_token and image_token in block["text"]:
             raise RowError(f"{source}: the prompt's text contains the model's own image token {image_token}")
-    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = _render(processor, messages, source, add_generation_prompt=True)
     try:
         inputs = processor(text=[text], images=[images] if images else None, return_tensors="pt",
                            **_special_tokens(processor.tokenizer, text))
@@ -200,9 +208,9 @@ def encode_completion(policy: Policy, processor, row: dict, column: str) -> torc
         raise RowError(f"{source}: {column} must be a non-empty string or one assistant message, "
                        f"got {str(answer)[:80]!r}")
     messages = to_messages(row)
-    prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = _render(processor, messages, source, add_generation_prompt=True)
     reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-    whole = processor.apply_chat_template([*messages, reply], tokenize=False)
+    whole = _render(processor, [*messages, reply], source)
     rest = whole.removeprefix(prompt)
     if rest == whole or answer.strip() not in rest:
         raise RowError(f"{source}: the chat template does not render {column} whole after the prompt: "
@@ -213,6 +221,8 @@ def encode_completion(policy: Policy, processor, row: dict, column: str) -> torc
         ids = whole_ids[len(prompt_ids):]
     else:
         ids = tokenizer(rest, add_special_tokens=False)["input_ids"]
+    if set(tokenizer(answer, add_special_tokens=False)["input_ids"]) & set(policy.eos_ids):
+        raise RowError(f"{source}: {column} contains the end-of-turn token; what follows it would be lost")
     end = next((i for i, token in enumerate(ids) if token in policy.eos_ids), None)
     ids = [*ids, tokenizer.eos_token_id] if end is None else ids[:end + 1]
     bad = set(ids) & set(policy.never_sampled.tolist())
@@ -224,10 +234,10 @@ def encode_completion(policy: Policy, processor, row: dict, column: str) -> torc
 
 def encode_group(policy: Policy, processor, row: dict, columns: tuple[str, ...]):
     """(Prompt, [completion ids of each column]): one preference pair, or one SFT example."""
-    if len(columns) == 2 and row[columns[0]] == row[columns[1]]:
+    completions = [encode_completion(policy, processor, row, column) for column in columns]
+    if len(columns) == 2 and completions[0].tolist() == completions[1].tolist():
         raise RowError(f"{row['_source']}: {columns[0]} and {columns[1]} are the same")
-    prompt = encode_prompt(policy, processor, row)
-    return prompt, [encode_completion(policy, processor, row, column) for column in columns]
+    return encode_prompt(policy, processor, row), completions
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def pack_groups(groups, pad_id: int, row_tokens: int | None = None) -> dict:
     if row_tokens is None:
         rows = [[g] for g in range(len(groups))]
     else:
-        capacity, used = max(row_tokens, *sizes, 0), []
+        capacity, used = max(row_tokens, *sizes), []
         for g, size in enumerate(sizes):
             row = next((r for r, n in enumerate(used) if n + size <= capacity), None)
             if row is None:
@@ -348,7 +348,10 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
     """
     if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise InputError(f"--model_name_or_path {path}: no such folder (and not a hub id like owner/name)")
-    processor = load_processor(path)
+    try:
+        processor = load_processor(path)
+    except OSError as error:  # not on this disk, and not on the hub, or the hub is out of reach
+        raise InputError(f"--model_name_or_path {path}: {error}") from error
     if not getattr(processor, "chat_template", None):
         raise InputError(f"{path}: its processor has no chat template")
     hf = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa",
@@ -368,15 +371,19 @@ def export(policy: Policy, processor, source: str, folder: str | Path):
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.to(policy.dtype) if v.is_floating_point() else v for k, v in policy.hf.state_dict().items()}
+    cast = {}  # by storage: tied weights stay one tensor, and are written once
+    state = {name: cast.setdefault(t.data_ptr(), t.to(policy.dtype) if t.is_floating_point() else t)
+             for name, t in policy.hf.state_dict().items()}
     policy.hf.save_pretrained(folder, state_dict=state)
     config = json.loads((folder / "config.json").read_text())
-    config["dtype"] = str(policy.dtype).removeprefix("torch.")
+    for part in (config, *(v for v in config.values() if isinstance(v, dict) and "dtype" in v)):
+        part["dtype"] = str(policy.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    source = Path(source if os.path.isdir(source) else cached_file(source, "config.json")).resolve()
-    source = source if source.is_dir() else source.parent
+    if not os.path.isdir(source):  # a hub id: its snapshot holds only the files that were asked for
+        processor.save_pretrained(folder)
+        source = os.path.dirname(cached_file(source, "config.json"))
     written = {"config.json", "generation_config.json", "model.safetensors.index.json"}
-    for file in source.iterdir():
+    for file in Path(source).iterdir():
         if file.suffix in (".json", ".jinja", ".txt", ".model") and file.name not in written:
             shutil.copyfile(file, folder / file.name)
 
@@ -386,7 +393,7 @@ def weights_fingerprint(policy: Policy) -> str:
     digest = hashlib.sha256()
     for name, tensor in policy.hf.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -464,16 +471,16 @@ def build_tiny_vlm(folder: str | Path, seed: int = 0):
         size={"shortest_edge": 16 * 16, "longest_edge": 48 * 48})) + "\n")
 
 
-def cold_start(output_dir: Path, max_steps: int, seed: int, accuracy: float = 0.4) -> str:
+def cold_start(args, output_dir: Path, accuracy: float = 0.4):
     """Supervised training of the tiny model on `shapes`, until its sampled held-out answers pass `accuracy`.
 
-    It is an ordinary run of train_dpo.py, in its own process and folder, whose final/ is then the model that
-    the run starts from (its reference, too). Returns that folder. Called on one rank; it needs no other.
+    It is an ordinary run of train_dpo.py, in its own process and folder (output_dir/cold_start), whose final/
+    is then the model that the run starts from (its reference, too). Called on one rank; it needs no other.
     """
-    folder = output_dir / "cold_start"
     command = [sys.executable, str(Path(__file__).with_name("train_dpo.py")), "--algo", "sft",
-               "--max_steps", str(max_steps), "--eval_steps", "2", "--eval_temperature", "1",
-               "--stop_at_accuracy", str(accuracy), "--seed", str(seed), "--output_dir", str(folder)]
+               "--max_steps", str(args.cold_start_steps), "--eval_steps", "2", "--eval_temperature", "1",
+               "--stop_at_accuracy", str(accuracy), "--seed", str(args.seed), "--device", args.device,
+               "--output_dir", str(output_dir / "cold_start")]
     print("cold start:", " ".join(["python", "train_dpo.py", *command[2:]]), flush=True)
     env = {k: v for k, v in os.environ.items()
            if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -481,7 +488,6 @@ def cold_start(output_dir: Path, max_steps: int, seed: int, accuracy: float = 0.
     result = subprocess.run(command, env=env)
     if result.returncode:
         raise InputError(f"the cold start failed (exit code {result.returncode}); its output stands above")
-    return str(folder / "final")
 
 
 def start_model(args, output_dir: Path, rank: int) -> str:
@@ -492,7 +498,7 @@ def start_model(args, output_dir: Path, rank: int) -> str:
     path = output_dir / "tiny_vlm"
     if rank == 0:
         if args.cold_start_steps:
-            cold_start(output_dir, args.cold_start_steps, args.seed)
+            cold_start(args, output_dir)
         else:
             build_tiny_vlm(path, args.seed)
     if dist.is_initialized():

@@ -149,29 +149,31 @@ def _load_function(spec: str):
 
 
 def _reward_child(connection, specs: list[str]):
-    """Child loop: receive (function index, columns), send ("ok", rewards) or ("error", traceback, row)."""
+    """The child's loop: receive (function index, columns), send ("ok", rewards), or ("error", traceback) and
+    then ("row", index), the first row on which the function raises by itself (None: on none)."""
     try:
         functions = [_load_function(spec) for spec in specs]
     except BaseException as error:
         text = str(error) if isinstance(error, RewardError) else traceback.format_exc()
-        return connection.send(("error", text, None))
-    connection.send(("ok", None, None))
+        return connection.send(("error", text))
+    connection.send(("ok", None))
     while True:
         try:
             index, columns = connection.recv()
         except EOFError:
             return
         try:
-            connection.send(("ok", functions[index](**columns), None))
+            connection.send(("ok", functions[index](**columns)))
         except Exception:
-            text, culprit = traceback.format_exc(), None
-            for i in range(len(columns["completions"])):  # which row was it? call it with one row at a time
+            connection.send(("error", traceback.format_exc()))  # at once: the search below may be slow
+            culprit = None
+            for i in range(len(columns["completions"])):
                 try:
                     functions[index](**{k: v[i:i + 1] for k, v in columns.items()})
                 except Exception:
-                    text, culprit = traceback.format_exc(), i
+                    culprit = i
                     break
-            connection.send(("error", text, culprit))
+            connection.send(("row", culprit))
 
 
 class RewardRunner:
@@ -190,21 +192,24 @@ class RewardRunner:
         self.process.start()
         child.close()
 
-    def _receive(self, what: str, timeout: float):
+    def _ask(self, what: str, question, timeout: float):
+        """Send a question (None: none), return the child's next message; death or silence is an error."""
         try:
+            if question is not None:
+                self.connection.send(question)
             if not self.connection.poll(timeout):
                 self.close()
                 raise RewardError(f"{what}: no answer within {timeout:g} s (--reward_timeout); "
                                   "its process was killed")
             return self.connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self.process.join()
             raise RewardError(f"{what}: its process died (exit code {self.process.exitcode})") from None
 
     def wait_until_ready(self):
         """Block until the child has loaded every function; an error here is an error of the file."""
         if not self.ready:
-            status, text, _ = self._receive(f"loading rewards {', '.join(self.specs)}", 300)
+            status, text = self._ask(f"loading rewards {', '.join(self.specs)}", None, 300)
             if status == "error":
                 raise RewardError(text.strip())
             self.ready = True
@@ -225,8 +230,7 @@ class RewardRunner:
         def at(i):
             return f"row {rows[i]['_source']}, completion {completions[i][:200]!r}"
 
-        self.connection.send((index, columns))
-        status, result, culprit = self._receive(what, self.timeout)
+        status, result = self._ask(what, (index, columns), self.timeout)
         if status == "error":
             hint = ""
             if "string indices must be integers" in result:
@@ -234,7 +238,11 @@ class RewardRunner:
                         "use completion, not completion[0]['content'])")
             elif "unexpected keyword argument" in result:
                 hint = "\n(it is called with every column of the dataset: give it a **kwargs)"
-            where = at(culprit) if culprit is not None else f"a batch of {len(rows)} rows"
+            try:
+                _, culprit = self._ask(what, None, self.timeout)
+            except RewardError:  # the search took too long; the traceback of the whole batch says enough
+                culprit = None
+            where = f"a batch of {len(rows)} rows" if culprit is None else at(culprit)
             raise RewardError(f"{what} raised on {where}:\n{result.strip()}{hint}")
         if not isinstance(result, (list, tuple)) and not hasattr(result, "tolist"):
             raise RewardError(f"{what}: expected a list of {len(rows)} numbers, got {type(result).__name__}")
@@ -261,16 +269,17 @@ class RewardRunner:
 # Evaluation
 
 
-def evaluate(policy: Policy, processor, rows: list[dict], encode, rewards: RewardRunner, *,
+def evaluate(policy: Policy, processor, rows: list[dict], draws: list[int], encode, rewards: RewardRunner, *,
              temperature: float, max_completion_length: int, batch_size: int, seed: int, step: int):
     """One answer to every held-out row -> (texts, rewards (functions, rows)); temperature 0 is greedy.
 
-    encode(row) -> Prompt; rows are encoded batch by batch, so that never all pixels are in memory at once.
+    draws: the rows' numbers among all ranks' rows, which key the randomness. encode(row) -> Prompt; rows are
+    encoded batch by batch, so that never all pixels are in memory at once.
     """
     texts = []
     for i in range(0, len(rows), batch_size):
         prompts = [encode(row) for row in rows[i:i + batch_size]]
-        result = sample(policy, prompts, list(range(i, i + len(prompts))), num_generations=1,
+        result = sample(policy, prompts, draws[i:i + batch_size], num_generations=1,
                         temperature=temperature, max_completion_length=max_completion_length, seed=seed)
         texts += decode(processor, result)
     return texts, rewards.score(texts, rows, step)

@@ -124,7 +124,10 @@ def parse_args(argv):
     """Flags over --algo's and the built-in model's defaults; a typo is an error naming the nearest flag."""
     parser = build_parser()
     first, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**PRESETS[first.algo])
+    preset = dict(PRESETS[first.algo])
+    if first.loss_type is not None:
+        preset.pop("loss_weights", None)  # they belong to the preset's own losses
+    parser.set_defaults(**preset)
     if first.model_name_or_path is None:
         parser.set_defaults(**TINY_DEFAULTS | TINY_BY_ALGO.get(first.algo, {}))
     args, unknown = parser.parse_known_args(argv)
@@ -139,9 +142,11 @@ def parse_args(argv):
     if args.cold_start_steps is None:
         args.cold_start_steps = 200 if built_in and args.algo != "sft" else 0
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps",
-                 "max_completion_length"):
+                 "per_device_eval_batch_size", "max_completion_length"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.max_steps < 1 and args.max_steps != -1:
+        parser.error(f"--max_steps must be at least 1, or -1 for --num_train_epochs, got {args.max_steps}")
     check_args(args, parser)
     return args
 
@@ -195,11 +200,11 @@ class ReferenceCache:
 
     def add(self, policy, groups_in_batches, share_prompt: bool) -> tuple[int, int]:
         """Compute and store what is missing. -> (distinct groups computed, distinct groups found)"""
-        found, new = set(), {}
+        before, found, new = set(self.known), set(), {}
         for groups in groups_in_batches:
             keyed = {group_key(g): g for g in groups}
             missing = {k: g for k, g in keyed.items() if k not in self.known and k not in new}
-            found |= keyed.keys() & self.known.keys()
+            found |= keyed.keys() & before
             if missing:
                 batch = model.to_device(pack(list(missing.values()), policy, share_prompt), policy.device)
                 with torch.no_grad():
@@ -209,6 +214,12 @@ class ReferenceCache:
                     rows = slice(n, n + len(completions))
                     new[key] = logps[rows][mask[rows]].cpu()
                     n += len(completions)
+            if len(new) >= 1024:  # now and then, so that a killed run has not worked for nothing
+                new = self._store(new)
+        self._store(new)
+        return len(self.known) - len(before), len(found)
+
+    def _store(self, new: dict) -> dict:
         if new:
             self.folder.mkdir(parents=True, exist_ok=True)
             name = hashlib.sha256("".join(sorted(new)).encode()).hexdigest()[:32]
@@ -217,7 +228,7 @@ class ReferenceCache:
             save_file(new, temporary)
             temporary.rename(file)  # a killed run leaves no half-written cache
             self.known |= new
-        return len(new), len(found)
+        return {}
 
     def logps(self, groups, mask) -> torch.Tensor:
         """(N, T) like the policy's, 0 where the mask is False."""
@@ -250,7 +261,6 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world_size, device = model.init_distributed(args.device)
     output_dir = model.open_run(args, rank)
-    torch.manual_seed(args.seed)
 
     # --- data
     pairs = any(name in losses.PAIR_LOSSES for name in args.loss_type)
@@ -272,8 +282,12 @@ def main(argv=None):
     if eval_rows and all(row.get("solution") is not None for row in eval_rows):
         accuracy = f"{Path(__file__).with_name('train_grpo.py')}:accuracy"
         rewards = rollout.RewardRunner([accuracy], args.reward_timeout)
-    elif rank == 0:
-        print("no eval/accuracy:", "some held-out rows lack a solution" if eval_rows else "no --eval_dataset")
+    else:
+        why = "some held-out rows lack a solution" if eval_rows else "no --eval_dataset"
+        if args.stop_at_accuracy is not None:
+            raise model.InputError(f"--stop_at_accuracy needs eval/accuracy, and there is none: {why}")
+        if rank == 0:
+            print("no eval/accuracy:", why)
 
     # --- policy, the rows that it will meet, reference, optimizer
     source = model.start_model(args, output_dir, rank)
@@ -331,7 +345,8 @@ def main(argv=None):
                 add(metrics, "eval/")
         if rewards is not None:
             texts, scores = rollout.evaluate(
-                policy, processor, eval_rows, lambda row: data.encode_prompt(policy, processor, row), rewards,
+                policy, processor, eval_rows, range(rank, rank + len(eval_rows) * world_size, world_size),
+                lambda row: data.encode_prompt(policy, processor, row), rewards,
                 temperature=args.eval_temperature, max_completion_length=args.max_completion_length,
                 batch_size=args.per_device_eval_batch_size, seed=args.seed, step=step)
             known = ~scores[0].isnan()

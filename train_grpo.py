@@ -97,7 +97,7 @@ def same_answer(answer: str, gold: str) -> bool:
     if all(number.fullmatch(s) for s in plain):
         return math.isclose(float(plain[0]), float(plain[1]), rel_tol=1e-9, abs_tol=1e-12)
     if re.fullmatch(r"\(?[a-j]\)?", gold):  # a choice: "(B)", "B.", "B: a dog"
-        chosen = re.match(r"\(?([a-j])\)?(?![a-z0-9])", answer)
+        chosen = re.match(r"\(?([a-j])(?:\)|[.:]|$)", answer)
         return chosen is not None and chosen[1] == gold.strip("()")
     try:
         from math_verify import parse, verify
@@ -119,8 +119,8 @@ PRESETS = {
     "dapo": dict(loss_type=["dapo"], epsilon=0.2, epsilon_high=0.28),  # arXiv 2503.14476
 }
 UPDATES_PER_ROLLOUT = {"gspo": 4}  # the paper cuts a rollout into four updates; the other presets take one
-# For the tiny model, used when no --model_name_or_path is given. At temperature 1 one seed of three stopped ever
-# trying one of the six answers, and stayed at 0.85; at 1.25 none did.
+# For the tiny model, used when no --model_name_or_path is given. At temperature 1 one seed of three ceased to
+# try one of the six answers, and stayed at 0.85; at 1.25 none did.
 TINY_DEFAULTS = dict(learning_rate=3e-4, temperature=1.25, per_device_train_batch_size=256, max_steps=75,
                      eval_steps=25, warmup_steps=5, adam_beta2=0.95, lr_scheduler_type="constant",
                      max_completion_length=24, per_device_eval_batch_size=256)
@@ -197,7 +197,10 @@ def parse_args(argv):
     """Flags over --algo's and the built-in model's defaults; a typo is an error naming the nearest flag."""
     parser = build_parser()
     first, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**PRESETS[first.algo])
+    preset = dict(PRESETS[first.algo])
+    if first.loss_type is not None:
+        preset.pop("loss_weights", None)  # they belong to the preset's own losses
+    parser.set_defaults(**preset)
     if first.model_name_or_path is None:
         parser.set_defaults(**TINY_DEFAULTS | TINY_BY_ALGO.get(first.algo, {}))
     args, unknown = parser.parse_known_args(argv)
@@ -212,9 +215,11 @@ def parse_args(argv):
     if args.cold_start_steps is None:
         args.cold_start_steps = 200 if built_in and args.algo != "sft" else 0
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps",
-                 "max_completion_length"):
+                 "per_device_eval_batch_size", "max_completion_length"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.max_steps < 1 and args.max_steps != -1:
+        parser.error(f"--max_steps must be at least 1, or -1 for --num_train_epochs, got {args.max_steps}")
     check_args(args, parser)
     return args
 
@@ -245,13 +250,15 @@ def check_args(args, parser):
                          "or path/to/file.py:function")
     names = [name.rpartition(":")[2] for name in args.reward_funcs]
     if len(set(names)) < len(names):
-        parser.error(f"two --reward_funcs have one name ({', '.join(names)}): their metrics would be mixed up")
+        parser.error(f"two --reward_funcs have one name ({', '.join(names)}): their metrics would mix")
     args.reward_weights = args.reward_weights or [0.1 if f == "format" else 1.0 for f in args.reward_funcs]
     if len(args.reward_weights) != len(args.reward_funcs):
         parser.error(f"{len(args.reward_funcs)} --reward_funcs "
                      f"but {len(args.reward_weights)} --reward_weights")
     if args.temperature <= 0:
         parser.error("--temperature must be above 0: a greedy group has no variance")
+    if args.num_iterations < 1:
+        parser.error(f"--num_iterations must be at least 1, got {args.num_iterations}")
     if args.num_generations < 2:
         parser.error("--num_generations must be at least 2: an advantage compares a prompt's completions")
     ga, size, G = args.gradient_accumulation_steps, args.per_device_train_batch_size, args.num_generations
@@ -270,7 +277,6 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world_size, device = model.init_distributed(args.device)
     output_dir = model.open_run(args, rank)
-    torch.manual_seed(args.seed)
     specs = [name if ":" in name else f"{Path(__file__).resolve()}:{name}" for name in args.reward_funcs]
     names = [name.rpartition(":")[2] for name in args.reward_funcs]
     rewards = rollout.RewardRunner(specs, args.reward_timeout)  # starts while the model loads
@@ -326,7 +332,8 @@ def main(argv=None):
         if not eval_rows:
             return {}
         texts, scores = rollout.evaluate(
-            policy, processor, eval_rows, encode, rewards, temperature=args.eval_temperature,
+            policy, processor, eval_rows, range(rank, rank + len(eval_rows) * world_size, world_size),
+            encode, rewards, temperature=args.eval_temperature,
             max_completion_length=args.max_completion_length, batch_size=args.per_device_eval_batch_size,
             seed=args.seed, step=step)
         total = combine(scores)
@@ -367,15 +374,16 @@ def main(argv=None):
         save_completions(output_dir, rank, step + 1, prompts, texts, names, scores, advantages, G)
 
         # 3. group rows: `updates` lists of micro-batches; one smaller than G holds slices of a group
-        micro_batches = [make_micro_batch(args, policy, prompts, sampled, advantages, range(i, j), device)
+        micro_batches = [make_micro_batch(args, policy, prompts, sampled, advantages, range(i, j))
                          for i in range(0, len(texts), completions_per_update)
                          for i, j in slices(i, i + completions_per_update, args.per_device_train_batch_size)]
         with torch.no_grad():
             for micro in micro_batches:
+                batch = model.to_device(micro, device)
                 if steps_per_rollout > 1:  # else the training pass itself, detached, is `old`
-                    micro["old_logps"] = policy(micro, args.temperature)[0]
+                    micro["old_logps"] = policy(batch, args.temperature)[0]
                 if ref is not None:
-                    micro["ref_logps"] = ref(micro, args.temperature)[0]
+                    micro["ref_logps"] = ref(batch, args.temperature)[0]
 
         for update in range(min(steps_per_rollout, max_steps - step)):
             ga = args.gradient_accumulation_steps
@@ -389,6 +397,7 @@ def main(argv=None):
             # 5. gradients, step
             sums = defaultdict(lambda: (0.0, 0.0), rollout_sums)
             for i, micro in enumerate(mine):
+                micro = model.to_device(micro, device)
                 logps, entropy = policy(micro, args.temperature)                              # (n, T), (n, T)
                 old_logps = micro.get("old_logps", logps.detach())
                 loss, metrics = losses.policy_loss(
@@ -447,7 +456,7 @@ def slices(start: int, stop: int, size: int):
     return [(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
-def make_micro_batch(args, policy, prompts, sampled, advantages, indices, device) -> dict:
+def make_micro_batch(args, policy, prompts, sampled, advantages, indices) -> dict:
     """A rollout's completions `indices` as packed rows, beside them what the loss needs, (n,) or (n, T).
 
     Consecutive completions of one prompt share a row (or, with --no-share_prompt, stand in one each).
@@ -463,7 +472,7 @@ def make_micro_batch(args, policy, prompts, sampled, advantages, indices, device
     batch = model.pack_groups(groups, policy.pad_id, row_tokens=0)
     chosen, T = torch.tensor(indices), batch["completion_ids"].shape[1]
     batch["advantages"], batch["sampling_logps"] = advantages[chosen], sampled.sampling_logps[chosen, :T]
-    return model.to_device(batch, device)
+    return batch
 
 
 def rollout_metrics(names, scores, total, sampled, G) -> dict[str, tuple[float, float]]:

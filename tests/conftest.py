@@ -53,7 +53,43 @@ def build_tiny_idefics3(folder):
     processor.save_pretrained(folder)
 
 
-BUILDERS = {"qwen2_5_vl": lambda folder: model.build_tiny_vlm(folder), "idefics3": build_tiny_idefics3}
+def build_tiny_llava(folder):
+    """1-D positions and (images, 3, H, W) pixels; a BOS that the tokenizer adds, pad == EOS, two EOS ids in
+    generation_config, five rows of the head beyond the tokenizer, and `<image>` as the model's own placeholder."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    specials = ["<s>", "</s>", "<image>", "<|end|>"]
+    tokenizer = model.build_tokenizer(model.TINY_CORPUS, specials, eos="</s>", pad="</s>")
+    tokenizer.bos_token = "<s>"
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    vision = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                  num_attention_heads=2, image_size=48, patch_size=16, projection_dim=32)
+    config = LlavaConfig(
+        text_config=dict(model_type="llama", vocab_size=len(tokenizer) + 5, hidden_size=64, intermediate_size=128,
+                         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                         max_position_embeddings=512, initializer_range=0.1, bos_token_id=0, eos_token_id=1,
+                         pad_token_id=1),
+        vision_config=vision, image_token_id=2, image_token_index=2, vision_feature_select_strategy="default",
+        vision_feature_layer=-1, tie_word_embeddings=False)
+    template = """{% for m in messages %}{% if m['role'] == 'user' %}USER: {% for c in m['content'] %}\
+{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %} ASSISTANT:\
+{% else %}{{ m['content'][0]['text'] }}{{ eos_token }}{% endif %}{% endfor %}"""
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}),
+        tokenizer=tokenizer, patch_size=16, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=template, image_token="<image>")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf = LlavaForConditionalGeneration(config)
+    hf.generation_config.eos_token_id = [1, 3]
+    hf.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+BUILDERS = {"qwen2_5_vl": lambda folder: model.build_tiny_vlm(folder), "idefics3": build_tiny_idefics3,
+            "llava": build_tiny_llava}
 FAMILIES = list(BUILDERS)
 
 

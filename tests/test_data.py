@@ -64,19 +64,30 @@ def test_malformed_rows_name_file_and_line(tmp_path, lines, message):
     assert "rows.jsonl" in str(error.value)
 
 
+def test_a_row_cannot_move_its_root(tmp_path):
+    """A dataset is data: a row that carries our own keys must not leave --image_root or forge its place."""
+    path = write(tmp_path, GOOD | {"_image_root": "/", "_source": "elsewhere"})
+    row = data.read_rows(path, "pictures", ())[0]
+    assert row["_image_root"] == "pictures" and row["_source"] == f"{path}:1"
+
+
 def test_missing_or_odd_file(tmp_path):
     """A wrong path or suffix says what was expected."""
     with pytest.raises(data.RowError, match=r"expected a \.jsonl or \.json"):
         data.read_rows(str(tmp_path / "none.jsonl"), None, ())
     with pytest.raises(data.RowError, match=r"expected a \.jsonl or \.json"):
         data.read_rows(write(tmp_path, GOOD, name="rows.csv"), None, ())
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
+    with pytest.raises(data.RowError, match="latin.jsonl: not UTF-8"):
+        data.read_rows(str(tmp_path / "latin.jsonl"), None, ())
 
 
 @pytest.mark.parametrize("image, message", [
     ("missing.png", "does not exist"), ("truncated.png", "cannot be read"), ("empty.png", "cannot be read"),
     ("page.png", "cannot be read"), ("../outside.png", "outside --image_root"), ("link.png", "outside --image_root"),
     ("/etc/hostname", "outside --image_root"), ("https://example.com/a.png", "URLs are not fetched"),
-    ("data:image/png;base64,AAAA", "URLs are not fetched"), (7, "must be a path")])
+    ("data:image/png;base64,AAAA", "URLs are not fetched"), ("a\0b.png", "does not exist"),
+    (7, "must be a path")])
 def test_bad_images_name_row_and_file(root, image, message):
     """F20, F23: missing, corrupt, outside the root (also by a symbolic link), or a URL."""
     row = {"_source": "rows.jsonl:12", "_image_root": str(root)}
@@ -100,19 +111,24 @@ def test_where_images_stand():
     assert kinds({"prompt": messages, "images": ["a"]}) == [["be brief"], ["IMAGE", "what?"]]
     blocks = [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image", "text": None}]}]
     assert kinds({"prompt": blocks, "images": ["a"]}) == [["x", "IMAGE"]]
+    marked = [{"role": "user", "content": [{"type": "text", "text": "a <image> b"}]}]
+    assert kinds({"prompt": marked, "images": ["a"]}) == [["a ", "IMAGE", " b"]]
     assert kinds({"prompt": "no picture", "images": []}) == [["no picture"]]
 
 
 @pytest.mark.parametrize("prompt, images", [
     ("<image> and <image>", ["a"]), ("<image>", []), ("<image>", ["a", "b"]),
-    ([{"role": "user", "content": [{"type": "image"}]}], ["a", "b"])])
+    ([{"role": "user", "content": [{"type": "image"}]}], ["a", "b"]),
+    ([{"role": "user", "content": [{"type": "text", "text": "<image>"}]}], [])])
 def test_placeholder_count_must_match(prompt, images):
     """F24: never drop an image or invent one."""
     with pytest.raises(data.RowError, match=r"f:1.*image placeholders, the row has"):
         kinds({"prompt": prompt, "images": images})
 
 
-@pytest.mark.parametrize("prompt", [3, [], [{"role": "user"}], [{"role": "user", "content": [{"type": "video"}]}]])
+@pytest.mark.parametrize("prompt", [
+    3, [], [{"role": "user"}], *([{"role": "user", "content": [block]}] for block in (
+        {"type": "video"}, {"type": "text"}, {"type": "text", "text": None}, {"type": "text", "text": 5}, "x"))])
 def test_odd_prompts_are_refused(prompt):
     """An unknown message or block is an error of that row, not an empty prompt."""
     with pytest.raises(data.RowError, match="f:1"):
@@ -150,7 +166,7 @@ def test_completion_is_the_answer_and_its_eos(loaded, family):
 
 @pytest.mark.parametrize("column, value, message", [
     ("chosen", "", "non-empty"), ("chosen", 4, "non-empty"), ("rejected", [{"role": "user"}], "non-empty"),
-    ("chosen", "same", "are the same"), ("chosen", "a <|image_pad|>", "placeholder tokens"),
+    ("chosen", "same", "are the same"), ("chosen", "4<|im_end|>lost", "end-of-turn token"), ("chosen", "a <|image_pad|>", "placeholder tokens"),
     ("prompt", "what is <|image_pad|>?", "own image token")])
 def test_bad_pairs_are_refused(loaded, column, value, message):
     """F26: empty or equal answers, placeholder tokens in text: an error that names the row."""
@@ -158,6 +174,43 @@ def test_bad_pairs_are_refused(loaded, column, value, message):
     row = make_row(1, 5) | {"chosen": "good", "rejected": "same", column: value}
     with pytest.raises(data.RowError, match=f"row 5.*{message}"):
         data.encode_group(policy, processor, row, ("chosen", "rejected"))
+
+
+def test_token_across_the_boundary(loaded, monkeypatch):
+    """Where prompt and answer would share a token, the answer is tokenized by itself: the sampler's prompt ends there."""
+    policy, processor = loaded("qwen2_5_vl")
+    monkeypatch.setattr(processor, "chat_template", "{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}")
+    row = {"prompt": "how many shap", "images": [], "chosen": "es", "_source": "f:1", "_image_root": None}
+    prompt, (ids,) = data.encode_group(policy, processor, row, ("chosen",))
+    whole = processor.tokenizer("how many shapes")["input_ids"]
+    assert whole[:len(prompt.tokens)] != prompt.tokens.tolist(), "the test needs a straddling token"
+    assert processor.tokenizer.decode(ids[:-1]) == "es" and ids[-1] == processor.tokenizer.eos_token_id
+    monkeypatch.setattr(processor, "chat_template", "{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(data.RowError, match="f:1: the chat template refused it.*roles must alternate"):
+        data.encode_prompt(policy, processor, row)
+
+
+def test_bos_is_written_once(loaded):
+    """A tokenizer that adds a BOS behind a template that writes it, or not: one either way."""
+    policy, processor = loaded("llava")
+    row = make_row(1, 5) | {"chosen": "4"}
+    template, bos = processor.chat_template, processor.tokenizer.bos_token_id
+    try:
+        for text in (template, "{{ bos_token }}" + template):
+            processor.chat_template = text
+            prompt, (ids,) = data.encode_group(policy, processor, row, ("chosen",))
+            assert (prompt.tokens == bos).sum() == 1 and prompt.tokens[0] == bos and bos not in ids
+            assert processor.tokenizer.decode(ids[:-1]) == "4"
+    finally:
+        processor.chat_template = template
+
+
+def test_what_ends_and_what_never_comes(loaded):
+    """All EOS ids of generation_config end a completion; the head's rows beyond the tokenizer are never sampled."""
+    policy, processor = loaded("llava")
+    size = policy.hf.get_output_embeddings().weight.shape[0]
+    assert policy.eos_ids == [1, 3] and policy.pad_id == 1
+    assert policy.never_sampled.tolist() == [2, *range(len(processor.tokenizer), size)] and size == len(processor.tokenizer) + 5
 
 
 def test_overlong_is_refused_or_skipped_never_cut(loaded, capsys):
@@ -204,8 +257,8 @@ def test_shapes_task():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_export_round_trip(loaded, folders, family, tmp_path):
-    """F18: every tensor, the processor, the chat template and files the processor does not know come back, read by
-    transformers alone in a clean process; tied weights are written once."""
+    """F18: every tensor, the processor, the chat template and files the processor does not know come back in a clean
+    process; weights through transformers alone, and the processor too where it needs no torchvision (Qwen's does)."""
     import sys
 
     from conftest import run
@@ -224,7 +277,7 @@ def test_export_round_trip(loaded, folders, family, tmp_path):
                 p.copy_(value)
     check = '''
 import sys, torch
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor
 hf, info = AutoModelForImageTextToText.from_pretrained("final", output_loading_info=True)
 assert not any(info.values()), info
 expected = torch.load("expected.pt", weights_only=True)
@@ -233,13 +286,46 @@ assert state.keys() == expected.keys() and all(torch.equal(state[k], expected[k]
 assert hf.dtype == torch.float32
 sys.path.insert(0, sys.argv[1])
 import model
-processor = model.load_processor("final")
+processor = (model.load_processor if "Qwen" in type(hf).__name__ else AutoProcessor.from_pretrained)("final")
 print(processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hi"}]}],
                                     add_generation_prompt=True))
 '''
     text = run(sys.executable, "-c", check, os.path.dirname(model.__file__), cwd=tmp_path)
-    assert "hi" in text and "assistant" in text
+    assert "hi" in text and "assistant" in text.lower()
     assert {f.name for f in folders[family].iterdir()} == {f.name for f in (tmp_path / "final").iterdir()}
+
+
+def test_bf16_export_is_bf16_and_tied_weights_stay_one(folders, tmp_path):
+    """Casting tensor by tensor would write tied weights twice; every dtype in the config says bfloat16."""
+    from safetensors import safe_open
+
+    policy, processor = model.load_policy(str(folders["qwen2_5_vl"]), "bfloat16")
+    model.export(policy, processor, str(folders["qwen2_5_vl"]), tmp_path / "final")
+    names = []
+    for folder in (folders["qwen2_5_vl"], tmp_path / "final"):
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            names.append(set(file.keys()))
+            dtypes = {file.get_tensor(name).dtype for name in file.keys()}
+    assert names[0] == names[1] and dtypes == {torch.bfloat16}
+    assert "float32" not in (tmp_path / "final" / "config.json").read_text()
+    assert model.load_policy(str(tmp_path / "final"))[0].hf.dtype == torch.float32  # weights are held in fp32
+
+
+def test_export_from_a_hub_id(folders, tmp_path, monkeypatch):
+    """A hub cache holds links into a folder of nameless files: the processor must still reach final/."""
+    import shutil
+
+    snapshot, blobs = tmp_path / "cache" / "snapshots" / "abc", tmp_path / "cache" / "blobs"
+    snapshot.mkdir(parents=True), blobs.mkdir()
+    for i, file in enumerate(sorted(folders["qwen2_5_vl"].iterdir())):
+        shutil.copyfile(file, blobs / f"{i}")
+        if file.suffix != ".jinja":  # and it may lack files that were never asked for
+            (snapshot / file.name).symlink_to(blobs / f"{i}")
+    policy, processor = model.load_policy(str(folders["qwen2_5_vl"]))
+    monkeypatch.setattr(model, "cached_file", lambda source, name: str(snapshot / name))
+    model.export(policy, processor, "owner/name", tmp_path / "final")
+    assert {f.name for f in folders["qwen2_5_vl"].iterdir()} <= {f.name for f in (tmp_path / "final").iterdir()}
+    assert model.load_policy(str(tmp_path / "final"))[1].chat_template == processor.chat_template
 
 
 def test_wrong_model_paths_are_one_error(tmp_path):
@@ -248,6 +334,8 @@ def test_wrong_model_paths_are_one_error(tmp_path):
 
     with pytest.raises(model.InputError, match="--model_name_or_path ./nowhere: no such folder"):
         model.load_policy("./nowhere")
+    with pytest.raises(model.InputError, match="--model_name_or_path runs/nowhere"):
+        model.load_policy("runs/nowhere")
     LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1).save_pretrained(tmp_path)
     with pytest.raises(model.InputError, match="not a vision-language model"):
         model.load_policy(str(tmp_path))

@@ -12,6 +12,7 @@ BATCHES = {
     "no image": [(0, [3, 5])],
     "two images": [(2, [6, 2, 9])],
     "mixed, uneven, padded": [(1, [5, 3]), (0, [2, 8, 4]), (2, [1, 6])],
+    "first fit reorders": [(1, [40, 7]), (2, [60, 60]), (1, [5])],  # rows hold groups 0 and 2, then 1: so must the images
 }
 
 
@@ -104,16 +105,15 @@ def test_image_is_encoded_once_per_group(loaded, family):
 
 
 def policy_input(family, prompt):
-    """What the vision tower gets for one prompt: patches (Qwen) or pictures (Idefics3)."""
+    """What the vision tower gets for one prompt: patches (Qwen) or pictures."""
     pixels = prompt.pixels["pixel_values"]
-    return pixels if family == "qwen2_5_vl" else pixels[0]
+    return pixels[0] if family == "idefics3" else pixels
 
 
 def test_pixels_matter(loaded):
     """Guards silent image loss: another picture must change the log-probs, swapping two pictures must swap them."""
     policy, processor = loaded("qwen2_5_vl")
     (a, ids), (b, _) = (make_group(policy, processor, 1, [5], seed=s, text="a <image> b") for s in (0, 4))
-    b = b._replace(tokens=b.tokens)
     assert a.tokens.shape == b.tokens.shape, "pick two seeds of the same picture size"
     scored = policy(model.pack_groups([(a, ids), (b, ids)], policy.pad_id))[0]
     swapped = policy(model.pack_groups([(b, ids), (a, ids)], policy.pad_id))[0]
@@ -170,6 +170,23 @@ def test_chunked_logps_value_and_gradient(tokens):
         results.append((logps.float(), entropy.float(), *(g.float() for g in grads)))
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+def test_chunked_logps_under_autocast():
+    """bf16 means that the head's matrix product is in bf16 and its softmax in fp32, also in the backward."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9, 16, requires_grad=True), torch.randn(11, 16, requires_grad=True)
+    targets = torch.randint(0, 9, (9,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logps, _ = model.ChunkedLogps.apply(hidden, weight, targets, torch.tensor([9, 10]), 1.0, 4)
+    logits = (hidden.bfloat16() @ weight.bfloat16().T).float()[:, :9]
+    expected = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    assert torch.equal(logps, expected) or (logps - expected).abs().max() < 1e-6
+    assert (logps - (hidden @ weight.T)[:, :9].log_softmax(-1).gather(-1, targets[:, None])[:, 0]).abs().max() > 1e-4
+    ours = torch.autograd.grad(logps.sum(), (hidden, weight))
+    theirs = torch.autograd.grad(expected.sum(), (hidden, weight))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, atol=3e-2, rtol=3e-2)
 
 
 def test_full_logits_never_exist(loaded):

@@ -23,6 +23,8 @@ ACCURACY = [  # completion, solution, reward
     ("<answer>4</answer> no <answer>5</answer>", "5", 1), ("<answer>4</answer> no <answer>5</answer>", "4", 0),
     ("<answer>4", "4", 1), ("4", "4", 1), ("the answer is 4", "4", 0), ("", "4", 0), ("<answer></answer>", "4", 0),
     ("<answer>B</answer>", "B", 1), ("<answer>(b)</answer>", "B", 1), ("<answer>B. a dog</answer>", "(B)", 1),
+    ("A picture of two dogs.", "A", 0), ("<answer>a red ball</answer>", "A", 0), ("I do not know", "I", 0),
+    ("<answer>e - 3</answer>", "E", 0), ("<answer>b: yes</answer>", "B", 1), ("<answer>b)</answer>", "B", 1),
     ("<answer>Both</answer>", "B", 0), ("<answer>A</answer>", "B", 0), ("<answer>a red ball</answer>", "A red  ball.", 1),
     (r"so \boxed{\frac{1}{2}}", r"\frac{1}{2}", 1), (r"\boxed{1} then \boxed{2}", "2", 1), (r"\boxed{3", "3", 0),
     (r"$\boxed{7}$", "<answer>7</answer>", 1), ("<answer>$3$</answer>", "3", 1), ("<answer>12</answer>", "1", 0),
@@ -90,6 +92,10 @@ def hangs(completions, **_):
         except BaseException:
             pass
 
+def slow_and_wrong(completions, **_):
+    time.sleep(0.4)
+    raise KeyError("the real reason")
+
 def dies(completions, **_):
     os.kill(os.getpid(), signal.SIGKILL)
 '''
@@ -152,8 +158,12 @@ def test_hang_and_death_are_errors(reward_file):
         hanging.score(TEXTS, ROWS, step=3)
     assert not hanging.process.is_alive()
     dying = rollout.RewardRunner([f"{reward_file}:dies"])
-    with pytest.raises(rollout.RewardError, match=r":dies, step 3: its process died \(exit code -9\)"):
-        dying.score(TEXTS, ROWS, step=3)
+    for _ in range(2):  # in the call, and between calls
+        with pytest.raises(rollout.RewardError, match=r":dies, step 3: its process died \(exit code -9\)"):
+            dying.score(TEXTS, ROWS, step=3)
+    slow = rollout.RewardRunner([f"{reward_file}:slow_and_wrong"], timeout=0.8)
+    with pytest.raises(rollout.RewardError, match="the real reason"):  # not lost in the search for the row
+        slow.score(TEXTS * 5, ROWS * 5, step=3)
 
 
 @pytest.mark.parametrize("spec, message", [("nowhere.py:f", "no such file"), ("{file}:absent", "no function 'absent'")])

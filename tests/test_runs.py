@@ -312,7 +312,10 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     ("train_grpo", ["--num_generation", "4"], "unknown argument --num_generation; did you mean --num_generations?"),
     ("train_dpo", ["--algo", "mpoo"], "invalid choice: 'mpoo'"),
     ("train_dpo", ["--loss_type", "sigmoid,sigmiod"], "unknown --loss_type sigmiod; choose from sigmoid"),
-    ("train_dpo", ["--loss_type", "sigmoid", "sft"], "2 --loss_type but 3 --loss_weights"),
+    ("train_dpo", ["--loss_type", "sigmoid", "sft", "--loss_weights", "1"], "2 --loss_type but 1 --loss_weights"),
+    ("train_dpo", ["--max_steps", "0"], "--max_steps must be at least 1"),
+    ("train_dpo", ["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size must be at least 1"),
+    ("train_grpo", ["--num_iterations", "0"], "--num_iterations must be at least 1"),
     ("train_grpo", ["--loss_type", "gpro"], "unknown --loss_type gpro; choose one of grpo"),
     ("train_grpo", ["--reward_funcs", "accurcy"], "unknown --reward_funcs accurcy; choose from accuracy, format"),
     ("train_grpo", ["--reward_funcs", "format,a.py:format"], "two --reward_funcs have one name"),
@@ -335,6 +338,8 @@ def test_presets_set_defaults_and_flags_win():
     args = train_dpo.parse_args(["--model_name_or_path", "x", "--dataset", "y"])
     assert (args.loss_type, args.loss_weights) == (["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0])
     assert args.learning_rate == 1e-6 and args.cold_start_steps == 0
+    args = train_dpo.parse_args(["--loss_type", "sigmoid"])  # the preset's weights are of the preset's losses
+    assert (args.loss_type, args.loss_weights) == (["sigmoid"], [1.0])
     args = train_dpo.parse_args(["--loss_type", "sft,sigmoid", "--loss_weights", "1", "2", "--beta", "0.3"])
     assert (args.loss_type, args.beta, args.cold_start_steps) == (["sft", "sigmoid"], 0.3, 200)
     args = train_grpo.parse_args(["--algo", "gspo", "--epsilon", "0.1", "--gradient_accumulation_steps", "2"])
@@ -374,7 +379,7 @@ def test_bad_rows_end_the_run_before_its_first_step(launch, task, tmp_path, chan
     """Every row that a run will visit is read and encoded before step 1; the error has file and line."""
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n no more")
     rows = [json.loads(line) for line in open(task / "pairs.jsonl")][:4]
-    rows[2] |= dict(images=rows[0]["images"], **{}) | change
+    rows[2] |= dict(images=rows[0]["images"]) | change
     for name in rows[0]["images"] + rows[2]["images"] + rows[3]["images"]:
         if (task / name).exists():
             (tmp_path / name).write_bytes((task / name).read_bytes())

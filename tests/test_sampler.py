@@ -46,6 +46,29 @@ def test_sampler_equals_trainer(loaded, monkeypatch, family, temperature):
     assert (sampled.sampling_logps[sampled.completion_mask] < 0).all()
 
 
+def test_evaluation_is_greedy_and_keyed_by_the_row(loaded, monkeypatch):
+    """Temperature 0 is the greedy answer; above it, a rank that holds every second row draws what one rank would."""
+    policy, processor = loaded("qwen2_5_vl")
+    rows = [make_row(1, i) for i in range(4)]
+
+    class Count:
+        specs = ["count"]
+
+        def score(self, texts, rows, step):
+            return torch.tensor([[float(len(t)) for t in texts]])
+
+    def answers(rows, draws, temperature):
+        return rollout.evaluate(policy, processor, rows, draws, lambda row: data.encode_prompt(policy, processor, row),
+                                Count(), temperature=temperature, max_completion_length=8, batch_size=3, seed=0, step=0)[0]
+
+    greedy = rollout.sample(policy, encode(policy, processor, *rows), [9] * 4, num_generations=1,
+                            max_completion_length=8, temperature=0, seed=5)
+    assert answers(rows, range(4), 0) == rollout.decode(processor, greedy)
+    whole = answers(rows, range(4), 1.0)
+    assert whole != answers(rows, range(4), 0)
+    assert answers(rows[1::2], range(1, 5, 2), 1.0) == whole[1::2]
+
+
 def test_greedy_equals_transformers_generate(loaded):
     """Guards cache, positions and mask of the decode against transformers' own greedy generate, prompt by prompt."""
     policy, processor = loaded("qwen2_5_vl")
