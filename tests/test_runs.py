@@ -420,3 +420,160 @@ def test_two_ranks_equal_one(task, tmp_path, algo):
         for key in sorted(a.keys() - skipped):
             assert b[key] == pytest.approx(a[key], rel=1e-4, abs=2e-6), (a["step"], key)
     assert any(m["grad_norm"] > 0 for m in one[1:])
+
+
+# --- a whole step against a second, plain computation: one completion at a time, transformers' own forward, the
+#     formulas written out. Flags that a script dropped, swapped or gave the wrong sign would show here.
+
+
+def plain_logps(policy, prompt, ids, temperature=1.0):
+    tokens = torch.cat([prompt.tokens, ids])[None]
+    types = (tokens == policy.hf.config.image_token_id).int()
+    logits = policy.hf(input_ids=tokens, mm_token_type_ids=types, **prompt.pixels).logits[0, len(prompt.tokens) - 1:-1]
+    logits = (logits / temperature).index_fill(-1, policy.never_sampled, -torch.inf)
+    return logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+
+
+def capture(monkeypatch, module):
+    """A list of (weights, gradients, limit) before each clip, filled as the script runs."""
+    steps, clip = [], module.clip_grad_norm_
+
+    def spy(parameters, limit):
+        steps.append(([p.detach().clone() for p in parameters], [p.grad.clone() for p in parameters], limit))
+        return clip(parameters, limit)
+
+    monkeypatch.setattr(module, "clip_grad_norm_", spy)
+    return steps
+
+
+def with_weights(policy, weights):
+    with torch.no_grad():
+        for p, w in zip(policy.parameters(), weights, strict=True):
+            p.copy_(w)
+    policy.zero_grad()
+    return policy
+
+
+@pytest.mark.parametrize("bco_delta", ["running", "ema", "none"])
+def test_dpo_steps_are_the_formula(monkeypatch, tmp_path, task, bco_delta):
+    """Three steps of a mix with odd weights and beta: the third step's gradient, with BCO's shift from the rewards of
+    the first two, is that of the loss written out; the clip limit is the flag's."""
+    monkeypatch.chdir(tmp_path)
+    steps = capture(monkeypatch, train_dpo)
+    train_dpo.main(flags(task, "--loss_type", "sigmoid", "bco_pair", "sft", "--loss_weights", 0.5, 3.0, 0.7, "--beta",
+                         0.3, "--bco_delta", bco_delta, "--max_steps", 3, "--per_device_train_batch_size", 2,
+                         "--gradient_accumulation_steps", 2, "--max_grad_norm", 0.4, "--output_dir", "out"))
+    policy, processor = model.load_policy("out/tiny_vlm")
+    rows = data.read_rows(str(task / "pairs.jsonl"), str(task), ())
+    groups = [data.encode_group(policy, processor, rows[i], ("chosen", "rejected")) for i in
+              data.draw_plan(12, 12, 0)]
+    batches = [groups[i:i + 4] for i in range(0, 12, 4)]
+
+    def logratios(weights, batch):
+        """[(chosen, rejected, chosen NLL per token)] of a batch at these weights against the start's."""
+        with_weights(policy, steps[0][0])
+        with torch.no_grad():
+            ref = [[plain_logps(policy, prompt, ids).sum() for ids in both] for prompt, both in batch]
+        with_weights(policy, weights)
+        now = [[plain_logps(policy, prompt, ids) for ids in both] for prompt, both in batch]
+        return [(w.sum() - rw, l.sum() - rl, -w.mean()) for (w, l), (rw, rl) in zip(now, ref)]
+
+    means = [sum(0.3 * float(w + l) / 2 for w, l, _ in logratios(steps[i][0], batches[i])) / 4 for i in (0, 1)]
+    assert means[0] == pytest.approx(0, abs=1e-5) and abs(means[1]) > 0.1
+    delta = {"none": 0.0, "running": means[1] / 2, "ema": 0.1 * means[1]}[bco_delta]
+    loss = sum(-0.5 * torch.log(torch.sigmoid(0.3 * (w - l))) - 3.0 * torch.log(torch.sigmoid(0.3 * w - delta))
+               - 3.0 * torch.log(torch.sigmoid(delta - 0.3 * l)) + 0.7 * nll
+               for w, l, nll in logratios(steps[2][0], batches[2])) / 4
+    loss.backward()
+    assert_same(steps[2][1], [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters()], 1e-3)
+    assert steps[2][2] == 0.4
+    logged = [json.loads(line) for line in open("out/metrics.jsonl")]
+    assert logged[3]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert logged[3]["bco_delta"] == pytest.approx(delta, rel=1e-4)
+
+
+@pytest.mark.parametrize("level, loss_type, scale", [
+    ("sequence", "grpo", "group"), ("token", "dapo", "none"), ("token", "dr_grpo", "group")])
+def test_grpo_steps_are_the_formula(monkeypatch, tmp_path, task, level, loss_type, scale):
+    """Two rollouts of two updates with two weighted rewards, clipping and a KL: the fourth step's gradient (off-policy,
+    second half of the second rollout) is that of the loss written out, on the ids that were sampled."""
+    monkeypatch.chdir(tmp_path)
+    steps, rollouts, sample = capture(monkeypatch, train_grpo), [], rollout.sample
+
+    def spy(policy, prompts, draws, **kwargs):
+        result = sample(policy, prompts, draws, **kwargs)
+        rollouts.append((prompts, draws, result))
+        return result
+
+    monkeypatch.setattr(rollout, "sample", spy)
+    monkeypatch.setattr(rollout, "RewardRunner", shared_runner(task))
+    (task / "more.py").write_text(REWARD + "def length(completions, **_):\n    return [len(c) / 7 for c in completions]\n")
+    train_grpo.main(flags(
+        task, "--reward_funcs", f"{task / 'more.py'}:spread", f"{task / 'more.py'}:length", "--reward_weights", 0.3, 2.0,
+        "--num_generations", 4, "--max_completion_length", 5, "--temperature", 1.3, "--importance_sampling_level", level,
+        "--loss_type", loss_type, "--scale_rewards", scale, "--epsilon", 0.01, "--epsilon_high", 0.04, "--beta", 0.2,
+        "--per_device_train_batch_size", 8, "--steps_per_generation", 2, "--max_steps", 4, "--output_dir", "out"))
+    assert [draws for _, draws, _ in rollouts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    policy, processor = model.load_policy("out/tiny_vlm")
+    prompts, _, sampled = rollouts[1]
+    texts = rollout.decode(processor, sampled)
+    rewards = torch.tensor([0.3 * (sum(map(ord, t)) % 11) + 2.0 * len(t) / 7 for t in texts], dtype=torch.float64).view(4, 4)
+    A = rewards - rewards.mean(-1, keepdim=True)
+    A = (A / (rewards.std(-1, keepdim=True) + 1e-4) if scale == "group" else A).flatten()
+    which = range(8, 16)
+    ids = {n: sampled.completion_ids[n][sampled.completion_mask[n]] for n in which}
+
+    def logps(weights):
+        with_weights(policy, weights)
+        return {n: plain_logps(policy, prompts[n // 4], ids[n], 1.3) for n in which}
+
+    with torch.no_grad():
+        ref, old = logps(steps[0][0]), logps(steps[2][0])
+    now, total, clipped = logps(steps[3][0]), 0.0, 0
+    for n in which:
+        ratio = (now[n] - old[n]).exp() if level == "token" else (now[n] - old[n]).mean().exp().expand(len(ids[n]))
+        bound = ratio.clamp(0.99, 1.04)
+        clipped += int((bound * A[n] < ratio * A[n]).sum())
+        u = ref[n] - now[n]
+        per_token = -torch.min(ratio * A[n], bound * A[n]) + 0.2 * (u.exp() - u - 1)
+        total = total + (per_token.mean() if loss_type == "grpo" else per_token.sum())
+    count = {"grpo": 8, "dapo": sum(map(len, ids.values())), "dr_grpo": 8 * 5}[loss_type]
+    (total / count).backward()
+    assert clipped > 0, "the test needs clipped tokens"
+    assert_same(steps[3][1], [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters()], 1e-3)
+    logged = [json.loads(line) for line in open("out/metrics.jsonl")]
+    assert logged[4]["loss"] == pytest.approx((total / count).item(), rel=1e-3, abs=1e-5)
+    assert logged[4]["clip_ratio/region_mean"] == pytest.approx(clipped / sum(map(len, ids.values())))
+    assert logged[4]["reward"] == pytest.approx(rewards.mean().item())
+
+
+# --- errors, as a user meets them
+
+
+@pytest.mark.parametrize("name, arguments, message", [
+    ("train_dpo.py", ["--dataset", "rows.jsonl", "--image_root", "."], "error: rows.jsonl:1: not valid JSON"),
+    ("train_grpo.py", ["--model_name_or_path", "./nowhere"], "error: --model_name_or_path ./nowhere: no such folder"),
+    ("train_grpo.py", ["--reward_funcs", "mine.py:f", "--cold_start_steps", "0", "--max_steps", "1"],
+     "error: reward mine.py:f: no such file"),
+    ("train_dpo.py", ["--algo", "sft", "--dataset", "good.jsonl", "--stop_at_accuracy", "0.5"],
+     "error: --stop_at_accuracy needs eval/accuracy")])
+def test_errors_are_one_line(tmp_path, name, arguments, message):
+    """A mistake of the user ends the process with a message and exit code 1, not with a traceback."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": \n')
+    (tmp_path / "good.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
+    output = script(name, *arguments, cwd=tmp_path, ok=False)
+    assert message in output and "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_ends_both(tmp_path, task):
+    """A corrupt image that only one rank reads: torchrun ends the other rank as well, and the message is there."""
+    rows = [json.loads(line) for line in open(task / "pairs.jsonl")][:4]
+    for row in rows:
+        row["images"] = []
+    rows[1]["images"] = ["broken.png"]
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    output = script("train_dpo.py", "--dataset", "rows.jsonl", "--image_root", ".", "--max_steps", "1",
+                    "--per_device_train_batch_size", "2", ranks=2, cwd=tmp_path, ok=False, timeout=120)
+    assert "rows.jsonl:2: image" in output and "cannot be read" in output
