@@ -63,8 +63,9 @@ def test_main_job_learns_from_the_picture(tmp_path):
     shares = {}
     for name, images in (("real", pictures), ("blank", blank), ("shuffled", pictures[1:] + pictures[:1])):
         shown = [row | {"images": image} for row, image in zip(rows, images)]
-        _, scores = rollout.evaluate(policy, processor, shown, lambda row: data.encode_prompt(policy, processor, row),
-                                     rewards, temperature=0, max_completion_length=24, batch_size=256, seed=0, step=0)
+        _, scores = rollout.evaluate(policy, processor, shown, range(len(shown)),
+                                     lambda row: data.encode_prompt(policy, processor, row), rewards, temperature=0,
+                                     max_completion_length=24, batch_size=256, seed=0, step=0)
         shares[name] = scores[0].mean().item()
     rewards.close()
     assert shares["real"] == pytest.approx(after) and shares["blank"] < 0.3 and shares["shuffled"] < 0.3, shares
