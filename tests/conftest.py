@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -109,6 +110,8 @@ def loaded(folders):
     cache = {}
 
     def get(family):
+        if family == "idefics3" and getattr(transformers.Idefics3ImageProcessorPil, "is_dummy", False):
+            pytest.skip("this transformers (5.17) loads Idefics3's Pillow processor only where torchvision is")
         if family not in cache:
             cache[family] = model.load_policy(str(folders[family]))
         cache[family][0].zero_grad()

@@ -550,6 +550,7 @@ def test_grpo_steps_are_the_formula(monkeypatch, tmp_path, task, level, loss_typ
 # --- errors, as a user meets them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, arguments, message", [
     ("train_dpo.py", ["--dataset", "rows.jsonl", "--image_root", "."], "error: rows.jsonl:1: not valid JSON"),
     ("train_grpo.py", ["--model_name_or_path", "./nowhere"], "error: --model_name_or_path ./nowhere: no such folder"),
