@@ -210,8 +210,8 @@ def test_aggregations_by_hand(loss_type, weights, count):
     rows = [-A[i] * (logps[i] - old[i])[mask[i]].exp().sum() * weights[i] for i in range(3)]
     torch.testing.assert_close(loss, sum(rows))
     (grad,) = torch.autograd.grad(loss, logps)
-    expected = [[-A[i] * torch.exp(logps[i, t] - old[i, t]) * weights[i] if mask[i, t] else 0.0 for t in range(4)]
-                for i in range(3)]
+    expected = [[-float(A[i] * torch.exp(logps[i, t] - old[i, t]).detach()) * weights[i] if mask[i, t] else 0.0
+                 for t in range(4)] for i in range(3)]
     torch.testing.assert_close(grad, torch.tensor(expected, **F64))
     assert losses.policy_loss_count(loss_type, mask, 10) == count
 
