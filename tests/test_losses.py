@@ -343,3 +343,15 @@ def test_exact_policy_gradient():
                      loss_type="dr_grpo")
     ours = torch.autograd.grad(-loss, theta)[0]
     torch.testing.assert_close(ours, true, atol=1e-12, rtol=1e-9)
+
+
+def test_k3_value_and_gradient_exactly():
+    """P3: enumerated over a categorical pi, k3's mean is KL(pi || ref) and its mean gradient that of KL(ref || pi)."""
+    torch.manual_seed(0)
+    theta, ref = torch.randn(5, **F64, requires_grad=True), torch.randn(5, **F64).log_softmax(-1)
+    log_pi = theta.log_softmax(-1)
+    pi, k3 = log_pi.exp(), losses.k3_kl(log_pi, ref)
+    torch.testing.assert_close((pi * k3).sum(), (pi * (log_pi - ref)).sum(), atol=1e-12, rtol=0)
+    ours = torch.autograd.grad((pi.detach() * k3).sum(), theta, retain_graph=True)[0]
+    forward_kl = (ref.exp() * (ref - log_pi)).sum()
+    torch.testing.assert_close(ours, torch.autograd.grad(forward_kl, theta)[0], atol=1e-12, rtol=0)
