@@ -175,7 +175,7 @@ def policy_loss_count(loss_type, mask, max_completion_length):
 def k3_kl(logps, ref_logps):
     """Schulman's k3 estimator of KL(pi || ref) per token, (N, T) -> (N, T): e^u - u - 1, u = log(ref / pi).
 
-    Its value is an unbiased estimate of KL(pi || ref). Its gradient as a loss, on samples of pi, is another's:
+    Its value is an unbiased estimate of KL(pi || ref). Its gradient as a loss, on samples of pi, is not:
     E_pi[(1 - e^u) grad log pi] = -E_ref[grad log pi], the gradient of KL(ref || pi). u is clamped so that one
     outlier cannot overflow exp.
     """
