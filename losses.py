@@ -175,9 +175,9 @@ def policy_loss_count(loss_type, mask, max_completion_length):
 def k3_kl(logps, ref_logps):
     """Schulman's k3 estimator of KL(pi || ref) per token, (N, T) -> (N, T): e^u - u - 1, u = log(ref / pi).
 
-    Its value is an unbiased estimate of KL(pi || ref). Its gradient as a loss, on samples of pi, is not:
-    E_pi[(1 - e^u) grad log pi] = -E_ref[grad log pi], the gradient of KL(ref || pi). u is clamped so that one
-    outlier cannot overflow exp.
+    Its value is an unbiased estimate of KL(pi || ref), but its gradient as a loss, on samples of pi, is
+    E_pi[(1 - e^u) grad log pi] = -E_ref[grad log pi], that of KL(ref || pi). u is clamped so that one outlier
+    cannot overflow exp.
     """
     u = (ref_logps - logps).clamp(-20, 20)
     return torch.exp(u) - u - 1
