@@ -33,7 +33,7 @@ def sigmoid_loss(chosen_logratios, rejected_logratios, *, beta, **_):
 
 
 def bco_pair_loss(chosen_logratios, rejected_logratios, *, beta, delta, **_):
-    """BCO on pairs (arXiv 2404.04656; the quality loss of MPO, arXiv 2411.10442, section 3.2):
+    """BCO on pairs (arXiv 2404.04656; the quality loss of MPO, arXiv 2411.10442):
 
         -log sigma(beta r_w - delta) - log sigma(-(beta r_l - delta))                   (B,), (B,) -> (B,)
 
@@ -69,7 +69,7 @@ PREFERENCE_LOSSES = [*PAIR_LOSSES, "sft"]
 def nll_loss(logps, mask, *, normalization):
     """Negative log-likelihood of the chosen responses: (B, T), (B, T) -> (loss sum, count), both scalars.
 
-        sequence  sum_i -log pi(y_i|x_i) / |y_i|, count B          MPO's generation loss (2411.10442, eq. 6)
+        sequence  sum_i -log pi(y_i|x_i) / |y_i|, count B          MPO's generation loss (arXiv 2411.10442)
         token     sum_i -log pi(y_i|x_i),         count sum |y_i|  the usual SFT token mean; TRL's `sft` takes
                                                                    it per micro-batch, here it spans the step
     """
@@ -84,7 +84,7 @@ def nll_loss(logps, mask, *, normalization):
 def preference_losses(loss_types, chosen_logps, chosen_mask, rejected_logps=None, rejected_mask=None,
                       ref_chosen_logps=None, ref_rejected_logps=None, *, beta, delta=0.0,
                       nll_normalization="sequence"):
-    """The terms of a mix such as MPO's (0.8 sigmoid + 0.2 bco_pair + 1.0 sft, arXiv 2411.10442 eq. 1).
+    """The terms of a mix such as MPO's (0.8 sigmoid + 0.2 bco_pair + 1.0 sft, arXiv 2411.10442).
 
     *_logps: (B, Tc) chosen, (B, Tr) rejected, per token; ref_*: the same of the reference. Rejected and
     reference may be None when loss_types is only `sft`. Returns ({loss_type: (sum, count)},
@@ -123,7 +123,7 @@ def preference_losses(loss_types, chosen_logps, chosen_mask, rejected_logps=None
 
 
 def group_advantages(rewards, num_generations, *, scale_rewards="group", eps=1e-4):
-    """GRPO's advantages (arXiv 2402.03300, eq. 3):  A = (r - mean_group) / (std_group + eps).   (N,) -> (N,)
+    """GRPO's advantages (arXiv 2402.03300):  A = (r - mean_group) / (std_group + eps).   (N,) -> (N,)
 
     rewards: group-major, N = prompts * num_generations; nan where every reward function abstained: such a
     completion is left out of its group's mean and std and gets advantage 0. The std is the unbiased one, as
@@ -188,7 +188,7 @@ def policy_loss(logps, old_logps, advantages, mask, *, loss_type, importance_sam
     """The clipped surrogate of GRPO and its relatives, as a sum; divide by the step's `policy_loss_count`.
 
         token      c_t = pi(y_t) / pi_old(y_t)                               GRPO, arXiv 2402.03300 eq. 3
-        sequence   s = (prod_t c_t)^(1/|y|), the same for each token of y    GSPO, arXiv 2507.18071 eq. 5, 7
+        sequence   s = (prod_t c_t)^(1/|y|), the same for each token of y    GSPO, arXiv 2507.18071
         L_t = -min(c A, clip(c, 1 - epsilon, 1 + epsilon_high) A) + beta * k3_t
 
     logps, old_logps, ref_logps: (N, T); mask: (N, T); advantages: (N,). On-policy, old_logps is

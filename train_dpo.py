@@ -52,7 +52,7 @@ import rollout
 
 PRESETS = {
     "mpo": dict(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0], bco_delta="running",
-                beta=0.1, nll_normalization="sequence"),  # arXiv 2411.10442, section 4.1, InternVL's scripts
+                beta=0.1, nll_normalization="sequence"),  # arXiv 2411.10442, InternVL's scripts
     "dpo": dict(loss_type=["sigmoid"], beta=0.1),  # arXiv 2305.18290
     "sft": dict(loss_type=["sft"], nll_normalization="token", learning_rate=2e-5),
 }
@@ -113,7 +113,7 @@ def build_parser():
     add("--stop_at_accuracy", type=float, help="stop once eval/accuracy reaches it")
     add("--reward_timeout", type=float, default=60.0, help="seconds for scoring the held-out answers")
     add("--seed", type=int, default=0, help="of the data order, the sampling, the tiny model")
-    add("--device", default="auto", help="cpu, cuda, or auto")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where there is one")
     return p
 
 

@@ -114,7 +114,7 @@ REWARDS = ("accuracy", "format")
 PRESETS = {
     "grpo": dict(loss_type=["grpo"], importance_sampling_level="token", epsilon=0.2),  # arXiv 2402.03300
     "gspo": dict(loss_type=["grpo"], importance_sampling_level="sequence", epsilon=3e-4,
-                 epsilon_high=4e-4),  # arXiv 2507.18071, section 5.1
+                 epsilon_high=4e-4),  # arXiv 2507.18071
     "dr_grpo": dict(loss_type=["dr_grpo"], scale_rewards="none", epsilon=0.2),  # arXiv 2503.20783
     "dapo": dict(loss_type=["dapo"], epsilon=0.2, epsilon_high=0.28),  # arXiv 2503.14476
 }
@@ -186,7 +186,7 @@ def build_parser():
     add("--per_device_eval_batch_size", type=int, default=16, help="prompts answered at once")
     add("--eval_temperature", type=float, default=0.0, help="of held-out answers; 0 is greedy")
     add("--seed", type=int, default=0, help="of the data order, the sampling, the tiny model")
-    add("--device", default="auto", help="cpu, cuda, or auto")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where there is one")
     return p
 
 

@@ -316,6 +316,7 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     ("train_dpo", ["--loss_type", "sigmoid", "sft", "--loss_weights", "1"], "2 --loss_type but 1 --loss_weights"),
     ("train_dpo", ["--max_steps", "0"], "--max_steps must be at least 1"),
     ("train_dpo", ["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size must be at least 1"),
+    ("train_dpo", ["--device", "tpu"], "invalid choice: 'tpu' (choose from"),
     ("train_grpo", ["--num_iterations", "0"], "--num_iterations must be at least 1"),
     ("train_grpo", ["--loss_type", "gpro"], "unknown --loss_type gpro; choose one of grpo"),
     ("train_grpo", ["--reward_funcs", "accurcy"], "unknown --reward_funcs accurcy; choose from accuracy, format"),
