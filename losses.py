@@ -1,6 +1,7 @@
 """Every loss and advantage of flatpo, as pure functions: tensors in, tensors out.
 
-No model, no distributed code, no configuration; only torch. Shapes: B pairs or rows, N completions, T tokens.
+No model, no distributed code, no configuration; only torch. Shapes: B pairs or rows, N completions, T tokens,
+P prompts of G completions, F reward functions.
 
     logps       log pi(y_t | x, y_<t) of each completion token, fp32, at the sampling temperature     (N, T)
     mask        True on the tokens that count: from the first to the first EOS, EOS included          (N, T)
@@ -10,6 +11,9 @@ Losses return **sums with a count beside them**, never means. The caller divides
 optimizer step (all micro-batches and ranks), so neither micro-batch size nor rank count changes the gradient:
 
     loss = loss_sum / global_count
+
+Four are defined over a micro-batch and keep that: `aot` and `aot_unpaired` (they sort its pairs), `bnpo` (its
+own token mean) and `top_entropy_mask` (its quantile). METHODS.md lists every function, paper and test.
 """
 
 import math
@@ -24,23 +28,72 @@ def masked_sum(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Preference losses. Pair: chosen w, rejected l; r_w, r_l: log-ratios to the reference, summed over tokens.
+# Preference losses, (B,), (B,) -> (B,). Pair: chosen w, rejected l; s: log-probs summed over tokens; r: their
+# log-ratios to the reference; n: lengths in tokens; m = beta (r_w - r_l); eps: label_smoothing. Each takes
+# the options it needs by name and ignores the rest, so that a mix is one loop over PAIR_LOSSES.
 
 
-def sigmoid_loss(chosen_logratios, rejected_logratios, *, beta, **_):
-    """DPO (arXiv 2305.18290, eq. 7): -log sigma(beta (r_w - r_l)). (B,), (B,) -> (B,). Starts at log 2."""
-    return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios))
+def smoothed(logits, label_smoothing):
+    """-(1 - eps) log sigma(x) - eps log sigma(-x): the label is wrong with probability eps."""
+    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 
 
-def bco_pair_loss(chosen_logratios, rejected_logratios, *, beta, delta, **_):
+def sigmoid_loss(r_w, r_l, *, beta, label_smoothing=0.0, **_):
+    """DPO (arXiv 2305.18290, eq. 7): -log sigma(m), log 2 at the start. With label smoothing it is cDPO:
+    -(1 - eps) log sigma(m) - eps log sigma(-m); TRL ignores label_smoothing here."""
+    return smoothed(beta * (r_w - r_l), label_smoothing)
+
+
+def hinge_loss(r_w, r_l, *, beta, **_):
+    """SLiC (arXiv 2305.10425) on log-ratios, as in RSO (arXiv 2309.06657): max(0, 1 - m)."""
+    return F.relu(1 - beta * (r_w - r_l))
+
+
+def ipo_loss(r_w, r_l, *, beta, n_w, n_l, **_):
+    """IPO (arXiv 2310.12036): (r_w / n_w - r_l / n_l - 1 / (2 beta))^2. Log-ratios are averaged over tokens,
+    as in TRL, which had it confirmed by the paper's authors; the paper writes sums: `ipo_sum`."""
+    return (r_w / n_w - r_l / n_l - 1 / (2 * beta)) ** 2
+
+
+def ipo_sum_loss(r_w, r_l, *, beta, **_):
+    """IPO as the paper writes it (arXiv 2310.12036): (r_w - r_l - 1 / (2 beta))^2."""
+    return (r_w - r_l - 1 / (2 * beta)) ** 2
+
+
+def exo_pair_loss(r_w, r_l, *, beta, label_smoothing, **_):
+    """EXO for K = 2 (arXiv 2402.00856), reverse KL to the smoothed preference (1 - eps, eps), eps > 0:
+
+        q (log q - log(1 - eps)) + (1 - q) (log(1 - q) - log eps),   q = sigma(m)
+    """
+    m = beta * (r_w - r_l)
+    return (m.sigmoid() * (F.logsigmoid(m) - math.log1p(-label_smoothing))
+            + (-m).sigmoid() * (F.logsigmoid(-m) - math.log(label_smoothing)))
+
+
+def nca_pair_loss(r_w, r_l, *, beta, **_):
+    """NCA (arXiv 2402.05369): -log sigma(beta r_w) - 1/2 log sigma(-beta r_w) - 1/2 log sigma(-beta r_l)."""
+    return -F.logsigmoid(beta * r_w) - 0.5 * F.logsigmoid(-beta * r_w) - 0.5 * F.logsigmoid(-beta * r_l)
+
+
+def robust_loss(r_w, r_l, *, beta, label_smoothing, **_):
+    """Robust DPO (arXiv 2403.00409), unbiased when labels flip with probability eps < 1/2:
+
+        [-(1 - eps) log sigma(m) + eps log sigma(-m)] / (1 - 2 eps)
+    """
+    m = beta * (r_w - r_l)
+    return (-(1 - label_smoothing) * F.logsigmoid(m)
+            + label_smoothing * F.logsigmoid(-m)) / (1 - 2 * label_smoothing)
+
+
+def bco_pair_loss(r_w, r_l, *, beta, delta, **_):
     """BCO on pairs (arXiv 2404.04656; the quality loss of MPO, arXiv 2411.10442):
 
-        -log sigma(beta r_w - delta) - log sigma(-(beta r_l - delta))                   (B,), (B,) -> (B,)
+        -log sigma(beta r_w - delta) - log sigma(-(beta r_l - delta))
 
     delta, the reward shift, is a number from `next_bco_delta`, constant within an optimizer step; 0 is what
     TRL does since 0.29. Equals 2 log 2 at the start.
     """
-    return -F.logsigmoid(beta * chosen_logratios - delta) - F.logsigmoid(-(beta * rejected_logratios - delta))
+    return -F.logsigmoid(beta * r_w - delta) - F.logsigmoid(-(beta * r_l - delta))
 
 
 def next_bco_delta(delta: float, mean_reward: float, step: int, kind: str, ema_decay: float = 0.9) -> float:
@@ -62,8 +115,102 @@ def next_bco_delta(delta: float, mean_reward: float, step: int, kind: str, ema_d
     raise ValueError(f"bco_delta must be running, ema or none, got {kind!r}")
 
 
-PAIR_LOSSES = {"sigmoid": sigmoid_loss, "bco_pair": bco_pair_loss}  # need chosen, rejected and a reference
+def sppo_hard_loss(r_w, r_l, *, beta, **_):
+    """SPPO (arXiv 2405.00675) with win probabilities 1 and 0: (r_w - 1/(2 beta))^2 + (r_l + 1/(2 beta))^2,
+    as in TRL; the authors' code has half of it. 1 / beta is the paper's eta."""
+    return (r_w - 1 / (2 * beta)) ** 2 + (r_l + 1 / (2 * beta)) ** 2
+
+
+def aot_loss(r_w, r_l, *, beta, s_w, s_l, label_smoothing=0.0, **_):
+    """AOT, paired (arXiv 2406.05882): d = sort(s_w - s_l) - sort(s_w^ref - s_l^ref), each sorted over the
+    micro-batch's pairs; then as DPO on beta d. s: summed log-probs, s^ref = s - r."""
+    d = (s_w - s_l).sort().values - (s_w - r_w - s_l + r_l).sort().values
+    return smoothed(beta * d, label_smoothing)
+
+
+def aot_unpaired_loss(r_w, r_l, *, beta, label_smoothing=0.0, **_):
+    """AOT, unpaired (arXiv 2406.05882): DPO on beta (sort(r_w) - sort(r_l)), sorted over the micro-batch."""
+    return smoothed(beta * (r_w.sort().values - r_l.sort().values), label_smoothing)
+
+
+def apo_zero_loss(r_w, r_l, *, beta, **_):
+    """APO-zero (arXiv 2408.06266): 1 - sigma(beta r_w) + sigma(beta r_l). For chosen answers that are better
+    than the model's own."""
+    return (-beta * r_w).sigmoid() + (beta * r_l).sigmoid()
+
+
+def apo_down_loss(r_w, r_l, *, beta, **_):
+    """APO-down (arXiv 2408.06266): sigma(beta r_w) + 1 - sigma(m). For chosen answers that are worse than the
+    model's own."""
+    return (beta * r_w).sigmoid() + (-beta * (r_w - r_l)).sigmoid()
+
+
+def discopop_loss(r_w, r_l, *, beta, discopop_tau, **_):
+    """DiscoPOP (arXiv 2406.08414): -(1 - mu) log sigma(m) + mu e^-m, mu = sigma(m / tau)."""
+    m = beta * (r_w - r_l)
+    mu = (m / discopop_tau).sigmoid()
+    return -(1 - mu) * F.logsigmoid(m) + mu * (-m).clamp(max=80).exp()  # clamped: e^89 * 0 would be nan
+
+
+def sigmoid_norm_loss(r_w, r_l, *, beta, n_w, n_l, **_):
+    """Length-normalised DPO (Tulu 3, arXiv 2411.15124): -log sigma(beta (r_w / n_w - r_l / n_l))."""
+    return -F.logsigmoid(beta * (r_w / n_w - r_l / n_l))
+
+
+def simpo_loss(r_w, r_l, *, beta, s_w, s_l, n_w, n_l, simpo_gamma, label_smoothing=0.0, **_):
+    """SimPO (arXiv 2405.14734), without a reference: -log sigma(beta (s_w / n_w - s_l / n_l) - gamma)."""
+    return smoothed(beta * (s_w / n_w - s_l / n_l) - simpo_gamma, label_smoothing)
+
+
+PAIR_LOSSES = {
+    "sigmoid": sigmoid_loss, "hinge": hinge_loss, "ipo": ipo_loss, "ipo_sum": ipo_sum_loss,
+    "exo_pair": exo_pair_loss, "nca_pair": nca_pair_loss, "robust": robust_loss, "bco_pair": bco_pair_loss,
+    "sppo_hard": sppo_hard_loss, "aot": aot_loss, "aot_unpaired": aot_unpaired_loss,
+    "apo_zero": apo_zero_loss, "apo_down": apo_down_loss, "discopop": discopop_loss,
+    "sigmoid_norm": sigmoid_norm_loss, "simpo": simpo_loss}
 PREFERENCE_LOSSES = [*PAIR_LOSSES, "sft"]
+REFERENCE_FREE = {"simpo", "sft"}
+# Those that are functions of g(r_w) and g(r_l) with g(r) = r, and so have an f-divergence form.
+F_DIVERGENCE_LOSSES = {"sigmoid", "hinge", "ipo", "ipo_sum", "exo_pair", "robust", "discopop", "sigmoid_norm"}
+SORTING_LOSSES = {"aot", "aot_unpaired"}
+SMOOTHED_LOSSES = {"sigmoid", "exo_pair", "robust", "aot", "aot_unpaired", "simpo"}
+
+
+def f_divergence_score(r, f_divergence_type, alpha=0.5):
+    """f-DPO (arXiv 2309.16240): what stands for the log-ratio r when the pull to the reference is another
+    divergence, f'(e^r) up to a constant. (B,) -> (B,)
+
+        reverse_kl r      forward_kl 1 - e^-r      js_divergence log 2 + log sigma(r)
+        alpha_divergence (e^((alpha - 1) r) - 1) / (alpha - 1)     TRL's alpha, 1 - alpha of the authors' code
+    """
+    if f_divergence_type == "reverse_kl":
+        return r
+    if f_divergence_type == "forward_kl":
+        return 1 - (-r).clamp(max=80).exp()  # clamped: finite in fp32
+    if f_divergence_type == "js_divergence":
+        return math.log(2) + F.logsigmoid(r)
+    if f_divergence_type == "alpha_divergence":
+        if abs(alpha - 1) < 1e-6:  # the limit
+            return r
+        return ((alpha - 1) * r).clamp(max=80).expm1() / (alpha - 1)
+    raise ValueError("f_divergence_type must be reverse_kl, forward_kl, js_divergence or alpha_divergence, "
+                     f"got {f_divergence_type!r}")
+
+
+def ld_sum(logps, mask, other_mask, ld_alpha):
+    """LD-DPO (arXiv 2409.06411): the sum of log-probs, those beyond the length of the pair's shorter answer
+    times ld_alpha; for policy and reference alike. (B, T), (B, T), (B, T') -> (B,)"""
+    shared = torch.minimum(mask.sum(-1), other_mask.sum(-1))[:, None]                       # (B, 1)
+    tail = mask & (mask.cumsum(-1) > shared)
+    return masked_sum(logps, mask & ~tail) + ld_alpha * masked_sum(logps, tail)
+
+
+def wpo_weights(logps, log_sum_sq_probs, mask):
+    """WPO (arXiv 2406.11827): how on-policy an answer is: exp(mean_t(log p_t - log sum_v p_v^2)), detached.
+
+    Three (N, T) -> (N,). A pair's loss is multiplied by both answers' weights. Not capped at 1, as in TRL.
+    """
+    return (masked_sum(logps - log_sum_sq_probs, mask) / mask.sum(-1).clamp(min=1)).exp().detach()
 
 
 def nll_loss(logps, mask, *, normalization):
@@ -82,14 +229,16 @@ def nll_loss(logps, mask, *, normalization):
 
 
 def preference_losses(loss_types, chosen_logps, chosen_mask, rejected_logps=None, rejected_mask=None,
-                      ref_chosen_logps=None, ref_rejected_logps=None, *, beta, delta=0.0,
-                      nll_normalization="sequence"):
+                      ref_chosen_logps=None, ref_rejected_logps=None, *, beta, nll_normalization="sequence",
+                      f_divergence_type="reverse_kl", f_alpha_divergence_coef=0.5, ld_alpha=1.0,
+                      pair_weights=None, delta=0.0, label_smoothing=0.0, simpo_gamma=0.5, discopop_tau=0.05):
     """The terms of a mix such as MPO's (0.8 sigmoid + 0.2 bco_pair + 1.0 sft, arXiv 2411.10442).
 
-    *_logps: (B, Tc) chosen, (B, Tr) rejected, per token; ref_*: the same of the reference. Rejected and
-    reference may be None when loss_types is only `sft`. Returns ({loss_type: (sum, count)},
-    {metric: (sum, count)}); the metrics are TRL's: rewards are beta * logratio, an accuracy counts a tie as
-    1/2 (TRL counts it 0; at the start all are ties).
+    *_logps: (B, Tc) chosen, (B, Tr) rejected, per token; ref_*: the same of the reference, None if every loss
+    is REFERENCE_FREE; rejected may be None when loss_types is only `sft`. pair_weights (B,) multiply the pair
+    losses (WPO). The last four are the options of single losses. Returns ({loss_type: (sum, count)},
+    {metric: (sum, count)}); the metrics are TRL's: rewards are beta * logratio (without a reference: SimPO's
+    beta * mean log-prob), an accuracy counts a tie as 1/2 (TRL counts it 0; at the start all are ties).
     """
     for name in loss_types:
         if name not in PREFERENCE_LOSSES:
@@ -97,19 +246,35 @@ def preference_losses(loss_types, chosen_logps, chosen_mask, rejected_logps=None
     terms = {}
     if "sft" in loss_types:
         terms["sft"] = nll_loss(chosen_logps, chosen_mask, normalization=nll_normalization)
-    B, tokens = len(chosen_mask), chosen_mask.sum()
+    B, n_w = len(chosen_mask), chosen_mask.sum(-1)
     metrics = {"logps/chosen": (masked_sum(chosen_logps, chosen_mask).detach().sum(), B),
-               "nll": (-masked_sum(chosen_logps, chosen_mask).detach().sum(), tokens)}  # per token
+               "nll": (-masked_sum(chosen_logps, chosen_mask).detach().sum(), n_w.sum())}  # per token
     if rejected_logps is None:
         return terms, metrics
 
-    chosen_logratios = masked_sum(chosen_logps - ref_chosen_logps, chosen_mask)             # (B,)
-    rejected_logratios = masked_sum(rejected_logps - ref_rejected_logps, rejected_mask)     # (B,)
+    s_w = ld_sum(chosen_logps, chosen_mask, rejected_mask, ld_alpha)                           # (B,)
+    s_l = ld_sum(rejected_logps, rejected_mask, chosen_mask, ld_alpha)
+    n_w, n_l = n_w.clamp(min=1), rejected_mask.sum(-1).clamp(min=1)                         # (B,)
+    if ref_chosen_logps is None:
+        r_w, r_l = s_w / n_w, s_l / n_l
+    else:
+        r_w = s_w - ld_sum(ref_chosen_logps, chosen_mask, rejected_mask, ld_alpha)
+        r_l = s_l - ld_sum(ref_rejected_logps, rejected_mask, chosen_mask, ld_alpha)
+    options = dict(beta=beta, delta=delta, label_smoothing=label_smoothing, simpo_gamma=simpo_gamma,
+                   discopop_tau=discopop_tau, s_w=s_w, s_l=s_l, n_w=n_w, n_l=n_l)
     for name in loss_types:
-        if name in PAIR_LOSSES:
-            losses = PAIR_LOSSES[name](chosen_logratios, rejected_logratios, beta=beta, delta=delta)
-            terms[name] = losses.sum(), losses.numel()
-    chosen_rewards, rejected_rewards = beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
+        if name not in PAIR_LOSSES:
+            continue
+        if ref_chosen_logps is None and name not in REFERENCE_FREE:
+            raise ValueError(f"loss_type {name} needs the reference's log-probs")
+        if pair_weights is not None and name in SORTING_LOSSES:
+            raise ValueError(f"loss_type {name} sorts the two sides apart: it has no pairs to weigh")
+        w, l = r_w, r_l
+        if name in F_DIVERGENCE_LOSSES:
+            w, l = (f_divergence_score(r, f_divergence_type, f_alpha_divergence_coef) for r in (r_w, r_l))
+        values = PAIR_LOSSES[name](w, l, **options)                                         # (B,)
+        terms[name] = (values if pair_weights is None else values * pair_weights).sum(), B
+    chosen_rewards, rejected_rewards = beta * r_w.detach(), beta * r_l.detach()
     margins = chosen_rewards - rejected_rewards
     metrics |= {"logps/rejected": (masked_sum(rejected_logps, rejected_mask).detach().sum(), B),
                 "rewards/chosen": (chosen_rewards.sum(), B), "rewards/rejected": (rejected_rewards.sum(), B),
@@ -119,110 +284,301 @@ def preference_losses(loss_types, chosen_logps, chosen_mask, rejected_logps=None
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Group advantages
+# Advantages. scores (F, N): one row a reward function, columns group-major, N = P * G; nan: it abstained.
 
 
-def group_advantages(rewards, num_generations, *, scale_rewards="group", eps=1e-4):
-    """GRPO's advantages (arXiv 2402.03300):  A = (r - mean_group) / (std_group + eps).   (N,) -> (N,)
+def weighted_rewards(scores, weights):
+    """(F, N), (F,) -> (N,): the weighted sum of the functions that did not abstain; nan where all did."""
+    total = (weights[:, None] * scores.nan_to_num(0.0)).sum(0)
+    return torch.where(scores.isnan().all(0), math.nan, total)
 
-    rewards: group-major, N = prompts * num_generations; nan where every reward function abstained: such a
-    completion is left out of its group's mean and std and gets advantage 0. The std is the unbiased one, as
-    in TRL. scale_rewards "none" leaves out the division (Dr. GRPO, arXiv 2503.20783). A group whose rewards
-    are all equal gets exactly 0, also when rounding in the mean says otherwise.
+
+def centred(rewards, num_generations):
+    """r - mean of its group, leaving out nan: (N,) -> ((P, G) fp64, known (P, G)), 0 where r is nan.
+
+    A group whose rewards are all equal gives exactly 0, also when rounding in the mean says otherwise.
     """
-    if scale_rewards not in ("group", "none"):
-        raise ValueError(f"scale_rewards must be group or none, got {scale_rewards!r}")
     if num_generations < 2:
         raise ValueError("group advantages need num_generations >= 2: "
                          "the mean of a group of one is the sample itself")
     groups = rewards.double().view(-1, num_generations)                # (P, G); fp64: no noise to amplify
     known = ~groups.isnan()
-    count = known.sum(-1, keepdim=True)                                # (P, 1)
-    filled = torch.where(known, groups, 0.0)
-    mean = filled.sum(-1, keepdim=True) / count.clamp(min=1)
-    centred = torch.where(known, groups - mean, 0.0)
+    mean = torch.where(known, groups, 0.0).sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp(min=1)
     lowest = torch.where(known, groups, math.inf).amin(-1, keepdim=True)
     highest = torch.where(known, groups, -math.inf).amax(-1, keepdim=True)
     size = torch.maximum(lowest.abs(), highest.abs()).clamp(min=1e-3)  # a spread below 1e-8 of it is rounding
-    centred = torch.where(highest - lowest <= 1e-8 * size, 0.0, centred)
+    flat = highest - lowest <= 1e-8 * size
+    return torch.where(known & ~flat, groups - mean, 0.0), known
+
+
+def unbiased_std(x, known, dim=None):
+    """Standard deviation (n - 1) of x where known, over dim (kept) or over everything; 0 for one value."""
+    count = known.sum() if dim is None else known.sum(dim, keepdim=True)
+    mean = torch.where(known, x, 0.0).sum(dim, keepdim=dim is not None) / count.clamp(min=1)
+    squares = torch.where(known, (x - mean) ** 2, 0.0).sum(dim, keepdim=dim is not None)
+    return (squares / (count - 1).clamp(min=1)).sqrt()
+
+
+def group_advantages(rewards, num_generations, *, scale_rewards="group", eps=1e-4):
+    """GRPO's advantages (arXiv 2402.03300):  A = (r - mean_group) / (std + eps).   (N,) -> (N,)
+
+        group  std over the completion's group, the unbiased one, as in TRL
+        batch  std over all rewards given                            (arXiv 2508.08221)
+        none   no division                                           (Dr. GRPO, arXiv 2503.20783)
+
+    A reward of nan is left out of mean and std and gets advantage 0; a group without spread gets exactly 0.
+    """
+    if scale_rewards not in ("group", "batch", "none"):
+        raise ValueError(f"scale_rewards must be group, batch or none, got {scale_rewards!r}")
+    A, known = centred(rewards, num_generations)
     if scale_rewards == "group":
-        std = ((centred**2).sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-        centred = centred / (std + eps)
-    return centred.flatten().to(rewards.dtype)
+        A = A / (unbiased_std(A, known, -1) + eps)
+    elif scale_rewards == "batch":
+        A = A / (unbiased_std(rewards.double().view_as(A), known) + eps)
+    return A.flatten().to(rewards.dtype)
+
+
+def rloo_advantages(rewards, num_generations):
+    """RLOO (arXiv 2402.14740): r_i - mean of the group's others = n / (n - 1) (r_i - mean).   (N,) -> (N,)
+
+    n counts the group's rewards that are not nan. A KL penalty belongs into the reward (`kl_in_reward`).
+    """
+    A, known = centred(rewards, num_generations)
+    n = known.sum(-1, keepdim=True)
+    return (A * n / (n - 1).clamp(min=1)).flatten().to(rewards.dtype)
+
+
+def gdpo_advantages(scores, weights, num_generations, *, eps=1e-4):
+    """GDPO (arXiv 2601.05242): normalise each reward within the group, add up, normalise over the batch.
+
+        z = sum_k w_k (r_k - mean_group) / (std_group + eps),   A = z / (std_batch(z) + eps)    (F, N) -> (N,)
+
+    so that two rewards of different scale do not drown each other. The batch mean of z, which the paper
+    subtracts, is 0 by construction.
+    """
+    per_function = torch.stack([group_advantages(row, num_generations, eps=eps) for row in scores])
+    z, known = (weights[:, None] * per_function).sum(0), ~scores.isnan().all(0)             # (N,), (N,)
+    return torch.where(known, z / (unbiased_std(z, known) + eps), 0.0)
+
+
+def advantages(estimator, scores, weights, num_generations, *, scale_rewards="group", penalty=0.0):
+    """The advantages (N,) that a run trains on, from scores (F, N) and weights (F,): grpo, rloo or gdpo.
+
+    penalty (N,): taken off each reward first; RLOO's beta * sum_t (log pi_old - log pi_ref).
+    """
+    if estimator == "gdpo":
+        return gdpo_advantages(scores, weights, num_generations)
+    rewards = weighted_rewards(scores, weights) - penalty
+    if estimator == "grpo":
+        return group_advantages(rewards, num_generations, scale_rewards=scale_rewards)
+    if estimator == "rloo":
+        return rloo_advantages(rewards, num_generations)
+    raise ValueError(f"advantage estimator must be grpo, rloo or gdpo, got {estimator!r}")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Policy losses: -min(c A, clip(c, 1 - epsilon, 1 + epsilon_high) A), with another ratio c and another mean.
+# Policy losses: a ratio c, a term of c and the advantage A for each token, a mean. All (N, T) but A, (N, 1).
 
-POLICY_LOSSES = {
-    "grpo": "mean over completions of the mean over its tokens (arXiv 2402.03300)",
-    "dapo": "mean over all tokens of the step (arXiv 2503.14476)",
-    "dr_grpo": "sum over tokens / (completions * max_completion_length) (arXiv 2503.20783)",
-}
+RATIO_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
 
 
-def policy_loss_count(loss_type, mask, max_completion_length):
-    """The divisor of `policy_loss`'s sum, of these rows: add up over the optimizer step. (N, T) -> scalar."""
-    if loss_type == "grpo":
-        return mask.new_tensor(len(mask), dtype=torch.float32)
-    if loss_type == "dapo":
-        return mask.sum().float()
-    if loss_type == "dr_grpo":
-        return mask.new_tensor(len(mask) * max_completion_length, dtype=torch.float32)
-    raise ValueError(f"unknown loss_type {loss_type!r}; choose from {', '.join(POLICY_LOSSES)}")
+def log_ratios(logps, old_logps, mask, level):
+    """log c, (N, T), 0 where the mask is False in the token levels.
 
-
-def k3_kl(logps, ref_logps):
-    """Schulman's k3 estimator of KL(pi || ref) per token, (N, T) -> (N, T): e^u - u - 1, u = log(ref / pi).
-
-    Its value is an unbiased estimate of KL(pi || ref), but its gradient as a loss, on samples of pi, is
-    E_pi[(1 - e^u) grad log pi] = -E_ref[grad log pi], that of KL(ref || pi). u is clamped so that one outlier
-    cannot overflow exp.
+        token           c_t = pi(y_t) / pi_old(y_t)                              GRPO, arXiv 2402.03300 eq. 3
+        sequence        s = (prod_t c_t)^(1/|y|), the same for each token        GSPO, arXiv 2507.18071
+        sequence_token  sg[s] c_t / sg[c_t]: the value of s, the gradient of c_t GSPO-token, same paper
+        sequence_sum    prod_t c_t, the same for each token                      RLOO, arXiv 2402.14740
     """
-    u = (ref_logps - logps).clamp(-20, 20)
-    return torch.exp(u) - u - 1
+    token = torch.where(mask, logps - old_logps, 0.0)
+    if level == "token":
+        return token
+    total = token.sum(-1, keepdim=True)                                                     # (N, 1)
+    if level == "sequence_sum":
+        return total.expand_as(token)
+    mean = total / mask.sum(-1, keepdim=True).clamp(min=1)
+    if level == "sequence":
+        return mean.expand_as(token)
+    if level == "sequence_token":
+        return mean.detach() + token - token.detach()
+    raise ValueError(f"importance_sampling_level must be one of {', '.join(RATIO_LEVELS)}, got {level!r}")
 
 
-def policy_loss(logps, old_logps, advantages, mask, *, loss_type, importance_sampling_level, epsilon,
-                epsilon_high, max_completion_length, ref_logps=None, beta=0.0):
-    """The clipped surrogate of GRPO and its relatives, as a sum; divide by the step's `policy_loss_count`.
+def clipped_term(ratio, A, *, epsilon, epsilon_high, delta, **_):
+    """PPO's pessimistic bound: -min(min(c, delta) A, clip(c, 1 - epsilon, 1 + epsilon_high) A).
 
-        token      c_t = pi(y_t) / pi_old(y_t)                               GRPO, arXiv 2402.03300 eq. 3
-        sequence   s = (prod_t c_t)^(1/|y|), the same for each token of y    GSPO, arXiv 2507.18071
-        L_t = -min(c A, clip(c, 1 - epsilon, 1 + epsilon_high) A) + beta * k3_t
+    delta, the two-sided clip of INTELLECT-2 (arXiv 2505.07291), bounds c also for A < 0; None: no bound.
+    """
+    capped = ratio if delta is None else ratio.clamp(max=delta)
+    return -torch.min(capped * A, ratio.clamp(1 - epsilon, 1 + epsilon_high) * A)  # min: for both signs of A
+
+
+def cispo_term(ratio, A, *, logps, epsilon_high, **_):
+    """CISPO (arXiv 2506.13585): -sg[min(c, epsilon_high)] A log pi. No token loses its gradient. The bound is
+    absolute, as in TRL and ScaleRL (arXiv 2510.13786), which uses 5; the paper writes 1 + epsilon_high."""
+    return -ratio.detach().clamp(max=epsilon_high) * A * logps
+
+
+def sapo_term(ratio, A, *, sapo_temperature_pos, sapo_temperature_neg, **_):
+    """SAPO (arXiv 2511.20347): -(4 / tau) sigma(tau (c - 1)) A, a soft gate of slope 1 at c = 1."""
+    tau = torch.full_like(A, sapo_temperature_neg).masked_fill(A > 0, sapo_temperature_pos)
+    return -4 / tau * (tau * (ratio - 1)).sigmoid() * A
+
+
+def vespo_term(ratio, A, *, logps, token_log_ratios, log_correction, vespo_k_pos, vespo_lambda_pos,
+               vespo_k_neg, vespo_lambda_neg, **_):
+    """VESPO (arXiv 2602.10693): -sg[phi(W)] A log pi, phi(W) = e^lambda W^k e^(-lambda W), W = prod_t c_t.
+
+    phi(1) = 1. W is the sequence's ratio to the sampler: times `log_correction` where that is corrected for.
+    """
+    log_w = (token_log_ratios.clamp(-20, 20) + log_correction).sum(-1, keepdim=True)        # (N, 1)
+    log_w = log_w.detach().clamp(math.log(1e-8), 20)
+    k = torch.full_like(A, vespo_k_neg).masked_fill(A >= 0, vespo_k_pos)
+    lam = torch.full_like(A, vespo_lambda_neg).masked_fill(A >= 0, vespo_lambda_pos)
+    return -(lam + k * log_w - lam * log_w.exp()).exp() * A * logps
+
+
+POLICY_LOSSES = {  # name: (term, mean over tokens)
+    "grpo": (clipped_term, "sequence"),          # arXiv 2402.03300
+    "bnpo": (clipped_term, "micro_batch"),       # TRL's name; see token_mean
+    "dr_grpo": (clipped_term, "constant"),       # arXiv 2503.20783
+    "dapo": (clipped_term, "token"),             # arXiv 2503.14476
+    "luspo": (clipped_term, "sequence_sum"),     # arXiv 2602.05261
+    "cispo": (cispo_term, "token"),
+    "sapo": (sapo_term, "sequence"),
+    "vespo": (vespo_term, "token")}
+
+
+def token_mean(x, mask, kind):
+    """(N, T) -> scalar sum; the mean is this over the optimizer step's `policy_loss_count`.
+
+        sequence      mean over completions of the mean over a completion's tokens, count N
+        sequence_sum  mean over completions of the sum over a completion's tokens,  count N
+        token         mean over all tokens of the optimizer step,                   count sum |y|
+        constant      sum over tokens / (completions * max_completion_length),      count N * max length
+        micro_batch   mean over all tokens of the micro-batch, mean over those,     count 1
+    """
+    x = torch.where(mask, x, 0.0)
+    if kind == "sequence":
+        return (x.sum(-1) / mask.sum(-1).clamp(min=1)).sum()
+    return x.sum() / mask.sum().clamp(min=1) if kind == "micro_batch" else x.sum()
+
+
+def policy_loss_count(loss_type, mask, max_completion_length) -> float:
+    """The divisor of `policy_loss`'s sum, of one micro-batch: add up over the optimizer step. mask (N, T)."""
+    if loss_type not in POLICY_LOSSES:
+        raise ValueError(f"unknown loss_type {loss_type!r}; choose from {', '.join(POLICY_LOSSES)}")
+    N, mean = len(mask), POLICY_LOSSES[loss_type][1]
+    return float({"sequence": N, "sequence_sum": N, "token": mask.sum(), "micro_batch": 1,
+                  "constant": N * max_completion_length}[mean])
+
+
+def kl_penalty(logps, ref_logps, estimator="k3"):
+    """Schulman's estimators of KL(pi || ref) per token, (N, T) -> (N, T), with d = log pi - log ref:
+
+        k1 = d       k2 = d^2 / 2       k3 = e^-d - 1 + d
+
+    k1 and k3 are unbiased in value on samples of pi, k2 is not. As a loss they follow other gradients:
+
+        k1  E[grad log pi] = 0: nothing at all
+        k2  E[d grad log pi]: that of KL(pi || ref), exactly
+        k3  E[(1 - e^-d) grad log pi] = -E_ref[grad log pi]: that of KL(ref || pi)
+        k1, k3 times the ratio (`use_bias_correction_kl`, DeepSeek-V3.2, arXiv 2512.02556): that of
+            KL(pi || ref), exactly; k2 times the ratio is that of E[k2]
+
+    per token, given what stands before it: how a token changes the KL of later ones enters only with the
+    ratio of the whole sequence (`sequence_sum`). d is clamped so that one outlier cannot overflow exp.
+    """
+    d = (logps - ref_logps).clamp(-20, 20)
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return d**2 / 2
+    if estimator == "k3":
+        return torch.exp(-d) - 1 + d
+    raise ValueError(f"kl_estimator must be k1, k2 or k3, got {estimator!r}")
+
+
+def off_policy_mask(logps, sampling_logps, advantages, mask, threshold):
+    """DeepSeek-V3.2's sequence mask (arXiv 2512.02556): (N, 1), False where A < 0 and the mean of
+    log pi_sampler - log pi over the completion's tokens is above the threshold: bad and no longer ours."""
+    drift = masked_sum(sampling_logps - logps.detach(), mask) / mask.sum(-1).clamp(min=1)   # (N,)
+    return ((advantages >= 0) | (drift <= threshold))[:, None]
+
+
+def top_entropy_mask(entropies, mask, quantile):
+    """Train on the `quantile` of tokens with the highest entropy only (80/20 rule, arXiv 2506.01939): (N, T).
+    The bound is that of the micro-batch. Tokens left out still count in the mean."""
+    entropies = entropies.detach()
+    return mask & (entropies >= entropies[mask].quantile(1 - quantile)) if mask.any() else mask
+
+
+def sampler_correction(old_logps, sampling_logps, mask, mode, clip_max=3.0, clip_min=None):
+    """Importance weights pi_old / pi_sampler, (N, T), detached, for samples of another engine or precision.
+
+    mode: token_* weighs each token by its own ratio, sequence_* by the product over the completion (unbiased,
+    of higher variance). *_truncate clips the weight to [clip_min, clip_max] (truncated importance sampling);
+    *_mask sets weights outside to 0 (masked importance sampling, IcePop).
+    """
+    level, _, bound = mode.partition("_")
+    if level not in ("token", "sequence") or bound not in ("truncate", "mask"):
+        raise ValueError("importance_sampling_correction must be token_truncate, token_mask, "
+                         f"sequence_truncate or sequence_mask, got {mode!r}")
+    level = "token" if level == "token" else "sequence_sum"
+    weight = log_ratios(old_logps.detach(), sampling_logps, mask, level).exp()
+    if bound == "truncate":
+        return weight.clamp(clip_min, clip_max)
+    low, high = -math.inf if clip_min is None else clip_min, math.inf if clip_max is None else clip_max
+    return torch.where((weight >= low) & (weight <= high), weight, 0.0)
+
+
+def policy_loss(logps, old_logps, advantages, mask, *, loss_type, importance_sampling_level="token",
+                epsilon=0.2, epsilon_high=0.2, delta=None, keep=None, correction=None, ref_logps=None,
+                beta=0.0, kl_estimator="k3", use_bias_correction_kl=True, sapo_temperature_pos=1.0,
+                sapo_temperature_neg=1.05, vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0,
+                vespo_lambda_neg=2.0):
+    """The policy loss of GRPO and its relatives, as a sum; divide by the step's `policy_loss_count`.
+
+        L_t = keep_t * correction_t * term(c_t, A) + beta * KL_t [* c_t]
 
     logps, old_logps, ref_logps: (N, T); mask: (N, T); advantages: (N,). On-policy, old_logps is
-    logps.detach(): the ratio is 1, the loss -A, and the gradient the plain policy gradient. Padding may hold
-    anything, nan included. Returns (loss sum, {metric: (sum, count)}).
+    logps.detach(): the ratio is 1, and the gradient of every loss_type the plain policy gradient, up to the
+    mean over tokens. keep (N, T) or (N, 1): `off_policy_mask`, `top_entropy_mask`; correction (N, T):
+    `sampler_correction`. use_bias_correction_kl multiplies the KL by the unclipped ratio. The last six are
+    the papers' constants, no flags. Padding may hold anything, nan included.
+    Returns (loss sum, {metric: (sum, count)}).
     """
     if loss_type not in POLICY_LOSSES:
         raise ValueError(f"unknown loss_type {loss_type!r}; choose from {', '.join(POLICY_LOSSES)}")
-    tokens, lengths = mask.sum(), mask.sum(-1)                                      # scalar, (N,)
-    log_ratio = torch.where(mask, logps - old_logps, 0.0)                           # (N, T)
-    if importance_sampling_level == "sequence":
-        log_ratio = (log_ratio.sum(-1) / lengths.clamp(min=1))[:, None].expand_as(logps)
-    elif importance_sampling_level != "token":
-        raise ValueError("importance_sampling_level must be token or sequence, "
-                         f"got {importance_sampling_level!r}")
+    term, mean = POLICY_LOSSES[loss_type]
+    logps = torch.where(mask, logps, 0.0)
+    token_log_ratios = torch.where(mask, logps - old_logps, 0.0)
     # +-20: a bf16 outlier of +-100 would make exp overflow; e^20 is beyond every clip range.
-    ratio, A = log_ratio.clamp(-20, 20).exp(), advantages[:, None]                  # (N, T), (N, 1)
-    clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
-    per_token_loss = -torch.min(ratio * A, clipped * A)                             # min for both signs of A
+    ratio = log_ratios(logps, old_logps, mask, importance_sampling_level).clamp(-20, 20).exp()
+    A = advantages[:, None]                                                                 # (N, 1)
+    log_correction = 0.0
+    if loss_type == "vespo" and correction is not None:  # its weight takes the product of both ratios
+        log_correction = torch.where(mask, correction, 1.0).log().clamp(math.log(1e-8), 20)
+        correction = None
+    per_token_loss = term(                                                                  # (N, T)
+        ratio, A, logps=logps, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta,
+        sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg,
+        token_log_ratios=token_log_ratios, log_correction=log_correction, vespo_k_pos=vespo_k_pos,
+        vespo_lambda_pos=vespo_lambda_pos, vespo_k_neg=vespo_k_neg, vespo_lambda_neg=vespo_lambda_neg)
+    for weight in (keep, correction):
+        per_token_loss = per_token_loss if weight is None else per_token_loss * weight
 
-    metrics = {}
+    tokens, metrics = mask.sum(), {}
     if beta:
-        kl = k3_kl(torch.where(mask, logps, 0.0), torch.where(mask, ref_logps, 0.0))  # 0 on padding
-        per_token_loss = per_token_loss + beta * kl
-        metrics["kl"] = kl.detach().sum(), tokens
-    per_token_loss = torch.where(mask, per_token_loss, 0.0)
-    if loss_type == "grpo":
-        loss = (per_token_loss.sum(-1) / lengths.clamp(min=1)).sum()
-    else:
-        loss = per_token_loss.sum()
-
-    # A token is clipped where the bound is active: the gradient of its policy term is exactly zero.
-    low, high = mask & (ratio < 1 - epsilon) & (A < 0), mask & (ratio > 1 + epsilon_high) & (A > 0)
-    metrics |= {"ratio": (torch.where(mask, ratio.detach(), 0.0).sum(), tokens),
-                "clip_ratio/low_mean": (low.sum(), tokens), "clip_ratio/high_mean": (high.sum(), tokens),
-                "clip_ratio/region_mean": ((low | high).sum(), tokens)}
-    return loss, metrics
+        kl = kl_penalty(logps, torch.where(mask, ref_logps, 0.0), kl_estimator)
+        per_token_loss = per_token_loss + beta * (kl * ratio if use_bias_correction_kl else kl)
+        metrics["kl"] = torch.where(mask, kl.detach(), 0.0).sum(), tokens
+    metrics["ratio"] = torch.where(mask, ratio.detach(), 0.0).sum(), tokens
+    if term is clipped_term:  # a token is clipped where the bound is active: its policy gradient is exactly 0
+        low, high = mask & (ratio < 1 - epsilon) & (A < 0), mask & (ratio > 1 + epsilon_high) & (A > 0)
+        capped = mask & (A < 0) & (ratio > (math.inf if delta is None else delta))
+        metrics |= {"clip_ratio/low_mean": (low.sum(), tokens), "clip_ratio/high_mean": (high.sum(), tokens),
+                    "clip_ratio/region_mean": ((low | high | capped).sum(), tokens)}
+    elif term is cispo_term:
+        metrics["cispo_clip_ratio"] = (mask & (ratio > epsilon_high) & (A > 0)).sum(), tokens
+    return token_mean(per_token_loss, mask, mean), metrics

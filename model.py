@@ -172,10 +172,11 @@ def scaled_logits(hidden, weight, never_sampled, temperature):
 
 
 class ChunkedLogps(torch.autograd.Function):
-    """log softmax(h W^T / temperature)[target] and the entropy of that softmax, `chunk` tokens at a time.
+    """p = softmax(h W^T / temperature) -> log p[target], entropy, log sum_v p_v^2; `chunk` tokens at a time.
 
     The (M, V) logits never exist: forward keeps the log-sum-exp of each token, backward recomputes a chunk.
         d logp / dz = onehot(target) - p          d entropy / dz = -p (log p + entropy)
+    The third (WPO's weights need it) has no gradient.
     """
 
     @staticmethod
@@ -183,7 +184,8 @@ class ChunkedLogps(torch.autograd.Function):
         device_type = hidden.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
-        logps, lse, entropy = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
+        logps, lse, entropy, log_sum_sq = (hidden.new_empty(len(hidden), dtype=torch.float32)
+                                           for _ in range(4))
         with torch.autocast(device_type, enabled=False):
             W = weight.to(dtype)
             for i in range(0, len(hidden), chunk):
@@ -191,13 +193,16 @@ class ChunkedLogps(torch.autograd.Function):
                 logits = scaled_logits(hidden[at].to(dtype), W, never_sampled, temperature)       # (chunk, V)
                 lse[at] = logits.logsumexp(-1)
                 logps[at] = logits.gather(-1, targets[at, None]).squeeze(-1) - lse[at]
-                entropy[at] = lse[at] - ((logits - lse[at, None]).exp() * logits).sum(-1)
+                p = (logits - lse[at, None]).exp()
+                entropy[at] = lse[at] - (p * logits).sum(-1)
+                log_sum_sq[at] = p.square().sum(-1).log()
         ctx.save_for_backward(hidden, weight, targets, never_sampled, lse, entropy)
         ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, dtype
-        return logps, entropy
+        ctx.mark_non_differentiable(log_sum_sq)
+        return logps, entropy, log_sum_sq
 
     @staticmethod
-    def backward(ctx, grad_logps, grad_entropy):
+    def backward(ctx, grad_logps, grad_entropy, _):
         hidden, weight, targets, never_sampled, lse, entropy = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -286,18 +291,18 @@ class Policy(nn.Module):
             return scaled_logits(hidden.to(self.dtype), weight, self.never_sampled, temperature)
 
     def forward(self, batch: dict, temperature: float = 1.0, chunk: int = 256):
-        """A `pack_groups` batch -> (per_token_logps (N, T), entropies (N, T)), fp32, 0 where completion_mask
-        is False. The logits are divided by the temperature the completions were sampled at."""
+        """A `pack_groups` batch -> per_token_logps, entropies, log_sum_sq_probs: three (N, T), fp32, 0 where
+        completion_mask is False. Logits are divided by the temperature the completions were sampled at."""
         mask = batch["completion_mask"]
         with self.autocast():
             attention_mask = group_attention_mask(batch["segment_ids"], batch["group_ids"])
             hidden = self.hidden(batch["input_ids"], batch["position_ids"], attention_mask, batch["pixels"])
             used = hidden.flatten(0, 1).index_select(0, batch["logit_index"][mask])               # (M, H)
             weight = self.hf.get_output_embeddings().weight
-            logps, entropy = ChunkedLogps.apply(used, weight, batch["completion_ids"][mask],
-                                                self.never_sampled, temperature, chunk)           # (M,), (M,)
+            per_token = ChunkedLogps.apply(used, weight, batch["completion_ids"][mask],
+                                           self.never_sampled, temperature, chunk)                # 3 x (M,)
         zeros = torch.zeros(mask.shape, device=mask.device)
-        return zeros.masked_scatter(mask, logps), zeros.masked_scatter(mask, entropy)
+        return tuple(zeros.masked_scatter(mask, x) for x in per_token)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -521,6 +526,15 @@ def init_distributed(device: str = "auto"):
     if world_size > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return rank, world_size, torch.device(device)
+
+
+def all_gather(x: torch.Tensor, device="cpu") -> torch.Tensor:
+    """(..., n) of this rank -> (..., world_size * n), in the order of the ranks; n must agree."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.to(device).contiguous())
+    return torch.cat(parts, -1).to(x.device)
 
 
 def all_reduce_sums(sums: dict[str, tuple], device="cpu") -> dict[str, tuple[float, float]]:

@@ -43,6 +43,26 @@ def keyed_uniform(seed: int, draw: torch.Tensor, k: torch.Tensor, t: torch.Tenso
     return ((x >> 12) & ((1 << 52) - 1)).double() * 2.0**-52
 
 
+def keep_likely(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0):
+    """(N, V) logits, ids outside top_k, top_p or min_p at -inf, in transformers' order. 0, 1.0, 0: all stay.
+
+        top_k  the k most likely ids          min_p  ids of at least min_p times the largest probability
+        top_p  the fewest ids, most likely first, whose probabilities sum to top_p or more
+    """
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p < 1:
+        ordered, index = logits.sort(descending=True)
+        p = ordered.softmax(-1)
+        dropped = p.cumsum(-1) - p >= top_p  # what comes before it is enough already
+        logits = logits.masked_fill(dropped.scatter(-1, index, dropped), -math.inf)
+    if min_p:
+        p = logits.softmax(-1)
+        logits = logits.masked_fill(p < min_p * p.amax(-1, keepdim=True), -math.inf)
+    return logits
+
+
 def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Inverse CDF: (N, V) logits, (N,) uniforms in [0, 1) -> (N,) ids, never one of probability 0.
 
@@ -68,8 +88,12 @@ class Rollout(NamedTuple):
 
 @torch.no_grad()
 def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_generations: int,
-           max_completion_length: int, temperature: float, seed: int) -> Rollout:
+           max_completion_length: int, temperature: float, seed: int, top_k: int = 0, top_p: float = 1.0,
+           min_p: float = 0.0) -> Rollout:
     """num_generations completions of every prompt; temperature 0 is greedy (log-probs are then those at 1).
+
+    top_k, top_p and min_p narrow what is drawn, not the log-probs returned: those are of the whole softmax,
+    which is what the trainer computes.
 
     draws: the prompts' draw numbers, which key the randomness. Results come back on the CPU. Completion
     lengths differ freely; rows that have ended leave the batch every 8 tokens, at which point alone the
@@ -103,7 +127,8 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
     running = torch.ones(N, dtype=torch.bool, device=device)
     for t in range(T):
         logits = policy.logits(hidden, temperature or 1.0)                              # (rows, V)
-        token = sample_tokens(logits, uniforms[rows, t]) if temperature else logits.argmax(-1)
+        likely = keep_likely(logits, top_k, top_p, min_p)
+        token = sample_tokens(likely, uniforms[rows, t]) if temperature else logits.argmax(-1)
         ids[rows, t] = torch.where(running, token, policy.pad_id)
         logp = logits.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1)            # (rows,)
         logps[rows, t] = torch.where(running, logp, 0.0)

@@ -1,4 +1,4 @@
-"""Offline preference training of a vision-language model: MPO, DPO, SFT, and any weighted mix of them.
+"""Offline preference training of a vision-language model: MPO, DPO, SFT, SimPO, ... in any weighted mix.
 
     python train_dpo.py                          # the built-in default: MPO on a tiny VLM, CPU, 2 min
     python train_dpo.py --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --algo mpo --dtype bfloat16 \\
@@ -21,6 +21,7 @@ Where this differs from the papers and from TRL:
  5. The reference is the starting policy. Its log-probs are computed before the first step and kept on disk,
     by the content of weights, ids and pixels; there is no second model in memory.
  6. rewards/accuracies counts a tie as 1/2, so it starts at 0.5 (TRL: 0).
+ 7. --label_smoothing makes sigmoid cDPO (TRL ignores it there); WPO weighs pair losses only.
 """
 
 import os
@@ -51,16 +52,37 @@ import model
 import rollout
 
 PRESETS = {
+    "sft": dict(loss_type=["sft"], nll_normalization="token", learning_rate=2e-5),
+    # The numbers before a paper's id are the paper's.
     "mpo": dict(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0], bco_delta="running",
                 beta=0.1, nll_normalization="sequence"),  # arXiv 2411.10442, InternVL's scripts
-    "dpo": dict(loss_type=["sigmoid"], beta=0.1),  # arXiv 2305.18290
-    "sft": dict(loss_type=["sft"], nll_normalization="token", learning_rate=2e-5),
+    "dpo": dict(loss_type=["sigmoid"], beta=0.1, learning_rate=1e-6),  # arXiv 2305.18290
+    "simpo": dict(loss_type=["simpo"], beta=2.0, simpo_gamma=1.0, learning_rate=5e-7),  # arXiv 2405.14734
+    "bco": dict(loss_type=["bco_pair"], beta=0.01, learning_rate=5e-7),  # arXiv 2404.04656
+    "robust": dict(loss_type=["robust"], beta=0.01, label_smoothing=0.1),  # arXiv 2403.00409; its lr is 1e-3
+    "nca": dict(loss_type=["nca_pair"], beta=0.01, learning_rate=5e-6),  # arXiv 2402.05369
+    "sppo": dict(loss_type=["sppo_hard"], beta=1e-3, learning_rate=5e-7),  # arXiv 2405.00675
+    "discopop": dict(loss_type=["discopop"], beta=0.05, learning_rate=5e-7),  # arXiv 2406.08414
+    "apo_zero": dict(loss_type=["apo_zero"], beta=0.1, learning_rate=2e-7),  # arXiv 2408.06266
+    "apo_down": dict(loss_type=["apo_down"], beta=0.1, learning_rate=2e-7),  # arXiv 2408.06266
+    # Of these the loss is the paper's; beta and what else stands here are customary values.
+    "ipo": dict(loss_type=["ipo"], beta=0.1),  # arXiv 2310.12036
+    "slic": dict(loss_type=["hinge"], beta=0.1),  # arXiv 2305.10425
+    "exo": dict(loss_type=["exo_pair"], beta=0.1, label_smoothing=1e-3),  # arXiv 2402.00856
+    "aot": dict(loss_type=["aot"], beta=0.1),  # arXiv 2406.05882
+    "aot_unpaired": dict(loss_type=["aot_unpaired"], beta=0.1),  # arXiv 2406.05882
+    "cdpo": dict(loss_type=["sigmoid"], beta=0.1, label_smoothing=0.1),  # DPO with label noise
+    "wpo": dict(loss_type=["sigmoid"], beta=0.1, use_weighting=True),  # arXiv 2406.11827
+    "ld_dpo": dict(loss_type=["sigmoid"], beta=0.1, ld_alpha=0.5),  # arXiv 2409.06411
+    "dpo_norm": dict(loss_type=["sigmoid_norm"], beta=5.0, learning_rate=5e-7),  # arXiv 2411.15124
 }
 # For the tiny model, used when no --model_name_or_path is given.
 TINY_DEFAULTS = dict(learning_rate=2e-4, per_device_train_batch_size=32, max_steps=80, eval_steps=20,
                      warmup_steps=5, lr_scheduler_type="constant", max_completion_length=24,
                      per_device_eval_batch_size=256)
-TINY_BY_ALGO = {"sft": dict(learning_rate=2e-3, max_steps=100, warmup_steps=20, adam_beta2=0.98)}
+# At DiscoPOP's own beta of 0.05 the tiny model stays in that loss's minimum at a margin below 0.
+TINY_BY_ALGO = {"sft": dict(learning_rate=2e-3, max_steps=100, warmup_steps=20, adam_beta2=0.98),
+                "discopop": dict(beta=0.5)}
 
 
 def build_parser():
@@ -82,6 +104,14 @@ def build_parser():
     add("--beta", type=float, default=0.1, help="strength of the pull to the reference, in every pair loss")
     add("--bco_delta", choices=["running", "ema", "none"], default="running", help="BCO's reward shift")
     add("--nll_normalization", choices=["sequence", "token"], default="sequence", help="the mean in `sft`")
+    add("--label_smoothing", type=float, default=0.0, help="share of wrong labels assumed by "
+        f"{', '.join(sorted(losses.SMOOTHED_LOSSES))}")
+    add("--simpo_gamma", type=float, default=0.5, help="SimPO's margin gamma (its paper tunes gamma / beta)")
+    add("--ld_alpha", type=float, default=1.0, help="LD-DPO: weight of an answer's tokens beyond the other's")
+    add("--use_weighting", action=on_off, default=False, help="WPO: weigh pairs by how on-policy they are")
+    add("--f_divergence_type", default="reverse_kl", help="of the pull to the reference",
+        choices=["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"])
+    add("--f_alpha_divergence_coef", type=float, default=0.5, help="alpha of alpha_divergence")
     # steps
     add("--per_device_train_batch_size", type=int, default=8, help="pairs (SFT: rows) of a micro-batch")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of an optimizer step")
@@ -171,6 +201,26 @@ def check_args(args, parser):
     args.loss_weights = args.loss_weights or [1.0] * len(args.loss_type)
     if len(args.loss_weights) != len(args.loss_type):
         parser.error(f"{len(args.loss_type)} --loss_type but {len(args.loss_weights)} --loss_weights")
+    if len(set(args.loss_type)) < len(args.loss_type):
+        parser.error(f"a --loss_type stands twice in {' '.join(args.loss_type)}; give it one weight")
+    if args.beta <= 0:
+        parser.error(f"--beta must be above 0, got {args.beta}")
+    given, pairs = set(args.loss_type), set(args.loss_type) - {"sft"}
+    if args.label_smoothing and not given & losses.SMOOTHED_LOSSES:
+        parser.error(f"--label_smoothing is not used by {', '.join(args.loss_type)}, only by "
+                     f"{', '.join(sorted(losses.SMOOTHED_LOSSES))}")
+    if not 0 <= args.label_smoothing < 0.5:
+        parser.error(f"--label_smoothing must be at least 0 and below 0.5, got {args.label_smoothing}")
+    if "exo_pair" in given and args.label_smoothing == 0:
+        parser.error("exo_pair needs --label_smoothing above 0 (1e-3, say): it takes its logarithm")
+    without = ", ".join(sorted(given - losses.F_DIVERGENCE_LOSSES - {"sft"}))
+    if args.f_divergence_type != "reverse_kl" and (without or not pairs):
+        parser.error(f"--f_divergence_type does nothing to {without or 'sft'}; it is for "
+                     f"{', '.join(sorted(losses.F_DIVERGENCE_LOSSES))}")
+    if args.use_weighting and (not pairs or given & losses.SORTING_LOSSES):
+        parser.error("--use_weighting weighs pairs: not sft, nor aot and aot_unpaired, which sort them apart")
+    if args.ld_alpha != 1 and not pairs:
+        parser.error("--ld_alpha compares the lengths of a pair, and sft has none")
 
 
 # --- reference log-probs, computed once and kept on disk
@@ -208,7 +258,7 @@ class ReferenceCache:
             if missing:
                 batch = model.to_device(pack(list(missing.values()), policy, share_prompt), policy.device)
                 with torch.no_grad():
-                    logps, _ = policy(batch)                                                    # (N, T)
+                    logps, *_ = policy(batch)                                                   # (N, T)
                 mask, n = batch["completion_mask"], 0
                 for key, (_, completions) in missing.items():
                     rows = slice(n, n + len(completions))
@@ -246,15 +296,36 @@ def pack(groups, policy, share_prompt: bool):
 def score_groups(args, policy, groups, reference, delta):
     """One micro-batch -> ({loss: (sum, count)}, {metric: (sum, count)}). Chosen and rejected alternate."""
     batch = model.to_device(pack(groups, policy, args.share_prompt), policy.device)
-    logps, _ = policy(batch)                                                                    # (N, T)
+    logps, _, log_sum_sq_probs = policy(batch)                                                  # (N, T)
     mask = batch["completion_mask"]
-    if reference is None:
-        return losses.preference_losses(args.loss_type, logps, mask, beta=args.beta,
-                                        nll_normalization=args.nll_normalization)
-    ref_logps = reference.logps(groups, mask)                                                   # (N, T)
-    return losses.preference_losses(args.loss_type, logps[0::2], mask[0::2], logps[1::2], mask[1::2],
-                                    ref_logps[0::2], ref_logps[1::2], beta=args.beta, delta=delta,
-                                    nll_normalization=args.nll_normalization)
+    options = dict(
+        beta=args.beta, delta=delta, label_smoothing=args.label_smoothing, simpo_gamma=args.simpo_gamma,
+        nll_normalization=args.nll_normalization, ld_alpha=args.ld_alpha,
+        f_divergence_type=args.f_divergence_type, f_alpha_divergence_coef=args.f_alpha_divergence_coef)
+    if len(groups[0][1]) == 1:  # sft alone: no rejected answers were read
+        return losses.preference_losses(args.loss_type, logps, mask, **options)
+    arguments = [logps[0::2], mask[0::2], logps[1::2], mask[1::2]]                              # (B, T) each
+    if reference is not None:
+        ref_logps = reference.logps(groups, mask)                                               # (N, T)
+        arguments += [ref_logps[0::2], ref_logps[1::2]]
+    if args.use_weighting:
+        weights = losses.wpo_weights(logps, log_sum_sq_probs, mask)                             # (N,)
+        options["pair_weights"] = weights[0::2] * weights[1::2]                                 # (B,)
+    return losses.preference_losses(args.loss_type, *arguments, **options)
+
+
+def start_value(args, name: str) -> str:
+    """What a loss must be before the first step: the policy is the reference, every log-ratio is 0."""
+    if name in losses.REFERENCE_FREE:
+        return {"sft": "the NLL of the chosen answers", "simpo": "the margin of the starting policy"}[name]
+    if args.use_weighting:
+        return "weighted, below the unweighted one"
+    zero, one = torch.zeros(1), torch.ones(1)
+    score = losses.f_divergence_score(zero, args.f_divergence_type, args.f_alpha_divergence_coef)
+    r = score if name in losses.F_DIVERGENCE_LOSSES else zero
+    value = losses.PAIR_LOSSES[name](r, r, beta=args.beta, delta=0.0, label_smoothing=args.label_smoothing,
+                                     s_w=zero, s_l=zero, n_w=one, n_l=one, discopop_tau=0.05)
+    return f"{value.item():.4f}"
 
 
 def main(argv=None):
@@ -315,7 +386,7 @@ def main(argv=None):
         return [train_rows[i] for i in plan[step * step_rows + rank * mine:][:mine]]
 
     reference = None
-    if pairs:
+    if set(args.loss_type) - losses.REFERENCE_FREE:
         reference = ReferenceCache(args.ref_cache, policy)
         visited = {id(row): row for step in range(max_steps) for row in rows_of(step)}.values()
         batched = encoded(list(visited), args.per_device_train_batch_size)
@@ -408,9 +479,9 @@ def main(argv=None):
             mean_reward = (means["rewards/chosen"] + means["rewards/rejected"]) / 2
             delta = losses.next_bco_delta(delta, mean_reward, step, args.bco_delta)
         if rank == 0 and step == 0:
-            expected = {"sigmoid": "0.6931", "bco_pair": "1.3863", "sft": "the NLL of the chosen answers"}
             tqdm.write("step 1 must start at: " + ", ".join(
-                f"{n} {means[f'loss/{n}']:.4f} (expected {expected[n]})" for n in args.loss_type))
+                f"{name} {means[f'loss/{name}']:.4f} (expected {start_value(args, name)})"
+                for name in args.loss_type))
         metrics["step_time"] = time.perf_counter() - began
         if (step + 1) % args.eval_steps == 0 or step + 1 == max_steps:
             end = evaluate(step + 1)

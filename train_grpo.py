@@ -1,4 +1,4 @@
-"""Online reinforcement learning of a vision-language model: GRPO, GSPO, Dr. GRPO, DAPO's loss.
+"""Online reinforcement learning of a vision-language model: GRPO, GSPO, RLOO, GDPO and their relatives.
 
     python train_grpo.py                         # the built-in default: a tiny VLM, CPU, under 3 min
     python train_grpo.py --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --algo gspo --dtype bfloat16 \\
@@ -7,8 +7,8 @@
         --reward_funcs accuracy format my_rewards.py:brief
     torchrun --nproc_per_node=2 train_grpo.py    # the same on two ranks
 
-    prompts -> rollout (G completions each, with their log-probs) -> rewards -> advantages -> group rows
-            -> token log-probs -> clipped policy loss / its count over the whole optimizer step -> step
+    prompts -> rollout (G completions each, with their log-probs) -> group rows -> rewards -> advantages
+            -> token log-probs -> policy loss / its count over the whole optimizer step -> step
 
 At the first update of a rollout the ratio is exactly 1, nothing is clipped, yet the gradient norm is not 0;
 with loss_type grpo the loss is 0 (advantages are centred), with dapo it is -sum A|y| / sum |y|.
@@ -22,7 +22,9 @@ Where this differs from the papers and from TRL:
     also in bf16; with more, one no-grad pass of the same function on the same rows. The sampler's own
     log-probs are compared with them (sampling/sampling_logp_difference/mean), never trained on.
  5. Ids that can never be an answer (image placeholders) are left out of the softmax, in sampler and trainer.
- 6. --algo dapo is its loss and clip range; its dynamic sampling and overlong penalty are not.
+ 6. --algo dapo is its loss, clip range and truncation mask; dynamic sampling and overlong penalty are not.
+ 7. The KL is multiplied by the ratio, as in TRL 1.16, so that its gradient is that of KL(pi || ref);
+    --no-use_bias_correction_kl is the GRPO paper's. The entropy bonus is a mean over the step's tokens.
 """
 
 import os
@@ -115,16 +117,31 @@ PRESETS = {
     "grpo": dict(loss_type=["grpo"], importance_sampling_level="token", epsilon=0.2),  # arXiv 2402.03300
     "gspo": dict(loss_type=["grpo"], importance_sampling_level="sequence", epsilon=3e-4,
                  epsilon_high=4e-4),  # arXiv 2507.18071
+    "gspo_token": dict(loss_type=["grpo"], importance_sampling_level="sequence_token", epsilon=3e-4,
+                       epsilon_high=4e-4),  # arXiv 2507.18071
     "dr_grpo": dict(loss_type=["dr_grpo"], scale_rewards="none", epsilon=0.2),  # arXiv 2503.20783
-    "dapo": dict(loss_type=["dapo"], epsilon=0.2, epsilon_high=0.28),  # arXiv 2503.14476
+    "dapo": dict(loss_type=["dapo"], epsilon=0.2, epsilon_high=0.28,
+                 mask_truncated_completions=True),  # arXiv 2503.14476
+    "lite_ppo": dict(loss_type=["dapo"], scale_rewards="batch"),  # arXiv 2508.08221
+    "cispo": dict(loss_type=["cispo"], epsilon_high=5.0, scale_rewards="batch"),  # 2506.13585, 2510.13786
+    "sapo": dict(loss_type=["sapo"]),  # arXiv 2511.20347
+    "luspo": dict(loss_type=["luspo"], importance_sampling_level="sequence", epsilon=2e-3,
+                  epsilon_high=2.5e-3),  # arXiv 2602.05261
+    "vespo": dict(loss_type=["vespo"]),  # arXiv 2602.10693
+    "rloo": dict(loss_type=["grpo"], importance_sampling_level="sequence_sum", advantage_estimator="rloo",
+                 kl_in_reward=True, kl_estimator="k1", beta=0.03),  # arXiv 2402.14740
+    "gdpo": dict(loss_type=["grpo"], advantage_estimator="gdpo"),  # arXiv 2601.05242
 }
-UPDATES_PER_ROLLOUT = {"gspo": 4}  # the paper cuts a rollout into four updates; the other presets take one
+# Updates that a rollout is cut into: GSPO's paper has four; what else corrects for old samples gets as many
+# here, the other presets take one.
+UPDATES_PER_ROLLOUT = {"gspo": 4, "gspo_token": 4, "sapo": 4, "luspo": 4, "vespo": 4}
 # For the tiny model, used when no --model_name_or_path is given. At temperature 1 one seed of three ceased to
 # try one of the six answers, and stayed at 0.85; at 1.25 none did.
 TINY_DEFAULTS = dict(learning_rate=3e-4, temperature=1.25, per_device_train_batch_size=256, max_steps=75,
                      eval_steps=25, warmup_steps=5, adam_beta2=0.95, lr_scheduler_type="constant",
                      max_completion_length=24, per_device_eval_batch_size=256)
-TINY_BY_ALGO = {"gspo": dict(learning_rate=2e-4, per_device_train_batch_size=64, max_steps=150)}
+TINY_BY_ALGO = {algo: dict(learning_rate=2e-4, per_device_train_batch_size=64, max_steps=150)
+                for algo in UPDATES_PER_ROLLOUT}
 
 
 def build_parser():
@@ -144,17 +161,39 @@ def build_parser():
         help=f"{', '.join(REWARDS)}, or path/to/file.py:function; spaces or commas")
     add("--reward_weights", nargs="+", type=float, help="one per reward; default 1, 0.1 for format")
     add("--reward_timeout", type=float, default=60.0, help="seconds for one call of one reward function")
-    add("--scale_rewards", choices=["group", "none"], default="group", help="divide by the group's std?")
+    add("--advantage_estimator", choices=["grpo", "rloo", "gdpo"], default="grpo",
+        help="baseline: the group's mean (grpo), its other completions (rloo), per reward function (gdpo)")
+    add("--scale_rewards", choices=["group", "batch", "none"], help="whose std divides grpo's advantages; "
+        "default group")
     # loss
-    add("--loss_type", nargs=1, help=f"the mean over tokens: {', '.join(losses.POLICY_LOSSES)}")
-    add("--importance_sampling_level", choices=["token", "sequence"], default="token", help="GRPO, GSPO")
+    add("--loss_type", nargs=1, help=f"the loss of a token, and the mean: {', '.join(losses.POLICY_LOSSES)}")
+    add("--importance_sampling_level", choices=losses.RATIO_LEVELS, default="token",
+        help="the ratio: GRPO's, GSPO's, GSPO-token's, RLOO's")
     add("--epsilon", type=float, default=0.2, help="ratio clipped below at 1 - epsilon")
-    add("--epsilon_high", type=float, help="ratio clipped above at 1 + epsilon_high; default: epsilon")
-    add("--beta", type=float, default=0.0, help="weight of the k3 KL to the starting policy; 0 keeps none")
+    add("--epsilon_high", type=float, help="ratio clipped above at 1 + epsilon_high; default: epsilon. "
+        "cispo: at epsilon_high itself")
+    add("--delta", type=float, help="upper bound of the ratio also for negative advantages")
+    add("--beta", type=float, default=0.0, help="weight of the KL to the starting policy; 0: no reference")
+    add("--kl_estimator", choices=["k1", "k2", "k3"], default="k3", help="of the KL per token")
+    add("--use_bias_correction_kl", action=on_off, default=True,
+        help="multiply the KL by the ratio, so that its gradient is the KL's")
+    add("--kl_in_reward", action=on_off, default=False, help="take beta * KL off the rewards, as RLOO does")
+    add("--entropy_coef", type=float, default=0.0, help="weight of the bonus for mean token entropy")
+    add("--top_entropy_quantile", type=float, default=1.0, help="share of tokens, by entropy, trained")
+    add("--mask_truncated_completions", action=on_off, default=False,
+        help="no gradient from answers that met the length limit")
+    add("--off_policy_mask_threshold", type=float, help="drop completions of negative advantage whose mean "
+        "log-prob fell by more than this since they were sampled")
+    add("--importance_sampling_correction", default="none", help="weigh by trainer / sampler probabilities",
+        choices=["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+    add("--importance_sampling_clip_max", type=float, default=3.0, help="largest such weight: cut, or 0")
     # sampling
     add("--num_generations", type=int, default=8, help="G, completions per prompt")
     add("--max_completion_length", type=int, default=256, help="tokens sampled at most")
     add("--temperature", type=float, default=1.0, help="of sampling; every log-prob is taken at it")
+    add("--top_k", type=int, default=0, help="sample among the k likeliest tokens; 0: all")
+    add("--top_p", type=float, default=1.0, help="sample among the likeliest tokens that sum to p")
+    add("--min_p", type=float, default=0.0, help="sample tokens of at least this share of the likeliest's")
     # steps
     add("--per_device_train_batch_size", type=int, default=8, help="completions of a micro-batch")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of an optimizer step")
@@ -237,12 +276,54 @@ def make_optimizer(args, policy, max_steps: int):
 # === end of the shared part =================================================================================
 
 
+def check_loss(args, parser):
+    """Combinations that contradict each other are refused; that change what is optimised, warned of."""
+    loss, level, reductions = args.loss_type, args.importance_sampling_level, losses.POLICY_LOSSES
+
+    def warn(text):
+        if os.environ.get("RANK", "0") == "0":
+            print("warning:", text, file=sys.stderr)
+
+    if args.advantage_estimator == "grpo":
+        args.scale_rewards = args.scale_rewards or "group"
+    elif args.scale_rewards is not None:
+        parser.error("--scale_rewards is for --advantage_estimator grpo; "
+                     f"{args.advantage_estimator} has its own")
+    if args.kl_in_reward and not args.beta:
+        parser.error("--kl_in_reward needs --beta above 0, its weight")
+    if args.kl_in_reward and args.advantage_estimator == "gdpo":
+        parser.error("--kl_in_reward cannot go with gdpo, which never sums the rewards it would be taken off")
+    if args.delta is not None and (reductions[loss][0] is not losses.clipped_term
+                                   or args.delta <= 1 + args.epsilon_high):
+        clipped = ", ".join(n for n, (term, _) in reductions.items() if term is losses.clipped_term)
+        parser.error(f"--delta must be above 1 + epsilon_high, and is for --loss_type {clipped}")
+    if loss == "vespo" and (level != "token" or args.importance_sampling_correction.startswith("sequence")):
+        parser.error("vespo builds the ratio of the whole sequence itself: it takes "
+                     "--importance_sampling_level token, --importance_sampling_correction none or token_*")
+    if not 0 < args.top_entropy_quantile <= 1:
+        parser.error(f"--top_entropy_quantile must be in (0, 1], got {args.top_entropy_quantile}")
+    if args.top_k < 0 or not 0 < args.top_p <= 1 or not 0 <= args.min_p <= 1:
+        parser.error("--top_k must be at least 0, --top_p in (0, 1] and --min_p in [0, 1]")
+    if level in ("sequence", "sequence_sum") and reductions[loss][1] in ("token", "constant", "micro_batch"):
+        warn(f"{loss} sums over tokens, so with one ratio a sequence (--importance_sampling_level {level}) "
+             "each completion weighs as much as it is long; GSPO is --loss_type grpo")
+    if loss == "luspo" and level != "sequence":
+        warn("luspo is defined with --importance_sampling_level sequence")
+    if loss == "cispo" and args.epsilon_high <= 1:
+        warn(f"cispo's --epsilon_high bounds the ratio itself: at {args.epsilon_high:g} every weight on "
+             f"policy is {args.epsilon_high:g}. ScaleRL has 5")
+    if args.top_k or args.top_p < 1 or args.min_p:
+        warn("--top_k, --top_p and --min_p narrow the samples, not the log-probs: the ratio still starts "
+             "at 1, but the gradient is no longer that of the expected reward")
+
+
 def check_args(args, parser):
     if args.loss_type[0] not in losses.POLICY_LOSSES or len(args.loss_type) != 1:
         parser.error(f"unknown --loss_type {' '.join(args.loss_type)}; "
                      f"choose one of {', '.join(losses.POLICY_LOSSES)}")
     args.loss_type = args.loss_type[0]
     args.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    check_loss(args, parser)
     args.reward_funcs = [name for item in args.reward_funcs for name in item.split(",") if name]
     for name in args.reward_funcs:
         if name not in REWARDS and ":" not in name:
@@ -282,7 +363,7 @@ def main(argv=None):
     rewards = rollout.RewardRunner(specs, args.reward_timeout)  # starts while the model loads
 
     # --- sizes. A rollout serves `updates` optimizer steps, num_iterations times over
-    G, scale_rewards = args.num_generations, args.scale_rewards
+    G, ga = args.num_generations, args.gradient_accumulation_steps
     updates = args.steps_per_generation // args.gradient_accumulation_steps
     completions_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps  # per rank
     prompts_per_rank = completions_per_update * updates // G
@@ -321,12 +402,12 @@ def main(argv=None):
     ref = copy.deepcopy(policy).requires_grad_(False) if args.beta else None
     optimizer, scheduler, parameters = make_optimizer(args, policy, max_steps)
     rewards.wait_until_ready()
-    weights = torch.tensor(args.reward_weights, dtype=torch.float64)
-
-    def combine(scores):
-        """(functions, N) -> (N,): the weighted sum of those that did not abstain; nan where all did."""
-        total = (weights[:, None] * scores.nan_to_num(0.0)).sum(0)
-        return torch.where(scores.isnan().all(0), math.nan, total)
+    weights = torch.tensor(args.reward_weights, dtype=torch.float64)                          # (functions,)
+    policy_options = dict(
+        loss_type=args.loss_type, importance_sampling_level=args.importance_sampling_level,
+        epsilon=args.epsilon, epsilon_high=args.epsilon_high, delta=args.delta,
+        beta=0.0 if args.kl_in_reward else args.beta, kl_estimator=args.kl_estimator,
+        use_bias_correction_kl=args.use_bias_correction_kl)
 
     def evaluate(step):
         if not eval_rows:
@@ -336,7 +417,7 @@ def main(argv=None):
             encode, rewards, temperature=args.eval_temperature,
             max_completion_length=args.max_completion_length, batch_size=args.per_device_eval_batch_size,
             seed=args.seed, step=step)
-        total = combine(scores)
+        total = losses.weighted_rewards(scores, weights)
         sums = {"eval/reward": (total.nansum(), (~total.isnan()).sum())}
         for name, row in zip(names, scores):
             key = "eval/accuracy" if name == "accuracy" else f"eval/rewards/{name}/mean"
@@ -362,55 +443,65 @@ def main(argv=None):
                  for update in range(updates) for i in range(share)]
         prompts = [encode(train_rows[plan[d]]) for d in draws]
         sampled = rollout.sample(policy, prompts, draws, num_generations=G, temperature=args.temperature,
-                                 max_completion_length=args.max_completion_length, seed=args.seed)
+                                 max_completion_length=args.max_completion_length, seed=args.seed,
+                                 top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
         texts = rollout.decode(processor, sampled)
         rollout_time = time.perf_counter() - began
 
-        # 2. score them, and compare within each group
-        scores = rewards.score(texts, [p.row for p in prompts for _ in range(G)], step + 1)   # (functions, N)
-        total = combine(scores)                                                               # (N,)
-        advantages = losses.group_advantages(total, G, scale_rewards=scale_rewards).float()   # (N,)
-        rollout_sums = rollout_metrics(names, scores, total, sampled, G)
-        save_completions(output_dir, rank, step + 1, prompts, texts, names, scores, advantages, G)
-
-        # 3. group rows: `updates` lists of micro-batches; one smaller than G holds slices of a group
-        micro_batches = [make_micro_batch(args, policy, prompts, sampled, advantages, range(i, j))
+        # 2. group rows: `updates` lists of micro-batches; one smaller than G holds slices of a group
+        micro_batches = [make_micro_batch(args, policy, prompts, sampled, range(i, j))
                          for i in range(0, len(texts), completions_per_update)
                          for i, j in slices(i, i + completions_per_update, args.per_device_train_batch_size)]
+        penalty = []
         with torch.no_grad():
             for micro in micro_batches:
                 batch = model.to_device(micro, device)
-                if steps_per_rollout > 1:  # else the training pass itself, detached, is `old`
+                if steps_per_rollout > 1 or args.kl_in_reward:  # else `old` is the training pass, detached
                     micro["old_logps"] = policy(batch, args.temperature)[0]
                 if ref is not None:
                     micro["ref_logps"] = ref(batch, args.temperature)[0]
+                if args.kl_in_reward:
+                    kl = losses.kl_penalty(micro["old_logps"], micro["ref_logps"], args.kl_estimator)
+                    penalty.append(args.beta * losses.masked_sum(kl, batch["completion_mask"]).cpu())
+
+        # 3. score them; advantages come from the whole rollout, that of all ranks
+        scores = rewards.score(texts, [p.row for p in prompts for _ in range(G)], step + 1)   # (functions, N)
+        penalty = torch.cat(penalty).double() if penalty else torch.zeros(len(texts), dtype=torch.float64)
+        everyone = model.all_gather(torch.cat([scores, penalty[None]]), device)      # (functions+1, ranks*N)
+        advantages = losses.advantages(args.advantage_estimator, everyone[:-1], weights, G,
+                                       scale_rewards=args.scale_rewards, penalty=everyone[-1])
+        advantages = advantages[rank * len(texts):][:len(texts)].float()                      # (N,)
+        for micro, part in zip(micro_batches, advantages.split(args.per_device_train_batch_size)):
+            micro["advantages"] = part
+        rollout_sums = rollout_metrics(names, scores, weights, sampled, G)
+        if args.kl_in_reward:
+            rollout_sums["kl"] = (float(penalty.sum()) / args.beta, float(sampled.completion_mask.sum()))
+        save_completions(output_dir, rank, step + 1, prompts, texts, names, scores, advantages, G)
 
         for update in range(min(steps_per_rollout, max_steps - step)):
-            ga = args.gradient_accumulation_steps
             mine = micro_batches[update % updates * ga:][:ga]
 
-            # 4. what the loss is divided by, over all micro-batches and ranks
-            count = sum(losses.policy_loss_count(args.loss_type, m["completion_mask"],
-                                                 args.max_completion_length) for m in mine)
-            count = model.all_reduce_sums({"count": (count, 0)}, device)["count"][0]
+            # 4. what the loss, and the entropy bonus, are divided by, over all micro-batches and ranks
+            masks, longest = [m["completion_mask"] for m in mine], args.max_completion_length
+            counts = (sum(losses.policy_loss_count(args.loss_type, mask, longest) for mask in masks),
+                      sum(int(mask.sum()) for mask in masks))
+            count, tokens = (max(n, 1) for n in model.all_reduce_sums({"n": counts}, device)["n"])
 
             # 5. gradients, step
             sums = defaultdict(lambda: (0.0, 0.0), rollout_sums)
             for i, micro in enumerate(mine):
                 micro = model.to_device(micro, device)
-                logps, entropy = policy(micro, args.temperature)                              # (n, T), (n, T)
-                old_logps = micro.get("old_logps", logps.detach())
+                logps, entropies, _ = policy(micro, args.temperature)                         # (n, T), (n, T)
+                mask, old_logps = micro["completion_mask"], micro.get("old_logps", logps.detach())
                 loss, metrics = losses.policy_loss(
-                    logps, old_logps, micro["advantages"], micro["completion_mask"], loss_type=args.loss_type,
-                    importance_sampling_level=args.importance_sampling_level, epsilon=args.epsilon,
-                    epsilon_high=args.epsilon_high, max_completion_length=args.max_completion_length,
-                    ref_logps=micro.get("ref_logps"), beta=args.beta)
-                model.backward(policy, loss / count * world_size, sync=i == len(mine) - 1)
+                    logps, old_logps, micro["advantages"], mask, ref_logps=micro.get("ref_logps"),
+                    **weigh_tokens(args, logps, old_logps, entropies, micro), **policy_options)
+                loss = loss / count - args.entropy_coef * losses.masked_sum(entropies, mask).sum() / tokens
+                model.backward(policy, loss * world_size, sync=i == len(mine) - 1)
                 metrics["loss"] = (loss.detach(), 0)
-                tokens = micro["completion_mask"].sum()
-                metrics["entropy"] = (entropy.detach().sum(), tokens)
-                gap = (old_logps - micro["sampling_logps"]).abs()
-                metrics["sampling/sampling_logp_difference/mean"] = (gap.sum(), tokens)
+                metrics["entropy"] = (entropies.detach().sum(), mask.sum())
+                gap = losses.masked_sum((old_logps - micro["sampling_logps"]).abs(), mask).sum()
+                metrics["sampling/sampling_logp_difference/mean"] = (gap, mask.sum())
                 for key, (value, n) in metrics.items():
                     sums[key] = (sums[key][0] + float(value), sums[key][1] + float(n))
             grad_norm = clip_grad_norm_(parameters, args.max_grad_norm)
@@ -422,14 +513,14 @@ def main(argv=None):
 
             # 6. everything below is diagnostics
             sums = model.all_reduce_sums(sums, device)
-            loss = sums.pop("loss")[0] / count
+            loss = sums.pop("loss")[0]
             metrics = {"step": step, "epoch": (number + 1) * prompts_per_rollout / len(train_rows),
                        "loss": loss, "grad_norm": float(grad_norm), "learning_rate": learning_rate,
                        **{k: s / n for k, (s, n) in sums.items() if n}}
             if rank == 0 and update == 0 and number == 0:
-                tqdm.write(f"step 1 must start at: ratio {metrics['ratio']:.6f} (expected 1), "
-                           f"clipped {metrics['clip_ratio/region_mean']:.4f} (expected 0), "
-                           f"grad_norm {float(grad_norm):.4f} (expected > 0)")
+                expected = {"ratio": "1", "clip_ratio/region_mean": "0", "grad_norm": "> 0"}
+                tqdm.write("step 1 must start at: " + ", ".join(
+                    f"{k} {metrics[k]:.6g} (expected {e})" for k, e in expected.items() if k in metrics))
             metrics |= {"rollout_time": rollout_time, "step_time": time.perf_counter() - began}
             began = time.perf_counter()
             if step % args.eval_steps == 0 or step == max_steps:
@@ -456,7 +547,7 @@ def slices(start: int, stop: int, size: int):
     return [(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
-def make_micro_batch(args, policy, prompts, sampled, advantages, indices) -> dict:
+def make_micro_batch(args, policy, prompts, sampled, indices) -> dict:
     """A rollout's completions `indices` as packed rows, beside them what the loss needs, (n,) or (n, T).
 
     Consecutive completions of one prompt share a row (or, with --no-share_prompt, stand in one each).
@@ -471,12 +562,31 @@ def make_micro_batch(args, policy, prompts, sampled, advantages, indices) -> dic
             groups.append((prompt, [ids]))
     batch = model.pack_groups(groups, policy.pad_id, row_tokens=0)
     chosen, T = torch.tensor(indices), batch["completion_ids"].shape[1]
-    batch["advantages"], batch["sampling_logps"] = advantages[chosen], sampled.sampling_logps[chosen, :T]
+    batch["sampling_logps"] = sampled.sampling_logps[chosen, :T]
+    if args.mask_truncated_completions:  # not trained, none of its tokens counted, but still one of N
+        batch["completion_mask"] &= ~sampled.truncated[chosen, None]
     return batch
 
 
-def rollout_metrics(names, scores, total, sampled, G) -> dict[str, tuple[float, float]]:
-    """TRL's keys for one rollout of this rank, as (sum, count). scores (functions, N), total (N,)."""
+def weigh_tokens(args, logps, old_logps, entropies, micro) -> dict:
+    """`keep` and `correction` of losses.policy_loss, (n, T), by the flags that ask for them; {} without."""
+    mask, weighing = micro["completion_mask"], {}
+    if args.importance_sampling_correction != "none":
+        weighing["correction"] = losses.sampler_correction(
+            old_logps, micro["sampling_logps"], mask, args.importance_sampling_correction,
+            args.importance_sampling_clip_max)
+    if args.top_entropy_quantile < 1:
+        weighing["keep"] = losses.top_entropy_mask(entropies, mask, args.top_entropy_quantile)
+    if args.off_policy_mask_threshold is not None:
+        ours = losses.off_policy_mask(logps, micro["sampling_logps"], micro["advantages"], mask,
+                                      args.off_policy_mask_threshold)
+        weighing["keep"] = ours & weighing.get("keep", mask)
+    return weighing
+
+
+def rollout_metrics(names, scores, weights, sampled, G) -> dict[str, tuple[float, float]]:
+    """TRL's keys for one rollout of this rank, as (sum, count). scores (functions, N)."""
+    total = losses.weighted_rewards(scores, weights)                                          # (N,)
     groups, lengths = total.view(-1, G), sampled.completion_mask.sum(-1)                      # (P, G), (N,)
     known = groups[~groups.isnan().any(-1)]
     std = known.std(-1)                                                                       # (P',)

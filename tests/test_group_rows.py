@@ -60,7 +60,7 @@ def test_packed_equals_transformers_one_by_one(loaded, family, batch, row_tokens
     groups = groups_of(policy, processor, batch)
     packed = model.pack_groups(groups, policy.pad_id, row_tokens)
     assert len(packed["input_ids"]) == {None: len(groups), 10_000: 1}.get(row_tokens, len(packed["input_ids"]))
-    logps, _ = policy(packed, temperature=0.7)
+    logps, *_ = policy(packed, temperature=0.7)
     expected = [x for group in groups for x in transformers_logps(policy, group, 0.7)]
     weights = [torch.randn(len(x), generator=torch.Generator().manual_seed(i)) for i, x in enumerate(expected)]
     for n, reference in enumerate(expected):
@@ -78,8 +78,8 @@ def test_shared_prompt_equals_plain_form(loaded, family):
     policy, processor = loaded(family)
     groups = groups_of(policy, processor, BATCHES["mixed, uneven, padded"])
     plain = [(prompt, [ids]) for prompt, completions in groups for ids in completions]
-    shared, _ = policy(model.pack_groups(groups, policy.pad_id, 0))
-    repeated, _ = policy(model.pack_groups(plain, policy.pad_id, 0))
+    shared, *_ = policy(model.pack_groups(groups, policy.pad_id, 0))
+    repeated, *_ = policy(model.pack_groups(plain, policy.pad_id, 0))
     torch.testing.assert_close(shared, repeated, atol=5e-6, rtol=0)
 
 
@@ -151,7 +151,8 @@ def test_gradient_only_where_trained(loaded):
 
 @pytest.mark.parametrize("tokens", [1, 5, 64])
 def test_chunked_logps_value_and_gradient(tokens):
-    """Guards the hand-written backward (log-prob and entropy, temperature, excluded ids, a last partial chunk)."""
+    """Guards the hand-written backward (log-prob and entropy, temperature, excluded ids, a last partial chunk), and
+    the value of log sum p^2, which has no gradient."""
     torch.manual_seed(tokens)
     hidden = torch.randn(tokens, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
@@ -160,14 +161,14 @@ def test_chunked_logps_value_and_gradient(tokens):
     def reference(h, w):
         logits = (h @ w.T / 1.3)[:, :9]
         log_p = logits.log_softmax(-1)
-        return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+        return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1), (2 * log_p).logsumexp(-1)
 
     a, b = torch.randn(tokens), torch.randn(tokens)
     results = []
     for function in (lambda h, w: model.ChunkedLogps.apply(h, w, targets, never, 1.3, 4), reference):
-        logps, entropy = function(hidden, weight)
+        logps, entropy, log_sum_sq = function(hidden, weight)
         grads = torch.autograd.grad((a * logps).sum() + (b * entropy).sum(), (hidden, weight))
-        results.append((logps.float(), entropy.float(), *(g.float() for g in grads)))
+        results.append((logps.float(), entropy.float(), log_sum_sq.float(), *(g.float() for g in grads)))
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
 
@@ -178,7 +179,7 @@ def test_chunked_logps_under_autocast():
     hidden, weight = torch.randn(9, 16, requires_grad=True), torch.randn(11, 16, requires_grad=True)
     targets = torch.randint(0, 9, (9,))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logps, _ = model.ChunkedLogps.apply(hidden, weight, targets, torch.tensor([9, 10]), 1.0, 4)
+        logps, *_ = model.ChunkedLogps.apply(hidden, weight, targets, torch.tensor([9, 10]), 1.0, 4)
     logits = (hidden.bfloat16() @ weight.bfloat16().T).float()[:, :9]
     expected = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     assert torch.equal(logps, expected) or (logps - expected).abs().max() < 1e-6

@@ -44,6 +44,208 @@ def test_bco_pair_value_and_gradient(w, l, delta):
     assert r_l.grad.item() == pytest.approx(beta * sigma(beta * l - delta), abs=1e-12)
 
 
+# Of each loss, by hand: value, d/dw and d/dl at chosen log-ratio w and rejected l, lengths 3 and 5, log-probs w - 7, l - 8.
+B_, E_, TAU, GAMMA, NW, NL = 0.3, 0.1, 0.05, 0.6, 3, 5
+log, exp = math.log, math.exp
+
+
+def slope(x):
+    return sigma(x) * sigma(-x)
+
+
+def through_m(value, derivative):
+    """Of a function of m = beta (w - l)."""
+    return lambda w, l: (value(B_ * (w - l)), B_ * derivative(B_ * (w - l)), -B_ * derivative(B_ * (w - l)))
+
+
+def through_means(value, derivative, offset=(0, 0)):
+    """Of a function of x = w / n_w - l / n_l."""
+    def at(w, l):
+        x = (w + offset[0]) / NW - (l + offset[1]) / NL
+        return value(x), derivative(x) / NW, -derivative(x) / NL
+    return at
+
+
+def discopop_slope(m):
+    mu = sigma(m / TAU)
+    return mu * (1 - mu) / TAU * (log(sigma(m)) + exp(-m)) - (1 - mu) * sigma(-m) - mu * exp(-m)
+
+
+BY_HAND = {
+    "sigmoid": through_m(lambda m: -(1 - E_) * log(sigma(m)) - E_ * log(sigma(-m)),
+                         lambda m: -(1 - E_) * sigma(-m) + E_ * sigma(m)),
+    "hinge": through_m(lambda m: max(0, 1 - m), lambda m: -1.0 if m < 1 else 0.0),
+    "ipo": through_means(lambda x: (x - 1 / (2 * B_)) ** 2, lambda x: 2 * (x - 1 / (2 * B_))),
+    "ipo_sum": lambda w, l: ((w - l - 1 / (2 * B_)) ** 2, 2 * (w - l - 1 / (2 * B_)), -2 * (w - l - 1 / (2 * B_))),
+    "exo_pair": through_m(lambda m: (sigma(m) * log(sigma(m) / (1 - E_)) + sigma(-m) * log(sigma(-m) / E_)),
+                          lambda m: slope(m) * (m - log(1 - E_) + log(E_))),
+    "nca_pair": lambda w, l: (-log(sigma(B_ * w)) - log(sigma(-B_ * w)) / 2 - log(sigma(-B_ * l)) / 2,
+                              -B_ * sigma(-B_ * w) + B_ / 2 * sigma(B_ * w), B_ / 2 * sigma(B_ * l)),
+    "robust": through_m(lambda m: (-(1 - E_) * log(sigma(m)) + E_ * log(sigma(-m))) / (1 - 2 * E_),
+                        lambda m: (-(1 - E_) * sigma(-m) - E_ * sigma(m)) / (1 - 2 * E_)),
+    "sppo_hard": lambda w, l: ((w - 1 / (2 * B_)) ** 2 + (l + 1 / (2 * B_)) ** 2, 2 * w - 1 / B_, 2 * l + 1 / B_),
+    "apo_zero": lambda w, l: (1 - sigma(B_ * w) + sigma(B_ * l), -B_ * slope(B_ * w), B_ * slope(B_ * l)),
+    "apo_down": lambda w, l: (sigma(B_ * w) + 1 - sigma(B_ * (w - l)), B_ * (slope(B_ * w) - slope(B_ * (w - l))),
+                              B_ * slope(B_ * (w - l))),
+    "discopop": through_m(lambda m: -(1 - sigma(m / TAU)) * log(sigma(m)) + sigma(m / TAU) * exp(-m), discopop_slope),
+    "sigmoid_norm": through_means(lambda x: -log(sigma(B_ * x)), lambda x: -B_ * sigma(-B_ * x)),
+    "simpo": through_means(lambda x: -(1 - E_) * log(sigma(B_ * x - GAMMA)) - E_ * log(sigma(GAMMA - B_ * x)),
+                           lambda x: B_ * (-(1 - E_) * sigma(GAMMA - B_ * x) + E_ * sigma(B_ * x - GAMMA)), (-7, -8))}
+
+
+def pair_loss(name, r_w, r_l, **options):
+    defaults = dict(beta=B_, delta=0.0, label_smoothing=E_, simpo_gamma=GAMMA, discopop_tau=TAU, s_w=r_w - 7, s_l=r_l - 8,
+                    n_w=torch.tensor(NW), n_l=torch.tensor(NL))
+    return losses.PAIR_LOSSES[name](r_w, r_l, **defaults | options)
+
+
+@pytest.mark.parametrize("w, l", [(0.0, 0.0), (1.5, -0.5), (-2.0, 3.0), (4.0, 0.1), (0.2, 0.25)])
+@pytest.mark.parametrize("name", BY_HAND)
+def test_pair_losses_by_hand(name, w, l):
+    """P1: value and both derivatives of each pair loss, worked out on paper, to 1e-10."""
+    r_w, r_l = (torch.tensor([x], **F64, requires_grad=True) for x in (w, l))
+    loss = pair_loss(name, r_w, r_l)
+    value, d_w, d_l = BY_HAND[name](w, l)
+    assert loss.shape == (1,) and loss.item() == pytest.approx(value, abs=1e-10)
+    grads = torch.autograd.grad(loss.sum(), (r_w, r_l))
+    assert grads[0].item() == pytest.approx(d_w, abs=1e-10) and grads[1].item() == pytest.approx(d_l, abs=1e-10)
+
+
+def test_every_pair_loss_is_worked_out():
+    """A loss added without its own derivation here fails."""
+    assert set(losses.PAIR_LOSSES) - set(BY_HAND) == {"bco_pair", "aot", "aot_unpaired"}, "those have tests of their own"
+    assert losses.F_DIVERGENCE_LOSSES | losses.SMOOTHED_LOSSES <= set(losses.PAIR_LOSSES)
+
+
+def test_aot_by_hand():
+    """AOT compares quantiles, not pairs: both sides are sorted apart. The gradient goes to the pair that holds the rank."""
+    s_w, s_l = torch.tensor([-1.0, -4.0], **F64, requires_grad=True), torch.tensor([-3.0, -2.0], **F64)
+    ref_w, ref_l = torch.tensor([-2.0, -2.0], **F64), torch.tensor([-2.0, -3.0], **F64)
+    loss = pair_loss("aot", s_w - ref_w, s_l - ref_l, s_w=s_w, s_l=s_l, label_smoothing=0.0)
+    differences, ref_differences = [-2.0, 2.0], [0.0, 1.0]  # s_w - s_l is (2, -2), of the reference (0, 1)
+    d = [a - b for a, b in zip(differences, ref_differences)]
+    torch.testing.assert_close(loss, torch.tensor([-log(sigma(B_ * x)) for x in d], **F64))
+    (grad,) = torch.autograd.grad(loss.sum(), s_w)
+    torch.testing.assert_close(grad, torch.tensor([-B_ * sigma(-B_ * d[1]), -B_ * sigma(-B_ * d[0])], **F64))
+    r_w, r_l = torch.tensor([1.0, -2.0], **F64, requires_grad=True), torch.tensor([-1.0, 1.0], **F64)
+    loss = pair_loss("aot_unpaired", r_w, r_l)
+    d = [-2.0 - -1.0, 1.0 - 1.0]
+    torch.testing.assert_close(loss, torch.tensor([-(1 - E_) * log(sigma(B_ * x)) - E_ * log(sigma(-B_ * x)) for x in d],
+                                                  **F64))
+    (grad,) = torch.autograd.grad(loss.sum(), r_w)
+    expected = [B_ * (-(1 - E_) * sigma(-B_ * x) + E_ * sigma(B_ * x)) for x in (d[1], d[0])]
+    torch.testing.assert_close(grad, torch.tensor(expected, **F64))
+
+
+@pytest.mark.parametrize("kind, alpha, value, derivative", [
+    ("reverse_kl", 0.5, lambda r: r, lambda r: 1.0),
+    ("forward_kl", 0.5, lambda r: 1 - exp(-r), lambda r: exp(-r)),
+    ("js_divergence", 0.5, lambda r: log(2) + log(sigma(r)), lambda r: sigma(-r)),
+    ("alpha_divergence", 0.3, lambda r: (exp(-0.7 * r) - 1) / -0.7, lambda r: exp(-0.7 * r)),
+    ("alpha_divergence", 0.0, lambda r: 1 - exp(-r), lambda r: exp(-r)),
+    ("alpha_divergence", 1.0, lambda r: r, lambda r: 1.0)])
+@pytest.mark.parametrize("r", [-2.0, 0.0, 1.3])
+def test_f_divergences_by_hand(kind, alpha, value, derivative, r):
+    """f-DPO: value and derivative; alpha 0 is the forward KL, alpha 1 the reverse KL. All are 0 with slope 1 or 1/2 at 0."""
+    x = torch.tensor([r], **F64, requires_grad=True)
+    score = losses.f_divergence_score(x, kind, alpha)
+    assert score.item() == pytest.approx(value(r), abs=1e-12)
+    assert torch.autograd.grad(score, x)[0].item() == pytest.approx(derivative(r), abs=1e-12)
+
+
+def test_f_divergence_reaches_the_losses_that_have_one():
+    """sigmoid on forward-KL scores is -log sigma(beta (e^-l - e^-w)); nca_pair stays as it is; a typo raises."""
+    batch = pair_batch()
+    kwargs = dict(beta=0.1, f_divergence_type="forward_kl")
+    terms, metrics = losses.preference_losses(["sigmoid", "nca_pair"], *batch, **kwargs)
+    w, l = [0.0, 1.0], [-1.0, -0.5]
+    expected = sum(-log(sigma(0.1 * (exp(-b) - exp(-a)))) for a, b in zip(w, l))
+    assert terms["sigmoid"][0].item() == pytest.approx(expected)
+    plain, _ = losses.preference_losses(["nca_pair"], *batch, beta=0.1)
+    assert terms["nca_pair"][0] == plain["nca_pair"][0]
+    assert metrics["rewards/margins"][0].item() == pytest.approx(0.1 * (sum(w) - sum(l)))
+    with pytest.raises(ValueError, match="forward"):
+        losses.preference_losses(["sigmoid"], *batch, beta=0.1, f_divergence_type="forward")
+
+
+def test_outliers_stay_finite_in_every_pair_loss():
+    """A log-ratio of +-1000 gives a finite value and gradient: e^-m times a gate of 0 is nan (DiscoPOP), e^1000 is inf."""
+    for name in losses.PAIR_LOSSES:
+        for w, l in ((1000.0, -1000.0), (-1000.0, 1000.0)):
+            for kind in ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"):
+                r = torch.tensor([w, l], requires_grad=True)
+                scores = [losses.f_divergence_score(x, kind) for x in r.split(1)] \
+                    if name in {"sigmoid", "hinge", "robust", "discopop"} else r.split(1)
+                loss = pair_loss(name, *scores).sum()
+                assert loss.isfinite() and torch.autograd.grad(loss, r)[0].isfinite().all(), (name, kind)
+
+
+def test_ld_dpo_weighs_the_tail_of_the_longer_answer():
+    """LD-DPO: tokens beyond the shorter answer's length count ld_alpha, in policy and reference; 1 is plain DPO."""
+    batch = pair_batch()  # lengths 2 and 1, 3 and 2
+    terms, _ = losses.preference_losses(["sigmoid"], *batch, beta=0.1, ld_alpha=0.5)
+    w = [0.5 + 0.5 * -0.5, (0.5 + 0.25) + 0.5 * 0.25]  # per-token log-ratios (0.5, -0.5) and (0.5, 0.25, 0.25)
+    assert terms["sigmoid"][0].item() == pytest.approx(sum(-log(sigma(0.1 * (a - b))) for a, b in zip(w, [-1.0, -0.5])))
+    grad = torch.autograd.grad(terms["sigmoid"][0], batch[0])[0]
+    torch.testing.assert_close(grad[0, 1], 0.5 * grad[0, 0])
+    for loss in ("sigmoid", "ipo", "simpo"):
+        plain, same = (losses.preference_losses([loss], *batch, beta=0.1, ld_alpha=a)[0][loss][0] for a in (1.0, 1.0 - 1e-13))
+        assert plain.item() == pytest.approx(same.item())
+
+
+def test_wpo_weights_by_hand():
+    """WPO: exp of the mean of log p - log sum p^2 over the answer's tokens; no gradient; it multiplies the pair's loss."""
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
+    logps = torch.tensor([[-1.0, -2.0, math.nan], [-0.5, -0.1, -0.3]], **F64, requires_grad=True)
+    squares = torch.tensor([[-0.5, -1.0, math.nan], [-0.2, -0.2, -0.2]], **F64)
+    weights = losses.wpo_weights(logps, squares, mask)
+    torch.testing.assert_close(weights, torch.tensor([exp(-0.75), exp((-0.3 + 0.1 - 0.1) / 3)], **F64))
+    assert not weights.requires_grad
+    batch = pair_batch()
+    for name in ("sigmoid", "bco_pair"):
+        weighted, _ = losses.preference_losses([name], *batch, beta=0.1, pair_weights=torch.tensor([2.0, 0.0]))
+        first, _ = losses.preference_losses([name], *(x[:1] for x in batch), beta=0.1)
+        assert weighted[name][0].item() == pytest.approx(2 * first[name][0].item()) and weighted[name][1] == 2
+
+
+def test_sorting_losses_refuse_pair_weights():
+    """AOT sorts chosen and rejected apart: a weight would land on two answers of different pairs."""
+    for name in losses.SORTING_LOSSES:
+        with pytest.raises(ValueError, match=name):
+            losses.preference_losses([name], *pair_batch(), beta=0.1, pair_weights=torch.ones(2))
+
+
+def test_simpo_needs_no_reference():
+    """simpo and sft run without reference log-probs, every other loss says that it cannot; simpo's rewards are
+    beta times the mean log-prob."""
+    chosen, cm, rejected, rm, *_ = pair_batch()
+    terms, metrics = losses.preference_losses(["simpo"], chosen, cm, rejected, rm, beta=2.0, simpo_gamma=1.0)
+    means = [(-1.5, -3.0), (-0.5, -1.25)]
+    assert terms["simpo"][0].item() == pytest.approx(sum(-log(sigma(2 * (a - b) - 1)) for a, b in means))
+    assert metrics["rewards/margins"][0].item() == pytest.approx(sum(2 * (a - b) for a, b in means))
+    for name in set(losses.PAIR_LOSSES) - losses.REFERENCE_FREE:
+        with pytest.raises(ValueError, match="reference"):
+            losses.preference_losses([name], chosen, cm, rejected, rm, beta=0.1, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("name", losses.PREFERENCE_LOSSES)
+def test_gradcheck_preference(name):
+    """Autograd against finite differences through tokens and masks, of every loss; the padding gets no gradient."""
+    chosen, cm, rejected, rm, ref_chosen, ref_rejected = pair_batch()
+
+    def loss(c, r):
+        terms, _ = losses.preference_losses([name], torch.where(cm, c, math.nan), cm, torch.where(rm, r, math.nan), rm,
+                                            ref_chosen, ref_rejected, beta=0.3, delta=0.1, label_smoothing=0.1,
+                                            ld_alpha=0.7)
+        return terms[name][0] / terms[name][1]
+
+    clean = [torch.where(m, x, 0.0).detach().requires_grad_() for x, m in ((chosen, cm), (rejected, rm))]
+    assert torch.autograd.gradcheck(loss, clean)
+    grads = torch.autograd.grad(loss(*clean), clean, allow_unused=True)
+    assert (grads[0] != 0).any() and (grads[0][~cm] == 0).all()
+    assert name == "sft" or (grads[1] != 0).any()
+
+
 def test_bco_delta_modes():
     """running is the mean over completed steps, ema starts at the first mean, none stays 0 (TRL); a typo raises."""
     rewards = [0.5, -0.1, 0.2, 0.6]
@@ -159,17 +361,90 @@ def test_advantages_follow_a_permutation():
                                losses.group_advantages(rewards.flatten(), 5, eps=0.0))
 
 
+def test_batch_std_by_hand():
+    """scale_rewards batch: each group's own mean, but one std, of all rewards that are known."""
+    nan = math.nan
+    rewards = torch.tensor([1.0, 0.0, nan, 3.0, 5.0, 5.0], **F64)
+    A = losses.group_advantages(rewards, 3, scale_rewards="batch")
+    known = [1.0, 0.0, 3.0, 5.0, 5.0]
+    mean = sum(known) / 5
+    std = math.sqrt(sum((r - mean) ** 2 for r in known) / 4)
+    centred = torch.tensor([0.5, -0.5, 0.0, -4 / 3, 2 / 3, 2 / 3], **F64)
+    torch.testing.assert_close(A, centred / (std + 1e-4))
+
+
+def test_rloo_by_hand():
+    """RLOO: each reward minus the mean of the others; those that abstained are no others; one alone gets 0."""
+    nan = math.nan
+    A = losses.rloo_advantages(torch.tensor([1.0, 0.0, 5.0, 2.0, nan, 4.0, nan, nan, 7.0], **F64), 3)
+    expected = [1 - 2.5, 0 - 3.0, 5 - 0.5, 2 - 4.0, 0.0, 4 - 2.0, 0.0, 0.0, 0.0]
+    torch.testing.assert_close(A, torch.tensor(expected, **F64))
+
+
+def test_gdpo_by_hand():
+    """GDPO: every function is normalised within the group before the weighted sum, then over the batch: a reward a
+    thousand times as large does not drown the other (in GRPO it does)."""
+    scores = torch.tensor([[1.0, 0.0, 0.0, 1.0], [2000.0, 0.0, 4000.0, 4000.0]], **F64)
+    weights = torch.tensor([1.0, 0.5], **F64)
+    A = losses.gdpo_advantages(scores, weights, 2)
+    first, second = math.sqrt(0.5), math.sqrt(2e6)
+    z = torch.tensor([0.5 / (first + 1e-4) + 0.5 * 1000 / (second + 1e-4)] * 1 + [0.0] * 3, **F64)
+    z[1], z[2], z[3] = -z[0], -0.5 / (first + 1e-4), 0.5 / (first + 1e-4)  # the second function has no spread there
+    torch.testing.assert_close(A, z / (z.std() + 1e-4))
+    scaled = losses.gdpo_advantages(scores * torch.tensor([[1.0], [1e-3]]), weights, 2)
+    torch.testing.assert_close(A, scaled, atol=1e-3, rtol=0)
+    grpo = losses.group_advantages(losses.weighted_rewards(scores, weights), 2)
+    assert grpo[2] == pytest.approx(-grpo[3].item()) and (grpo[:2].abs() - A[:2].abs()).abs().max() > 0.01
+
+
+def test_weighted_rewards_skip_who_abstained():
+    """None of one function leaves the sum of the others; None of all is nan, not 0."""
+    nan = math.nan
+    scores = torch.tensor([[1.0, nan, nan], [2.0, 4.0, nan]], **F64)
+    total = losses.weighted_rewards(scores, torch.tensor([1.0, 0.25], **F64))
+    torch.testing.assert_close(total, torch.tensor([1.5, 1.0, nan], **F64), equal_nan=True)
+
+
+@pytest.mark.parametrize("estimator, scale", [("grpo", "group"), ("grpo", "batch"), ("grpo", "none"), ("rloo", None),
+                                              ("gdpo", None)])
+def test_every_estimator_keeps_the_promises(estimator, scale):
+    """A group without spread is exactly 0 (0.1 seven times has a mean that is not 0.1); an abstention is 0; permuting
+    completions permutes advantages; each group of known rewards sums to 0; inputs stay; the dtype stays."""
+    torch.manual_seed(0)
+    scores = torch.rand(2, 21, **F64)
+    scores[:, :7] = torch.tensor([[0.1], [0.7]])
+    scores[:, 9], scores[0, 16] = math.nan, math.nan
+    kept, weights = scores.clone(), torch.tensor([1.0, 2.0], **F64)
+    A = losses.advantages(estimator, scores, weights, 7, scale_rewards=scale)
+    assert A.dtype == torch.float64 and A.shape == (21,) and A.isfinite().all()
+    assert (A[:7] == 0).all() and A[9] == 0 and (A[10:] != 0).all()
+    torch.testing.assert_close(A.view(3, 7).sum(-1), torch.zeros(3, **F64))
+    torch.testing.assert_close(scores, kept, equal_nan=True, rtol=0, atol=0)
+    order = torch.cat([g * 7 + torch.randperm(7) for g in (2, 0, 1)])  # groups, and completions in them
+    permuted = losses.advantages(estimator, scores[:, order], weights, 7, scale_rewards=scale)
+    torch.testing.assert_close(permuted, A[order])
+
+
+def test_penalty_is_taken_off_the_reward():
+    """RLOO's KL is part of the reward: it moves the baseline of the others as well."""
+    rewards, penalty = torch.tensor([[1.0, 0.0, 2.0]], **F64), torch.tensor([0.5, 0.0, 0.0], **F64)
+    A = losses.advantages("rloo", rewards, torch.ones(1, **F64), 3, penalty=penalty)
+    torch.testing.assert_close(A, torch.tensor([0.5 - 1.0, 0.0 - 1.25, 2.0 - 0.25], **F64))
+    with pytest.raises(ValueError, match="ppo"):
+        losses.advantages("ppo", rewards, torch.ones(1, **F64), 3)
+
+
 def test_group_of_one_is_refused():
     """The std of one sample is nan: GRPO on groups of one is an error, not a run of nan."""
     with pytest.raises(ValueError, match="num_generations"):
         losses.group_advantages(torch.rand(3), 1)
     with pytest.raises(ValueError, match="scale_rewards"):
-        losses.group_advantages(torch.rand(4), 2, scale_rewards="batch")
+        losses.group_advantages(torch.rand(4), 2, scale_rewards="btach")
 
 
 # --- policy loss
 
-CLIP = dict(epsilon=0.2, epsilon_high=0.3, max_completion_length=10)
+CLIP = dict(epsilon=0.2, epsilon_high=0.3)
 
 
 def policy(logps, old, A, mask, level="token", loss_type="grpo", **kwargs):
@@ -202,7 +477,8 @@ def policy_batch():
 
 
 @pytest.mark.parametrize("loss_type, weights, count", [
-    ("grpo", [1 / 4, 1 / 2, 1], 3), ("dapo", [1, 1, 1], 7), ("dr_grpo", [1, 1, 1], 30)])
+    ("grpo", [1 / 4, 1 / 2, 1], 3), ("dapo", [1, 1, 1], 7), ("dr_grpo", [1, 1, 1], 30), ("luspo", [1, 1, 1], 3),
+    ("bnpo", [1 / 7, 1 / 7, 1 / 7], 1)])
 def test_aggregations_by_hand(loss_type, weights, count):
     """How tokens are averaged, with nan as padding: value, gradient and the count the sum is divided by."""
     logps, old, A, mask = policy_batch()
@@ -252,15 +528,150 @@ def test_on_policy_gradients_agree():
     torch.testing.assert_close(grads[0], torch.where(mask, (-A / mask.sum(-1))[:, None], 0.0))
 
 
-def test_kl_term():
-    """k3 = e^u - u - 1 with u = log ref - log pi; its gradient as a loss is 1 - e^u. nan padding stays out."""
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("kind, value, derivative", [
+    ("k1", 0.2, 1.0), ("k2", 0.02, 0.2), ("k3", exp(-0.2) + 0.2 - 1, 1 - exp(-0.2))])
+def test_kl_term(kind, value, derivative, corrected):
+    """d = log pi - log ref = 0.2 on every token: value and derivative of each estimator; times the ratio (1 here) the
+    value stays and the derivative gains the value. nan padding stays out."""
     logps, old, A, mask = policy_batch()
     ref = (logps.detach() - 0.2).masked_fill(~mask, math.nan)
-    loss, metrics = policy(logps, logps.detach(), torch.zeros(3, **F64), mask, loss_type="dapo", ref_logps=ref, beta=0.5)
-    k3 = math.exp(-0.2) + 0.2 - 1
-    assert loss.item() == pytest.approx(0.5 * 7 * k3) and metrics["kl"][0].item() == pytest.approx(7 * k3)
+    loss, metrics = policy(logps, logps.detach(), torch.zeros(3, **F64), mask, loss_type="dapo", ref_logps=ref, beta=0.5,
+                           kl_estimator=kind, use_bias_correction_kl=corrected)
+    assert loss.item() == pytest.approx(0.5 * 7 * value) and metrics["kl"][0].item() == pytest.approx(7 * value)
     (grad,) = torch.autograd.grad(loss, logps)
-    torch.testing.assert_close(grad, torch.where(mask, 0.5 * (1 - math.exp(-0.2)), 0.0).double())
+    torch.testing.assert_close(grad, torch.where(mask, 0.5 * (derivative + corrected * value), 0.0).double())
+
+
+@pytest.mark.parametrize("A", [1.5, -1.5])
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 2.0, 3.9, 4.1, 9.0])
+def test_two_sided_clip(ratio, A):
+    """INTELLECT-2's delta bounds the ratio where A < 0, where PPO's bound does not; its tokens count as clipped."""
+    logps = torch.tensor([[log(ratio)]], **F64, requires_grad=True)
+    loss, metrics = policy(logps, torch.zeros(1, 1, **F64), torch.tensor([A], **F64), torch.ones(1, 1).bool(), delta=4.0)
+    assert loss.item() == pytest.approx(-min(min(ratio, 4.0) * A, min(max(ratio, 0.8), 1.3) * A))
+    (grad,) = torch.autograd.grad(loss, logps)
+    off = (A > 0 and ratio > 1.3) or (A < 0 and (ratio < 0.8 or ratio > 4.0))
+    assert grad.item() == pytest.approx(0.0 if off else -ratio * A) and metrics["clip_ratio/region_mean"][0] == off
+
+
+@pytest.mark.parametrize("A", [1.5, -1.5])
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 2.0, 9.0])
+def test_soft_policy_terms_by_hand(ratio, A):
+    """CISPO, SAPO and VESPO: value and gradient on one token; no token loses its whole gradient."""
+    old, mask = torch.tensor([[-1.0]], **F64), torch.ones(1, 1).bool()
+    logps = torch.tensor([[log(ratio) - 1]], **F64, requires_grad=True)
+    tau, (k, lam) = (1.0, (2, 3)) if A > 0 else (1.05, (3, 2))
+    phi = exp(lam) * ratio**k * exp(-lam * ratio)
+    expected = {"cispo": (-min(ratio, 5.0) * A * (log(ratio) - 1), -min(ratio, 5.0) * A),
+                "sapo": (-4 / tau * sigma(tau * (ratio - 1)) * A, -4 * slope(tau * (ratio - 1)) * A * ratio),
+                "vespo": (-phi * A * (log(ratio) - 1), -phi * A)}
+    for name, (value, derivative) in expected.items():
+        loss, _ = policy(logps, old, torch.tensor([A], **F64), mask, loss_type=name, epsilon_high=5.0)
+        (grad,) = torch.autograd.grad(loss, logps)
+        assert loss.item() == pytest.approx(value) and grad.item() == pytest.approx(derivative) and derivative != 0
+
+
+def test_vespo_weighs_the_whole_sequence():
+    """VESPO's weight is that of the product of all ratios, and of the sampler's correction where there is one."""
+    logps, old, A, mask = policy_batch()
+    correction = torch.full((3, 4), 1.1, **F64)
+    for extra, factor in ((None, 0.0), (correction, log(1.1))):
+        loss, _ = policy(logps, old, A, mask, loss_type="vespo", correction=extra)
+        (grad,) = torch.autograd.grad(loss, logps)
+        for i in range(3):
+            k, lam = (2, 3) if A[i] > 0 else (3, 2)
+            log_w = ((logps[i] - old[i])[mask[i]] + factor).sum().item()
+            phi = exp(lam + k * log_w - lam * exp(log_w))
+            torch.testing.assert_close(grad[i], torch.where(mask[i], -phi * A[i], 0.0))
+
+
+def test_gspo_token_has_the_value_of_the_sequence_and_the_gradient_of_the_token():
+    """sequence_token: the ratio's value is GSPO's s, each token's gradient s A / |y| comes through its own log-prob, so
+    with one advantage per completion both have one value and one gradient, clipped tokens included."""
+    logps, old, A, mask = policy_batch()
+    for epsilon in (9.0, 0.01):
+        results = [policy(logps, old, A, mask, level=level, epsilon=epsilon, epsilon_high=epsilon)
+                   for level in ("sequence", "sequence_token")]
+        grads = [torch.autograd.grad(loss, logps)[0] for loss, _ in results]
+        torch.testing.assert_close(results[0][0], results[1][0])
+        torch.testing.assert_close(*grads)
+        assert results[0][1]["clip_ratio/region_mean"][0] == results[1][1]["clip_ratio/region_mean"][0]
+    assert results[0][1]["clip_ratio/region_mean"][0] > 0
+
+
+def test_sequence_sum_is_the_product():
+    """RLOO's ratio is that of the whole sequence, and so is its clip; every token's gradient is c A."""
+    logps, old, A, mask = policy_batch()
+    loss, metrics = policy(logps, old, A, mask, level="sequence_sum", epsilon=9.0, epsilon_high=9.0)
+    c = [(logps[i] - old[i])[mask[i]].sum().exp() for i in range(3)]
+    torch.testing.assert_close(loss, -sum(c[i] * A[i] for i in range(3)))
+    (grad,) = torch.autograd.grad(loss, logps)
+    for i in range(3):
+        torch.testing.assert_close(grad[i], torch.where(mask[i], -c[i] * A[i], 0.0).detach())
+
+
+@pytest.mark.parametrize("level", losses.RATIO_LEVELS)
+@pytest.mark.parametrize("loss_type", losses.POLICY_LOSSES)
+def test_every_choice_has_a_gradient(loss_type, level):
+    """mlx-lm-lora #55: one level had exactly no gradient. On policy, each is -A times the weight of its mean."""
+    logps, _, A, mask = policy_batch()
+    loss, _ = policy(logps, logps.detach(), A, mask, level, loss_type, epsilon_high=5.0)
+    (grad,) = torch.autograd.grad(loss, logps)
+    lengths = mask.sum(-1, keepdim=True)
+    weight = {"sequence": 1 / lengths, "micro_batch": torch.tensor(1 / 7)}.get(losses.POLICY_LOSSES[loss_type][1], 1.0)
+    if level == "sequence_sum" and loss_type not in ("cispo", "vespo"):
+        weight = weight * lengths  # the ratio of the whole sequence stands at each of its tokens
+    torch.testing.assert_close(grad, torch.where(mask, -A[:, None] * weight, 0.0))
+
+
+def test_keep_and_correction_weigh_the_policy_term_only():
+    """Dropped tokens lose their policy gradient, and keep their KL; a correction scales the one and not the other."""
+    logps, old, A, mask = policy_batch()
+    ref = (logps.detach() - 0.2).masked_fill(~mask, math.nan)
+    kwargs = dict(loss_type="dapo", epsilon=9.0, epsilon_high=9.0, ref_logps=ref, beta=0.5)
+    (plain,) = torch.autograd.grad(policy(logps, old, A, mask, **kwargs)[0], logps)
+    (kl,) = torch.autograd.grad(policy(logps, old, 0 * A, mask, **kwargs)[0], logps)
+    keep = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 1, 1, 1]]).bool()
+    (kept,) = torch.autograd.grad(policy(logps, old, A, mask, **kwargs, keep=keep)[0], logps)
+    torch.testing.assert_close(kept, torch.where(keep, plain, kl))
+    (scaled,) = torch.autograd.grad(policy(logps, old, A, mask, **kwargs, correction=torch.full((3, 4), 2.0))[0], logps)
+    torch.testing.assert_close(scaled, 2 * (plain - kl) + kl)
+
+
+def test_off_policy_mask_by_hand():
+    """DeepSeek-V3.2: dropped are completions with A < 0 whose mean log-prob fell by more than the threshold."""
+    mask = torch.tensor([[1, 1, 0]] * 4).bool()
+    logps = torch.tensor([[-2.0, -2.0, math.nan]] * 4, **F64)
+    sampled = logps + torch.tensor([[0.7], [0.7], [0.3], [-0.7]])
+    keep = losses.off_policy_mask(logps, sampled, torch.tensor([-1.0, 1.0, -1.0, -1.0]), mask, 0.5)
+    assert keep.flatten().tolist() == [False, True, True, True] and keep.shape == (4, 1)
+
+
+def test_top_entropy_mask_by_hand():
+    """The quantile of the micro-batch's tokens with the highest entropy; padding never counts; 1 keeps all."""
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
+    entropies = torch.tensor([[0.1, 0.9, 0.3], [0.8, 0.2, 99.0]])
+    assert losses.top_entropy_mask(entropies, mask, 0.4).tolist() == [[False, True, False], [True, False, False]]
+    assert torch.equal(losses.top_entropy_mask(entropies, mask, 1.0), mask)
+    assert not losses.top_entropy_mask(entropies, torch.zeros(2, 3).bool(), 0.5).any()
+
+
+@pytest.mark.parametrize("mode, expected", [
+    ("token_truncate", [[2.0, 0.5], [3.0, 1.0]]), ("token_mask", [[2.0, 0.5], [0.0, 1.0]]),
+    ("sequence_truncate", [[1.0, 1.0], [3.0, 3.0]]), ("sequence_mask", [[1.0, 1.0], [0.0, 0.0]])])
+def test_sampler_correction_by_hand(mode, expected):
+    """trainer / sampler probabilities, per token or as the product of the completion; above clip_max cut, or dropped."""
+    old = torch.tensor([[2.0, 0.5, 1.0], [4.0, 1.0, 9.0]], **F64).log()
+    sampled = torch.zeros(2, 3, **F64)
+    old[:, 2], sampled[:, 2] = math.nan, math.nan
+    mask = torch.tensor([[1, 1, 0]] * 2).bool()
+    weights = losses.sampler_correction(old, sampled, mask, mode)
+    torch.testing.assert_close(weights[:, :2], torch.tensor(expected, **F64))
+    low = losses.sampler_correction(old, sampled, mask, "token_mask", clip_max=None, clip_min=0.9)
+    torch.testing.assert_close(low[:, :2], torch.tensor([[2.0, 0.0], [4.0, 1.0]], **F64))
+    with pytest.raises(ValueError, match="token_trunc"):
+        losses.sampler_correction(old, sampled, mask, "token_trunc")
 
 
 def test_outliers_stay_finite():
@@ -299,6 +710,7 @@ def test_inputs_are_not_changed():
 @pytest.mark.parametrize("call", [
     lambda: policy(*policy_batch(), level="sequences"),
     lambda: policy(*policy_batch(), loss_type="gpro"),
+    lambda: policy(*policy_batch(), ref_logps=torch.zeros(3, 4), beta=0.1, kl_estimator="k4"),
     lambda: losses.policy_loss_count("gpro", torch.ones(1, 1).bool(), 5)])
 def test_unknown_choices_raise(call):
     """mlx-lm-lora #55: an unknown level fell through to a log-ratio of zero and exactly no gradient."""
@@ -306,10 +718,10 @@ def test_unknown_choices_raise(call):
         call()
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", losses.POLICY_LOSSES)
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_sum"])
+@pytest.mark.parametrize("loss_type", [n for n in losses.POLICY_LOSSES if n not in ("cispo", "vespo")])
 def test_gradcheck_policy(loss_type, level):
-    """Autograd against finite differences, off-policy, with KL."""
+    """Autograd against finite differences, off-policy, with KL. (CISPO, VESPO and GSPO-token have a detached factor.)"""
     logps, old, A, mask = policy_batch()
     clean = [torch.where(mask, x, 0.0).detach() for x in (logps, old)]
     assert torch.autograd.gradcheck(
@@ -325,33 +737,3 @@ def test_sum_over_count_is_split_invariant(parts):
     cut = sum(policy(logps[i:i + parts], old[i:i + parts], A[i:i + parts], mask[i:i + parts])[0]
               for i in range(0, 3, parts))
     torch.testing.assert_close(whole, cut)
-
-
-def test_exact_policy_gradient():
-    """P2: over all sequences of a tiny categorical policy, the loss's expected gradient is that of E[r], exactly."""
-    V, T = 3, 3
-    torch.manual_seed(1)
-    theta = torch.randn(T, V, **F64, requires_grad=True)
-    sequences = torch.cartesian_prod(*[torch.arange(V)] * T)                        # (27, 3)
-    rewards = torch.rand(len(sequences), **F64)
-    logps = theta.log_softmax(-1)[torch.arange(T), sequences]                       # (27, 3)
-    p = logps.sum(-1).exp()
-    true = torch.autograd.grad((p * rewards).sum(), theta, retain_graph=True)[0]
-    baseline = (p * rewards).sum().detach()
-    # probability times advantage stands for sampling; dr_grpo sums tokens, so no length enters
-    loss, _ = policy(logps, logps.detach(), p.detach() * (rewards - baseline), torch.ones(27, T).bool(),
-                     loss_type="dr_grpo")
-    ours = torch.autograd.grad(-loss, theta)[0]
-    torch.testing.assert_close(ours, true, atol=1e-12, rtol=1e-9)
-
-
-def test_k3_value_and_gradient_exactly():
-    """P3: enumerated over a categorical pi, k3's mean is KL(pi || ref) and its mean gradient that of KL(ref || pi)."""
-    torch.manual_seed(0)
-    theta, ref = torch.randn(5, **F64, requires_grad=True), torch.randn(5, **F64).log_softmax(-1)
-    log_pi = theta.log_softmax(-1)
-    pi, k3 = log_pi.exp(), losses.k3_kl(log_pi, ref)
-    torch.testing.assert_close((pi * k3).sum(), (pi * (log_pi - ref)).sum(), atol=1e-12, rtol=0)
-    ours = torch.autograd.grad((pi.detach() * k3).sum(), theta, retain_graph=True)[0]
-    forward_kl = (ref.exp() * (ref - log_pi)).sum()
-    torch.testing.assert_close(ours, torch.autograd.grad(forward_kl, theta)[0], atol=1e-12, rtol=0)

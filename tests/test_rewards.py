@@ -151,6 +151,7 @@ def test_faulty_rewards_are_named(score, name, parts):
     assert score("words")[0] == 2
 
 
+@pytest.mark.slow
 def test_hang_and_death_are_errors(reward_file):
     """F38: a function that swallows every exception is killed at the limit; one whose process dies is an error."""
     hanging = rollout.RewardRunner([f"{reward_file}:hangs"], timeout=1.0)
@@ -166,6 +167,7 @@ def test_hang_and_death_are_errors(reward_file):
         slow.score(TEXTS * 5, ROWS * 5, step=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec, message", [("nowhere.py:f", "no such file"), ("{file}:absent", "no function 'absent'")])
 def test_missing_reward_is_an_error_at_start(reward_file, spec, message):
     """A typo in the name ends the run before its first step."""

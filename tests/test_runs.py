@@ -112,7 +112,7 @@ def test_dpo_gradients_do_not_depend_on_micro_batches(launch, algo):
     assert algo == "sft" or metrics[1]["bco_delta"] != 0
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "luspo", "cispo"])
 def test_grpo_gradients_do_not_depend_on_micro_batches(launch, task, loss_type):
     """The same for a rollout of 3 groups of 4, in whole groups (12, 4) and in slices of a group (2, 1)."""
     runs = {size: launch("train_grpo", *grpo(task, "--loss_type", loss_type), "--max_steps", 1,
@@ -327,12 +327,96 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     ("train_grpo", ["--num_generations", "1"], "--num_generations must be at least 2"),
     ("train_grpo", ["--temperature", "0"], "--temperature must be above 0"),
     ("train_grpo", ["--max_completion_length", "0"], "--max_completion_length must be at least 1"),
-    ("train_dpo", ["--dataset", "x.jsonl", "--cold_start_steps", "5"], "is for the built-in model and task")])
+    ("train_dpo", ["--dataset", "x.jsonl", "--cold_start_steps", "5"], "is for the built-in model and task"),
+    ("train_dpo", ["--loss_type", "sigmoid", "sigmoid"], "a --loss_type stands twice"),
+    ("train_dpo", ["--beta", "0"], "--beta must be above 0"),
+    ("train_dpo", ["--algo", "ipo", "--label_smoothing", "0.1"], "--label_smoothing is not used by ipo, only by aot"),
+    ("train_dpo", ["--algo", "robust", "--label_smoothing", "0.5"], "--label_smoothing must be at least 0 and below 0.5"),
+    ("train_dpo", ["--algo", "exo", "--label_smoothing", "0"], "exo_pair needs --label_smoothing above 0"),
+    ("train_dpo", ["--f_divergence_type", "forward_kl"], "--f_divergence_type does nothing to bco_pair"),
+    ("train_dpo", ["--algo", "sft", "--f_divergence_type", "forward_kl"], "--f_divergence_type does nothing to sft"),
+    ("train_dpo", ["--algo", "aot", "--use_weighting"], "--use_weighting weighs pairs"),
+    ("train_dpo", ["--algo", "sft", "--ld_alpha", "0.5"], "--ld_alpha compares the lengths of a pair"),
+    ("train_grpo", ["--algo", "rloo", "--scale_rewards", "group"], "--scale_rewards is for --advantage_estimator grpo"),
+    ("train_grpo", ["--algo", "rloo", "--beta", "0"], "--kl_in_reward needs --beta"),
+    ("train_grpo", ["--algo", "gdpo", "--kl_in_reward", "--beta", "1"], "--kl_in_reward cannot go with gdpo"),
+    ("train_grpo", ["--delta", "1.1"], "--delta must be above 1 + epsilon_high"),
+    ("train_grpo", ["--algo", "sapo", "--delta", "4"], "and is for --loss_type grpo, bnpo"),
+    ("train_grpo", ["--algo", "vespo", "--importance_sampling_level", "sequence"], "vespo builds the ratio"),
+    ("train_grpo", ["--algo", "vespo", "--importance_sampling_correction", "sequence_mask"], "vespo builds the ratio"),
+    ("train_grpo", ["--top_entropy_quantile", "0"], "--top_entropy_quantile must be in (0, 1]"),
+    ("train_grpo", ["--top_p", "0"], "--top_p in (0, 1]"),
+    ("train_grpo", ["--kl_estimator", "k4"], "invalid choice: 'k4'")])
 def test_bad_arguments(name, arguments, message, capsys):
     """F45, F46: a typo or an impossible size is one line that says what would be right."""
     with pytest.raises(SystemExit):
         SCRIPTS[name].parse_args(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--loss_type", "dapo", "--importance_sampling_level", "sequence"], "each completion weighs as much as it is long"),
+    (["--loss_type", "luspo"], "luspo is defined with"), (["--loss_type", "cispo"], "at 0.2 every weight on policy is 0.2"),
+    (["--top_p", "0.9"], "the gradient is no longer that"), (["--algo", "luspo"], None), (["--algo", "cispo"], None),
+    (["--algo", "gspo"], None), (["--algo", "rloo"], None), (["--algo", "dapo"], None)])
+def test_combinations_that_change_the_objective_warn(arguments, message, capsys, monkeypatch):
+    """A sequence ratio in a token sum, an absolute clip read as a relative one, a narrowed sampler: said once, on rank 0."""
+    train_grpo.parse_args(arguments)
+    said = capsys.readouterr().err
+    assert (message in said and said.count("warning:") == 1) if message else said == ""
+    monkeypatch.setenv("RANK", "1")
+    train_grpo.parse_args(arguments)
+    assert capsys.readouterr().err == ""
+
+
+QUICK = ("mpo", "exo", "simpo", "wpo", "rloo", "gdpo", "cispo")
+
+
+@pytest.mark.parametrize("algo", [algo if algo in QUICK else pytest.param(algo, marks=pytest.mark.slow)
+                                  for algo in (*train_dpo.PRESETS, *train_grpo.PRESETS)])
+def test_every_preset_trains(launch, task, algo, capsys):
+    """Each --algo runs two updates with finite numbers and a gradient, prints its settings, and starts where it must."""
+    name = "train_dpo" if algo in train_dpo.PRESETS else "train_grpo"
+    extra = grpo(task, "--steps_per_generation", 2) if name == "train_grpo" else []
+    extra += ["--no-mask_truncated_completions"] if algo == "dapo" else []  # here all are truncated; the next test
+    metrics, _ = launch(name, "--algo", algo, *extra, "--max_steps", 2, "--per_device_train_batch_size", 4)
+    said = capsys.readouterr().out
+    tiny = SCRIPTS[name].TINY_BY_ALGO.get(algo, {})
+    for key, value in (SCRIPTS[name].PRESETS[algo] | tiny).items():
+        value = value[0] if key == "loss_type" and name == "train_grpo" else value
+        if key in SCRIPTS[name].PRESETS[algo] and key not in ("learning_rate", "mask_truncated_completions"):
+            assert f"{key}={value}" in said
+    assert len(metrics) == 2 and all(m["grad_norm"] > 0 for m in metrics)
+    for m in metrics:
+        assert all(abs(x) < 1e6 for x in m.values()), m  # nan compares False
+    for measured, expected in re.findall(r"(\S+) \(expected ([0-9.]+)\)", said):
+        assert float(measured) == pytest.approx(float(expected), abs=2e-4 + 1e-4 * float(expected)), said
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo"])
+def test_a_step_of_truncated_completions_only(launch, task, loss_type):
+    """--mask_truncated_completions with nothing left to train: gradient 0, no division by 0, and the share is logged."""
+    metrics, grads = launch("train_grpo", *grpo(task, "--algo", "dapo", "--loss_type", loss_type, "--entropy_coef", 0.1),
+                            "--max_steps", 1, "--per_device_train_batch_size", 4, "--max_completion_length", 1)
+    assert metrics[0]["completions/clipped_ratio"] == 1 and metrics[0]["grad_norm"] == 0 and metrics[0]["loss"] == 0
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--label_smoothing", 0.2], ["--ld_alpha", 0.3], ["--use_weighting"], ["--f_divergence_type", "forward_kl"],
+    ["--f_divergence_type", "alpha_divergence", "--f_alpha_divergence_coef", 0.2], ["--loss_type", "simpo"],
+    ["--loss_type", "simpo", "--simpo_gamma", 1.5]])
+def test_every_preference_option_reaches_the_loss(launch, arguments):
+    """F45: a flag that is parsed and then not passed on changes nothing. Each gives a second step of its own."""
+    plain = ["--algo", "dpo", "--max_steps", 2]
+    metrics = [launch("train_dpo", *plain, *flags)[0][1] for flags in ([], arguments[:-2] or [], arguments)]
+    assert metrics[2]["loss"] != pytest.approx(metrics[0]["loss"], rel=1e-4)
+    assert len(arguments) == 2 or metrics[2]["loss"] != pytest.approx(metrics[1]["loss"], rel=1e-4)
+
+
+def test_simpo_computes_no_reference(launch, capsys):
+    """SimPO has no reference: nothing is scored before step 1, and nothing kept on disk."""
+    metrics, _ = launch("train_dpo", "--algo", "simpo", "--max_steps", 1)
+    assert "reference log-probs" not in capsys.readouterr().out and metrics[0]["rewards/margins"] != 0
 
 
 def test_presets_set_defaults_and_flags_win():
@@ -396,13 +480,13 @@ def test_bad_rows_end_the_run_before_its_first_step(launch, task, tmp_path, chan
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algo", ["mpo", "sft", "grpo", "gspo"])
+@pytest.mark.parametrize("algo", ["mpo", "sft", "grpo", "gspo", "rloo", "gdpo"])
 def test_two_ranks_equal_one(task, tmp_path, algo):
     """P9, F34: two gloo ranks (one of whose micro-batches holds no image) give the losses, rewards and gradient norms
     of one process with twice the batch; groups stay whole."""
-    name = "train_grpo.py" if algo in ("grpo", "gspo") else "train_dpo.py"
-    extra = grpo(task) if algo in ("grpo", "gspo") else []
-    size = 8 if algo in ("grpo", "gspo") else 2
+    name = "train_grpo.py" if algo in train_grpo.PRESETS else "train_dpo.py"
+    extra = grpo(task) if algo in train_grpo.PRESETS else []
+    size = 8 if algo in train_grpo.PRESETS else 2
     both = []
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
@@ -494,59 +578,139 @@ def test_dpo_steps_are_the_formula(monkeypatch, tmp_path, task, bco_delta):
     assert logged[3]["bco_delta"] == pytest.approx(delta, rel=1e-4)
 
 
-@pytest.mark.parametrize("level, loss_type, scale", [
-    ("sequence", "grpo", "group"), ("token", "dapo", "none"), ("token", "dr_grpo", "group")])
-def test_grpo_steps_are_the_formula(monkeypatch, tmp_path, task, level, loss_type, scale):
+def plain_entropies(policy, prompt, ids, temperature):
+    tokens = torch.cat([prompt.tokens, ids])[None]
+    types = (tokens == policy.hf.config.image_token_id).int()
+    logits = policy.hf(input_ids=tokens, mm_token_type_ids=types, **prompt.pixels).logits[0, len(prompt.tokens) - 1:-1]
+    keep = [i for i in range(logits.shape[-1]) if i not in set(policy.never_sampled.tolist())]
+    log_p = (logits / temperature)[:, keep].log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+STEPS = {  # flags, and what the formula below does for them
+    "gspo": dict(level="sequence", loss_type="grpo", corrected=False),
+    "dapo": dict(level="token", loss_type="dapo", scale="none"),
+    "dr_grpo": dict(level="token", loss_type="dr_grpo", scale="batch", kl="k2", corrected=False, entropy_coef=0.3),
+    "cispo": dict(level="token", loss_type="cispo", kl="k1", epsilon_high=1.04),
+    "sapo": dict(level="sequence_token", loss_type="sapo", entropy_coef=0.1),
+    "rloo": dict(level="sequence_sum", loss_type="grpo", estimator="rloo", kl="k1", in_reward=True),
+    "gdpo": dict(level="token", loss_type="grpo", estimator="gdpo"),
+    "masks": dict(level="token", loss_type="grpo", top_entropy=0.5, off_policy=0.05, truncated=True),
+    "correction": dict(level="token", loss_type="dapo", correction="sequence_mask", delta=1.05)}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_grpo_steps_are_the_formula(monkeypatch, tmp_path, task, case):
     """Two rollouts of two updates with two weighted rewards, clipping and a KL: the fourth step's gradient (off-policy,
-    second half of the second rollout) is that of the loss written out, on the ids that were sampled."""
+    second half of the second rollout) is that of the loss written out, on the ids that were sampled. The sampler's
+    log-probs are moved, as another engine's would be, so that what corrects for them has something to do."""
+    o = dict(scale=None, estimator="grpo", kl="k3", corrected=True, in_reward=False, entropy_coef=0.0, top_entropy=1.0,
+             off_policy=None, truncated=False, correction="none", delta=None, epsilon_high=0.04) | STEPS[case]
     monkeypatch.chdir(tmp_path)
     steps, rollouts, sample = capture(monkeypatch, train_grpo), [], rollout.sample
 
     def spy(policy, prompts, draws, **kwargs):
         result = sample(policy, prompts, draws, **kwargs)
+        noise = 0.3 * torch.randn(result.sampling_logps.shape, generator=torch.Generator().manual_seed(draws[0]))
+        result = result._replace(sampling_logps=result.sampling_logps + noise)
         rollouts.append((prompts, draws, result))
         return result
 
+    load = model.load_policy
+
+    def load_and_end_early(*args):
+        policy, processor = load(*args)
+        policy.eos_ids = list(range(7, 300, 5))  # completions of every length
+        return policy, processor
+
+    monkeypatch.setattr(model, "load_policy", load_and_end_early)
     monkeypatch.setattr(rollout, "sample", spy)
     monkeypatch.setattr(rollout, "RewardRunner", shared_runner(task))
     (task / "more.py").write_text(REWARD + "def length(completions, **_):\n    return [len(c) / 7 for c in completions]\n")
+    extra = [] if o["scale"] is None else ["--scale_rewards", o["scale"]]
+    extra += [] if o["delta"] is None else ["--delta", o["delta"]]
+    extra += [] if o["off_policy"] is None else ["--off_policy_mask_threshold", o["off_policy"]]
     train_grpo.main(flags(
         task, "--reward_funcs", f"{task / 'more.py'}:spread", f"{task / 'more.py'}:length", "--reward_weights", 0.3, 2.0,
-        "--num_generations", 4, "--max_completion_length", 5, "--temperature", 1.3, "--importance_sampling_level", level,
-        "--loss_type", loss_type, "--scale_rewards", scale, "--epsilon", 0.01, "--epsilon_high", 0.04, "--beta", 0.2,
+        "--num_generations", 4, "--max_completion_length", 5, "--temperature", 1.3, "--loss_type", o["loss_type"],
+        "--importance_sampling_level", o["level"], "--advantage_estimator", o["estimator"], "--epsilon", 0.01,
+        "--epsilon_high", o["epsilon_high"], "--beta", 0.2, "--kl_estimator", o["kl"],
+        "--use_bias_correction_kl" if o["corrected"] else "--no-use_bias_correction_kl",
+        "--kl_in_reward" if o["in_reward"] else "--no-kl_in_reward", "--entropy_coef", o["entropy_coef"],
+        "--top_entropy_quantile", o["top_entropy"], "--importance_sampling_correction", o["correction"],
+        "--importance_sampling_clip_max", 1.5,
+        "--mask_truncated_completions" if o["truncated"] else "--no-mask_truncated_completions", *extra,
         "--per_device_train_batch_size", 8, "--steps_per_generation", 2, "--max_steps", 4, "--output_dir", "out"))
     assert [draws for _, draws, _ in rollouts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     policy, processor = model.load_policy("out/tiny_vlm")
     prompts, _, sampled = rollouts[1]
-    texts = rollout.decode(processor, sampled)
-    rewards = torch.tensor([0.3 * (sum(map(ord, t)) % 11) + 2.0 * len(t) / 7 for t in texts], dtype=torch.float64).view(4, 4)
-    A = rewards - rewards.mean(-1, keepdim=True)
-    A = (A / (rewards.std(-1, keepdim=True) + 1e-4) if scale == "group" else A).flatten()
+    everything = {n: sampled.completion_ids[n][sampled.completion_mask[n]] for n in range(16)}
     which = range(8, 16)
-    ids = {n: sampled.completion_ids[n][sampled.completion_mask[n]] for n in which}
 
-    def logps(weights):
+    def logps(weights, which):
         with_weights(policy, weights)
-        return {n: plain_logps(policy, prompts[n // 4], ids[n], 1.3) for n in which}
+        return {n: plain_logps(policy, prompts[n // 4], everything[n], 1.3) for n in which}
 
     with torch.no_grad():
-        ref, old = logps(steps[0][0]), logps(steps[2][0])
-    now, total, clipped = logps(steps[3][0]), 0.0, 0
-    for n in which:
-        ratio = (now[n] - old[n]).exp() if level == "token" else (now[n] - old[n]).mean().exp().expand(len(ids[n]))
-        bound = ratio.clamp(0.99, 1.04)
-        clipped += int((bound * A[n] < ratio * A[n]).sum())
-        u = ref[n] - now[n]
-        per_token = -torch.min(ratio * A[n], bound * A[n]) + 0.2 * (u.exp() - u - 1)
-        total = total + (per_token.mean() if loss_type == "grpo" else per_token.sum())
-    count = {"grpo": 8, "dapo": sum(map(len, ids.values())), "dr_grpo": 8 * 5}[loss_type]
-    (total / count).backward()
+        ref, old = logps(steps[0][0], range(16)), logps(steps[2][0], range(16))
+    scores = torch.tensor([[sum(map(ord, t)) % 11, len(t) / 7] for t in rollout.decode(processor, sampled)])
+    scores = scores.double().view(4, 4, 2)                                                      # (P, G, functions)
+    weights = torch.tensor([0.3, 2.0], dtype=torch.float64)
+    rewards = (scores * weights).sum(-1)
+    if o["in_reward"]:
+        rewards -= 0.2 * torch.stack([(old[n] - ref[n]).sum() for n in range(16)]).view(4, 4)
+    A = rewards - rewards.mean(-1, keepdim=True)
+    if o["estimator"] == "rloo":
+        A = torch.stack([rewards[:, i] - rewards[:, [j for j in range(4) if j != i]].mean(-1) for i in range(4)], -1)
+    elif o["estimator"] == "gdpo":
+        z = ((scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True) + 1e-4) * weights).sum(-1)
+        A = (z - z.mean()) / (z.std() + 1e-4)
+    elif o["scale"] != "none":
+        A = A / ((rewards.std() if o["scale"] == "batch" else rewards.std(-1, keepdim=True)) + 1e-4)
+    A = A.flatten()
+    now = logps(steps[3][0], which)
+    entropies = {n: plain_entropies(policy, prompts[n // 4], everything[n], 1.3) for n in which}
+    trained = [n for n in which if not (o["truncated"] and sampled.truncated[n])]
+    bound = torch.cat([entropies[n] for n in trained]).detach().quantile(1 - o["top_entropy"])
+    tokens = sum(len(everything[n]) for n in trained)
+    total, clipped, dropped = 0.0, 0, 0
+    for n in trained:
+        length, log_ratio = len(everything[n]), now[n] - old[n]
+        ratio = {"token": log_ratio, "sequence": log_ratio.mean().expand(length),
+                 "sequence_sum": log_ratio.sum().expand(length),
+                 "sequence_token": log_ratio.mean().detach() + log_ratio - log_ratio.detach()}[o["level"]].exp()
+        if o["loss_type"] == "cispo":
+            term = -ratio.detach().clamp(max=1.04) * A[n] * now[n]
+            clipped += int((ratio > 1.04).sum())
+        elif o["loss_type"] == "sapo":
+            tau = 1.0 if A[n] > 0 else 1.05
+            term, clipped = -4 / tau * torch.sigmoid(tau * (ratio - 1)) * A[n], 1
+        else:
+            capped = ratio if o["delta"] is None else ratio.clamp(max=o["delta"])
+            term = -torch.min(capped * A[n], ratio.clamp(0.99, 1 + o["epsilon_high"]) * A[n])
+            clipped += int((term > -ratio * A[n]).sum())
+        keep = entropies[n] >= bound
+        sampling_logps = sampled.sampling_logps[n, :length]
+        if o["off_policy"] is not None and A[n] < 0 and (sampling_logps - now[n]).mean() > o["off_policy"]:
+            keep = keep & False
+        if o["correction"] == "sequence_mask":
+            weight = (old[n] - sampling_logps).sum().exp()
+            term = term * (weight if weight <= 1.5 else 0.0)
+            dropped += int(weight > 1.5)
+        term, dropped = term * keep, dropped + int((~keep).sum())
+        d = now[n] - ref[n]
+        kl = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[o["kl"]]
+        per_token = term + (0.0 if o["in_reward"] else 0.2) * (kl * ratio if o["corrected"] else kl)
+        total = total + (per_token.mean() if o["loss_type"] in ("grpo", "sapo") else per_token.sum())
+    count = {"grpo": 8, "sapo": 8, "dr_grpo": 8 * 5}.get(o["loss_type"], tokens)
+    loss = total / count - o["entropy_coef"] * sum(entropies[n].sum() for n in trained) / tokens
+    loss.backward()
     assert clipped > 0, "the test needs clipped tokens"
+    assert (dropped > 0) == (case in ("masks", "correction")) and (len(trained) < 8) == (case == "masks")
     assert_same(steps[3][1], [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters()], 1e-3)
     logged = [json.loads(line) for line in open("out/metrics.jsonl")]
-    assert logged[4]["loss"] == pytest.approx((total / count).item(), rel=1e-3, abs=1e-5)
-    assert logged[4]["clip_ratio/region_mean"] == pytest.approx(clipped / sum(map(len, ids.values())))
-    assert logged[4]["reward"] == pytest.approx(rewards.mean().item())
+    assert logged[4]["loss"] == pytest.approx(loss.item(), rel=1e-3, abs=1e-5)
+    assert logged[4]["reward"] == pytest.approx((scores * weights).sum(-1).mean().item())
 
 
 # --- errors, as a user meets them

@@ -174,6 +174,45 @@ def test_sampling_distribution():
     assert chi2 < 30.66  # 3 degrees of freedom, p = 1e-6
 
 
+CHI2 = {1: 23.93, 2: 27.64, 3: 30.67, 4: 33.38, 5: 35.89, 6: 38.26}  # at p = 1e-6, by degrees of freedom
+
+
+@pytest.mark.parametrize("options", [dict(top_k=3), dict(top_p=0.8), dict(min_p=0.2), dict(top_k=5, top_p=0.7, min_p=0.1),
+                                     dict(top_p=0.999), dict()])
+@pytest.mark.parametrize("temperature", [0.7, 1.6])
+def test_narrowed_sampling_distribution(options, temperature):
+    """P7: 200,000 draws with temperature, top-k, top-p and min-p against the softmax of the ids that transformers' own
+    warpers keep, chi-square; no other id is ever drawn."""
+    from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    warpers = dict(top_k=TopKLogitsWarper, top_p=TopPLogitsWarper, min_p=MinPLogitsWarper)
+    logits = torch.tensor([[0.3, 2.0, -1.0, 1.5, -3.0, 0.9, -1e30]]) / temperature
+    expected = logits
+    for name in ("top_k", "top_p", "min_p"):
+        expected = warpers[name](options[name])(None, expected) if name in options else expected
+    expected = expected.double().softmax(-1)[0]
+    kept = rollout.keep_likely(logits, **options)
+    torch.testing.assert_close(kept.double().softmax(-1)[0], expected, atol=1e-9, rtol=0)
+    n, zero = 200_000, torch.zeros((), dtype=torch.long)
+    counts = torch.bincount(rollout.sample_tokens(kept.expand(n, -1), rollout.keyed_uniform(3, torch.arange(n), zero, zero)),
+                            minlength=7)
+    live = expected > 0
+    assert (counts[~live] == 0).all() and (2 <= live.sum() <= 6)
+    assert ((counts - n * expected)[live] ** 2 / (n * expected[live])).sum() < CHI2[int(live.sum()) - 1]
+
+
+def test_narrowing_changes_the_draw_and_not_the_log_probs(loaded):
+    """top_k=1 is greedy at any temperature, and its log-probs are still those of the whole softmax, the trainer's."""
+    policy, processor = loaded("qwen2_5_vl")
+    prompts = mixed_prompts(policy, processor)
+    kwargs = dict(num_generations=2, max_completion_length=6, seed=0)
+    greedy = rollout.sample(policy, prompts, [0, 1, 2], temperature=0, **kwargs)
+    for narrow in (dict(top_k=1), dict(top_p=1e-6), dict(min_p=1.0)):
+        narrowed = rollout.sample(policy, prompts, [0, 1, 2], temperature=1.3, **narrow, **kwargs)
+        assert torch.equal(narrowed.completion_ids, greedy.completion_ids)
+        torch.testing.assert_close(narrowed.sampling_logps, rescored(policy, prompts, narrowed, 2, 1.3), atol=1e-5, rtol=0)
+
+
 def test_uniform_ends():
     """u = 0 must not give a masked first id, the largest u must not run off the end or give a masked last one."""
     logits = torch.tensor([[-1e30, 0.3, 0.1, -1e30]])

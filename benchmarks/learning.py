@@ -1,0 +1,80 @@
+"""Does every --algo learn? Each preset of both scripts, from one cold-started tiny model per seed, on `shapes`.
+
+    python benchmarks/learning.py runs/learning                       # every preset, seeds 0 1 2: an hour or so
+    python benchmarks/learning.py runs/learning --algos rloo simpo    # some
+
+Prints one markdown row a preset: held-out greedy accuracy (256 pictures, guessing gives 0.17) before and after,
+and for the pair losses the held-out margin's change. A run that exists already is not run again.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_dpo  # noqa: E402
+import train_grpo  # noqa: E402
+
+
+def run(script: str, folder: Path, *flags) -> list[dict]:
+    """The metrics of a run, made if its final/ is not there yet."""
+    if not (folder / "final").is_dir():
+        command = [sys.executable, str(ROOT / script), "--output_dir", str(folder), *map(str, flags)]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_suffix(".log"), "w") as log:
+            if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
+                sys.exit(f"{' '.join(command)}\nfailed; see {log.name}")
+    return [json.loads(line) for line in open(folder / "metrics.jsonl")]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the runs go here")
+    parser.add_argument("--algos", nargs="+", default=[*train_dpo.PRESETS, *train_grpo.PRESETS], help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each")
+    args = parser.parse_args()
+
+    def start(seed):
+        run("train_dpo.py", args.folder / f"start-{seed}", "--algo", "sft", "--max_steps", 200, "--eval_steps", 2,
+            "--eval_temperature", 1, "--stop_at_accuracy", 0.4, "--seed", seed)
+
+    def learn(job):
+        algo, seed = job
+        module = train_dpo if algo in train_dpo.PRESETS else train_grpo
+        tiny = module.TINY_DEFAULTS | module.TINY_BY_ALGO.get(algo, {})  # what a run without a model path gets
+        flags = [part for name, value in tiny.items() for part in (f"--{name}", value)]
+        if module is train_dpo:
+            flags += ["--ref_cache", args.folder / "ref_cache"]
+        return run(f"{module.__name__}.py", args.folder / f"{algo}-{seed}", "--algo", algo, "--seed", seed,
+                   "--model_name_or_path", args.folder / f"start-{seed}" / "final", *flags)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(start, args.seeds))
+        jobs = [(algo, seed) for algo in args.algos for seed in args.seeds]
+        results = dict(zip(jobs, pool.map(learn, jobs)))
+
+    print("| --algo | " + " | ".join(f"seed {seed}" for seed in args.seeds) + " | margin | seconds |")
+    print("|---|" + "---|" * (len(args.seeds) + 2))
+    for algo in args.algos:
+        cells, margins, seconds = [], [], []
+        for seed in args.seeds:
+            metrics = results[algo, seed]
+            evaluated = [m for m in metrics if "eval/accuracy" in m]
+            cells.append(f"{evaluated[0]['eval/accuracy']:.3f} → {evaluated[-1]['eval/accuracy']:.3f}")
+            if "eval/rewards/margins" in evaluated[-1]:
+                margins.append(evaluated[-1]["eval/rewards/margins"] - evaluated[0]["eval/rewards/margins"])
+            seconds.append(sum(m.get("step_time", 0) for m in metrics))
+        margin = ", ".join(f"{m:+.2g}" for m in margins)
+        print(f"| `{algo}` | " + " | ".join(cells) + f" | {margin} | {min(seconds):.0f} to {max(seconds):.0f} |")
+
+
+if __name__ == "__main__":
+    main()
