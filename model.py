@@ -27,6 +27,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +35,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -246,7 +249,7 @@ class Policy(nn.Module):
         if not eos:
             raise InputError(f"{family}: neither generation_config nor the tokenizer names an EOS token")
 
-        self.hf, self.dtype = hf, dtype
+        self.hf, self.dtype, self.filler = hf, dtype, None
         self.eos_ids = sorted(eos)
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         never_sampled = torch.tensor(sorted(ids - eos), dtype=torch.long)  # (few,)
@@ -265,6 +268,14 @@ class Policy(nn.Module):
     def autocast(self):
         """bf16 compute over fp32 weights; fp32 is left alone."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def pack(self, groups) -> dict:
+        """`pack_groups` with rows filled up to the longest group. Under FSDP every rank must run the vision
+        tower in every pass, or the others wait for it: there a batch without images gets a row with one,
+        `filler`, of no completion and so of gradient 0."""
+        if self.filler is not None and not any(prompt.pixels for prompt, _ in groups):
+            groups = [*groups, (self.filler, [])]
+        return pack_groups(groups, self.pad_id, row_tokens=0)
 
     def prompt_positions(self, tokens: torch.Tensor, text_inputs: dict, pixels: dict) -> torch.Tensor:
         """Rotary positions (R, P) of one prompt (P,). M-RoPE families say theirs (`get_rope_index`: an image
@@ -345,11 +356,13 @@ def load_processor(path: str):
 
 
 def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkpointing: bool = False,
-                freeze_vision_tower: bool = False):
+                freeze_vision_tower: bool = False, shard_size: int | None = None):
     """A local folder or a hub id -> (Policy, processor). Weights are held in fp32 whatever the compute dtype.
 
     Only safetensors are read and no remote code runs. freeze_vision_tower freezes what transformers calls the
-    image encoder; Qwen's merger is part of it, LLaVA's and Idefics3's projector is not.
+    image encoder; Qwen's merger is part of it, LLaVA's and Idefics3's projector is not. With several ranks
+    the policy comes sharded (`shard`); a node's ranks load one after the other, so that its memory holds one
+    whole copy at a time.
     """
     if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise InputError(f"--model_name_or_path {path}: no such folder (and not a hub id like owner/name)")
@@ -359,26 +372,53 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
         raise InputError(f"--model_name_or_path {path}: {error}") from error
     if not getattr(processor, "chat_template", None):
         raise InputError(f"{path}: its processor has no chat template")
-    hf = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa",
-                                                     use_safetensors=True)
-    if gradient_checkpointing:
-        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if freeze_vision_tower:
-        hf.get_encoder(modality="image").requires_grad_(False)
-    return Policy(hf, processor, getattr(torch, dtype)).to(device).train(), processor
+
+    def load():
+        hf = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True)
+        if gradient_checkpointing:
+            hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if freeze_vision_tower:
+            hf.get_encoder(modality="image").requires_grad_(False)
+        return Policy(hf, processor, getattr(torch, dtype)).train()
+
+    if not dist.is_initialized():
+        return load().to(device), processor
+    mesh = device_mesh(torch.device(device).type, shard_size)
+    for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
+        if turn == int(os.environ.get("LOCAL_RANK", 0)):
+            policy = shard(load(), mesh)
+        dist.barrier()
+    # FSDP finds its root in the first forward: it must be this one, and not one of the sampler's.
+    token = torch.tensor([policy.eos_ids[0]])
+    prompt = Prompt(token, policy.prompt_positions(token, {}, {}), {}, {})
+    with torch.no_grad():
+        policy(to_device(pack_groups([(prompt, [token])], policy.pad_id), device))
+    policy.reshard()
+    return policy, processor
 
 
-def export(policy: Policy, processor, source: str, folder: str | Path):
+def export(policy: Policy, processor, source: str, folder: str | Path, rank: int = 0):
     """Write a complete Hugging Face folder: weights and config by save_pretrained, all else as in `source`.
 
     The source's processor, tokenizer and chat-template files are copied, not re-saved, so that files unknown
-    to this processor (a video_preprocessor_config.json, say) stay. Weights are in the training dtype.
+    to this processor (a video_preprocessor_config.json, say) stay. Weights are in the training dtype. A
+    collective: every rank calls it, tensors are gathered one by one, rank 0 alone keeps them (on its CPU).
     """
-    folder = Path(folder)
+    folder, named, state = Path(folder), {}, {}
+    for name, parameter in policy.hf.named_parameters(remove_duplicate=False):
+        named.setdefault(id(parameter), []).append(name)  # tied weights have two names, and are written once
+    first = {name: names[0] for names in named.values() for name in names}
+    for name, tensor in policy.hf.state_dict().items():
+        if first.get(name, name) != name:
+            continue
+        tensor = full(tensor)
+        if rank == 0:
+            state[name] = (tensor.to(policy.dtype) if tensor.is_floating_point() else tensor).cpu()
+    if rank != 0:
+        return
+    state |= {name: state[names[0]] for names in named.values() for name in names}
     folder.mkdir(parents=True, exist_ok=True)
-    cast = {}  # by storage: tied weights stay one tensor, and are written once
-    state = {name: cast.setdefault(t.data_ptr(), t.to(policy.dtype) if t.is_floating_point() else t)
-             for name, t in policy.hf.state_dict().items()}
     policy.hf.save_pretrained(folder, state_dict=state)
     config = json.loads((folder / "config.json").read_text())
     for part in (config, *(v for v in config.values() if isinstance(v, dict) and "dtype" in v)):
@@ -394,11 +434,12 @@ def export(policy: Policy, processor, source: str, folder: str | Path):
 
 
 def weights_fingerprint(policy: Policy) -> str:
-    """sha256 of every parameter and buffer that `state_dict` holds, with names, shapes and dtypes."""
+    """sha256 of every parameter and buffer that `state_dict` holds, with names, shapes and dtypes; the same
+    whether sharded or not. A collective."""
     digest = hashlib.sha256()
     for name, tensor in policy.hf.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(full(tensor).detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -523,9 +564,55 @@ def init_distributed(device: str = "auto"):
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
-    if world_size > 1:
+    if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return rank, world_size, torch.device(device)
+
+
+def device_mesh(device_type: str, shard_size: int | None):
+    """One dimension to shard over, or two (HSDP): replicas, and the shard_size ranks that hold one."""
+    world_size = dist.get_world_size()
+    shard_size = shard_size or world_size
+    if world_size % shard_size:
+        raise InputError(f"--shard_size {shard_size} must divide the number of ranks, {world_size}")
+    if shard_size == world_size:
+        return init_device_mesh(device_type, (world_size,))
+    return init_device_mesh(device_type, (world_size // shard_size, shard_size),
+                            mesh_dim_names=("replicate", "shard"))
+
+
+def shard(policy: Policy, mesh) -> Policy:
+    """FSDP2, in place: a unit per decoder layer and vision block, one of the rest, tied embeddings together.
+
+    Masters, gradients and their reduction are fp32; with dtype bfloat16 what is gathered and computed with is
+    bf16. Gradients come out averaged over the ranks, so the scripts multiply their loss by world_size.
+    """
+    param_dtype = None if policy.dtype == torch.float32 else policy.dtype
+    mixed = MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False)
+    for module in [m for m in policy.modules() if type(m).__name__ in set(policy.hf._no_split_modules)]:
+        fully_shard(module, mesh=mesh, mp_policy=mixed)
+    return fully_shard(policy, mesh=mesh, mp_policy=mixed)
+
+
+@contextmanager
+def gathered(policy: Policy):
+    """Within it every rank holds the whole model, and passes without gradient need no collective: ranks may
+    run different numbers of them, of different lengths. For rollouts, held-out data, reference passes."""
+    units = [m for m in policy.modules() if isinstance(m, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(unit is not policy, recurse=False)
+
+
+def full(x: torch.Tensor) -> torch.Tensor:
+    """The whole of a sharded tensor, on every rank; any other tensor as it is."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def all_gather(x: torch.Tensor, device="cpu") -> torch.Tensor:
@@ -546,26 +633,15 @@ def all_reduce_sums(sums: dict[str, tuple], device="cpu") -> dict[str, tuple[flo
     return {k: tuple(pair) for k, pair in zip(keys, flat.tolist())}
 
 
-def backward(policy: Policy, loss: torch.Tensor, sync: bool):
-    """loss.backward(); with `sync` (the last micro-batch of a step) it then averages gradients over ranks.
+def clip_grad_norm_(parameters, max_norm: float) -> float:
+    """Global norm of all gradients before clipping, the same on every rank.
 
-    Averaged, not summed, as FSDP does it: the scripts multiply their loss by world_size. A parameter that no
-    row used (the vision tower, in rows without images) gets a gradient of zero, so that AdamW's momentum
-    moves it alike whether or not another rank had an image.
+    A parameter that no row used (the vision tower, where no row has an image) gets a gradient of zero first,
+    so that AdamW's momentum moves it alike whatever the other rows and ranks held.
     """
-    loss.backward()
-    if not sync:
-        return
-    parameters = [p for p in policy.parameters() if p.requires_grad]
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    if not dist.is_initialized():
-        return
-    flat = torch.cat([p.grad.flatten() for p in parameters])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad.copy_(grad.view_as(p))
+    return float(full(nn.utils.clip_grad_norm_(parameters, max_norm)))
 
 
 # ------------------------------------------------------------------------------------------------------------

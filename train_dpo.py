@@ -42,7 +42,6 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from transformers import get_scheduler
 
@@ -132,6 +131,7 @@ def build_parser():
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute; weights are fp32")
     add("--gradient_checkpointing", action=on_off, default=False, help="recompute layers in the backward")
     add("--freeze_vision_tower", action=on_off, default=False, help="train the language model only")
+    add("--shard_size", type=int, help="ranks that hold one copy of the weights between them; default: all")
     add("--share_prompt", action=on_off, default=True,
         help="a pair is one row; --no-share_prompt gives each completion its own")
     add("--cold_start_steps", type=int, help="most SFT steps before the run, on the built-in model and task "
@@ -290,7 +290,7 @@ def pack(groups, policy, share_prompt: bool):
     """Group rows, or without share_prompt plain ones: each completion behind its own copy of the prompt."""
     if not share_prompt:
         groups = [(prompt, [completion]) for prompt, completions in groups for completion in completions]
-    return model.pack_groups(groups, policy.pad_id, row_tokens=0)
+    return policy.pack(groups)
 
 
 def score_groups(args, policy, groups, reference, delta):
@@ -363,7 +363,9 @@ def main(argv=None):
     # --- policy, the rows that it will meet, reference, optimizer
     source = model.start_model(args, output_dir, rank)
     policy, processor = model.load_policy(source, args.dtype, device, args.gradient_checkpointing,
-                                          args.freeze_vision_tower)
+                                          args.freeze_vision_tower, args.shard_size)
+    if world_size > 1:
+        policy.filler = data.encode_prompt(policy, processor, data.shapes_rows(1, 0, "train")[0])
 
     def encode(row):
         return data.encode_group(policy, processor, row, columns)
@@ -390,8 +392,9 @@ def main(argv=None):
         reference = ReferenceCache(args.ref_cache, policy)
         visited = {id(row): row for step in range(max_steps) for row in rows_of(step)}.values()
         batched = encoded(list(visited), args.per_device_train_batch_size)
-        computed, found = reference.add(policy, batched, args.share_prompt)
-        reference.add(policy, encoded(eval_rows, args.per_device_eval_batch_size), args.share_prompt)
+        with model.gathered(policy):
+            computed, found = reference.add(policy, batched, args.share_prompt)
+            reference.add(policy, encoded(eval_rows, args.per_device_eval_batch_size), args.share_prompt)
         if rank == 0:
             print(f"reference log-probs: {computed} pairs computed, {found} found in {reference.folder}",
                   flush=True)
@@ -409,17 +412,18 @@ def main(argv=None):
                 old = sums[prefix + key]
                 sums[prefix + key] = (old[0] + float(total), old[1] + float(count))
 
-        with torch.no_grad():
+        with torch.no_grad(), model.gathered(policy):
             for groups in encoded(eval_rows, args.per_device_eval_batch_size):
                 terms, metrics = score_groups(args, policy, groups, reference, delta)
                 add(terms, "eval/loss/")
                 add(metrics, "eval/")
         if rewards is not None:
-            texts, scores = rollout.evaluate(
-                policy, processor, eval_rows, range(rank, rank + len(eval_rows) * world_size, world_size),
-                lambda row: data.encode_prompt(policy, processor, row), rewards,
-                temperature=args.eval_temperature, max_completion_length=args.max_completion_length,
-                batch_size=args.per_device_eval_batch_size, seed=args.seed, step=step)
+            with model.gathered(policy):
+                texts, scores = rollout.evaluate(
+                    policy, processor, eval_rows, range(rank, rank + len(eval_rows) * world_size, world_size),
+                    lambda row: data.encode_prompt(policy, processor, row), rewards,
+                    temperature=args.eval_temperature, max_completion_length=args.max_completion_length,
+                    batch_size=args.per_device_eval_batch_size, seed=args.seed, step=step)
             known = ~scores[0].isnan()
             add({"accuracy": (scores[0][known].sum(), known.sum())}, "eval/")
             if rank == 0:
@@ -454,16 +458,16 @@ def main(argv=None):
 
         # 2. gradients: each micro-batch adds its share of the step's weighted sum
         sums = defaultdict(lambda: (0.0, 0.0))
-        for i, micro in enumerate(micro_batches):
+        for micro in micro_batches:
             terms, metrics = score_groups(args, policy, micro, reference, delta)
             loss = sum(weight * terms[name][0] / counts[name] for name, weight in weighted)
-            model.backward(policy, loss * world_size, sync=i == len(micro_batches) - 1)
+            (loss * world_size).backward()
             metrics |= {f"loss/{name}": (total.detach(), count) for name, (total, count) in terms.items()}
             for key, (total, count) in metrics.items():
                 sums[key] = (sums[key][0] + float(total), sums[key][1] + float(count))
 
         # 3. step
-        grad_norm = clip_grad_norm_(parameters, args.max_grad_norm)
+        grad_norm = model.clip_grad_norm_(parameters, args.max_grad_norm)
         learning_rate = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
@@ -473,7 +477,7 @@ def main(argv=None):
         means = {key: total / count for key, (total, count) in model.all_reduce_sums(sums, device).items()}
         metrics = {"step": step + 1, "epoch": (step + 1) * step_rows / len(train_rows),
                    "loss": sum(weight * means[f"loss/{name}"] for name, weight in weighted),
-                   "grad_norm": float(grad_norm), "learning_rate": learning_rate, **means}
+                   "grad_norm": grad_norm, "learning_rate": learning_rate, **means}
         if "bco_pair" in args.loss_type:
             metrics["bco_delta"] = delta  # the one that this step used
             mean_reward = (means["rewards/chosen"] + means["rewards/rejected"]) / 2
@@ -496,8 +500,8 @@ def main(argv=None):
             break
 
     progress.close()
+    model.export(policy, processor, source, output_dir / "final", rank)
     if rank == 0:
-        model.export(policy, processor, source, output_dir / "final")
         for key in ("eval/accuracy", "eval/rewards/accuracies", "eval/rewards/margins"):
             if key in end:
                 print(f"{key}: {start[key]:.4f} before, {end[key]:.4f} after")

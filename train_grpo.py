@@ -32,7 +32,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads ruin a shared machine
 
 import argparse
-import copy
 import difflib
 import json
 import math
@@ -44,7 +43,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from transformers import get_scheduler
 
@@ -216,6 +214,7 @@ def build_parser():
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute; weights are fp32")
     add("--gradient_checkpointing", action=on_off, default=False, help="recompute layers in the backward")
     add("--freeze_vision_tower", action=on_off, default=False, help="train the language model only")
+    add("--shard_size", type=int, help="ranks that hold one copy of the weights between them; default: all")
     add("--share_prompt", action=on_off, default=True,
         help="a group is one row; --no-share_prompt gives each completion its own")
     add("--cold_start_steps", type=int, help="most SFT steps before the run, on the built-in model and task "
@@ -389,7 +388,13 @@ def main(argv=None):
     # --- policy, the prompts that it will meet, reference, optimizer
     source = model.start_model(args, output_dir, rank)
     policy, processor = model.load_policy(source, args.dtype, device, args.gradient_checkpointing,
-                                          args.freeze_vision_tower)
+                                          args.freeze_vision_tower, args.shard_size)
+    ref = None
+    if args.beta:
+        ref, _ = model.load_policy(source, args.dtype, device, shard_size=args.shard_size)
+        ref.requires_grad_(False)
+    if world_size > 1:
+        policy.filler = data.encode_prompt(policy, processor, data.shapes_rows(1, 0, "train")[0])
 
     def encode(row):
         return data.encode_prompt(policy, processor, row)
@@ -399,7 +404,6 @@ def main(argv=None):
     plan = data.check_rows(train_rows, rollouts * prompts_per_rollout, args.seed, args.overlong, limit, rank,
                            world_size, lambda row: len(encode(row).tokens))
     eval_rows = data.check_eval_rows(eval_rows, limit, rank, world_size, lambda row: len(encode(row).tokens))
-    ref = copy.deepcopy(policy).requires_grad_(False) if args.beta else None
     optimizer, scheduler, parameters = make_optimizer(args, policy, max_steps)
     rewards.wait_until_ready()
     weights = torch.tensor(args.reward_weights, dtype=torch.float64)                          # (functions,)
@@ -412,11 +416,12 @@ def main(argv=None):
     def evaluate(step):
         if not eval_rows:
             return {}
-        texts, scores = rollout.evaluate(
-            policy, processor, eval_rows, range(rank, rank + len(eval_rows) * world_size, world_size),
-            encode, rewards, temperature=args.eval_temperature,
-            max_completion_length=args.max_completion_length, batch_size=args.per_device_eval_batch_size,
-            seed=args.seed, step=step)
+        with model.gathered(policy):
+            texts, scores = rollout.evaluate(
+                policy, processor, eval_rows, range(rank, rank + len(eval_rows) * world_size, world_size),
+                encode, rewards, temperature=args.eval_temperature,
+                max_completion_length=args.max_completion_length, batch_size=args.per_device_eval_batch_size,
+                seed=args.seed, step=step)
         total = losses.weighted_rewards(scores, weights)
         sums = {"eval/reward": (total.nansum(), (~total.isnan()).sum())}
         for name, row in zip(names, scores):
@@ -442,9 +447,10 @@ def main(argv=None):
         draws = [number * prompts_per_rollout + (update * world_size + rank) * share + i
                  for update in range(updates) for i in range(share)]
         prompts = [encode(train_rows[plan[d]]) for d in draws]
-        sampled = rollout.sample(policy, prompts, draws, num_generations=G, temperature=args.temperature,
-                                 max_completion_length=args.max_completion_length, seed=args.seed,
-                                 top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
+        with model.gathered(policy):
+            sampled = rollout.sample(policy, prompts, draws, num_generations=G, temperature=args.temperature,
+                                     max_completion_length=args.max_completion_length, seed=args.seed,
+                                     top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
         texts = rollout.decode(processor, sampled)
         rollout_time = time.perf_counter() - began
 
@@ -489,7 +495,7 @@ def main(argv=None):
 
             # 5. gradients, step
             sums = defaultdict(lambda: (0.0, 0.0), rollout_sums)
-            for i, micro in enumerate(mine):
+            for micro in mine:
                 micro = model.to_device(micro, device)
                 logps, entropies, _ = policy(micro, args.temperature)                         # (n, T), (n, T)
                 mask, old_logps = micro["completion_mask"], micro.get("old_logps", logps.detach())
@@ -497,14 +503,14 @@ def main(argv=None):
                     logps, old_logps, micro["advantages"], mask, ref_logps=micro.get("ref_logps"),
                     **weigh_tokens(args, logps, old_logps, entropies, micro), **policy_options)
                 loss = loss / count - args.entropy_coef * losses.masked_sum(entropies, mask).sum() / tokens
-                model.backward(policy, loss * world_size, sync=i == len(mine) - 1)
+                (loss * world_size).backward()
                 metrics["loss"] = (loss.detach(), 0)
                 metrics["entropy"] = (entropies.detach().sum(), mask.sum())
                 gap = losses.masked_sum((old_logps - micro["sampling_logps"]).abs(), mask).sum()
                 metrics["sampling/sampling_logp_difference/mean"] = (gap, mask.sum())
                 for key, (value, n) in metrics.items():
                     sums[key] = (sums[key][0] + float(value), sums[key][1] + float(n))
-            grad_norm = clip_grad_norm_(parameters, args.max_grad_norm)
+            grad_norm = model.clip_grad_norm_(parameters, args.max_grad_norm)
             learning_rate = scheduler.get_last_lr()[0]
             optimizer.step()
             scheduler.step()
@@ -515,7 +521,7 @@ def main(argv=None):
             sums = model.all_reduce_sums(sums, device)
             loss = sums.pop("loss")[0]
             metrics = {"step": step, "epoch": (number + 1) * prompts_per_rollout / len(train_rows),
-                       "loss": loss, "grad_norm": float(grad_norm), "learning_rate": learning_rate,
+                       "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate,
                        **{k: s / n for k, (s, n) in sums.items() if n}}
             if rank == 0 and update == 0 and number == 0:
                 expected = {"ratio": "1", "clip_ratio/region_mean": "0", "grad_norm": "> 0"}
@@ -533,8 +539,8 @@ def main(argv=None):
             progress.update()
 
     progress.close()
+    model.export(policy, processor, source, output_dir / "final", rank)
     if rank == 0:
-        model.export(policy, processor, source, output_dir / "final")
         for key in sorted(end):
             print(f"{key}: {start[key]:.4f} before, {end[key]:.4f} after")
         print(f"saved {output_dir / 'final'}")
@@ -560,7 +566,7 @@ def make_micro_batch(args, policy, prompts, sampled, indices) -> dict:
             groups[-1][1].append(ids)
         else:
             groups.append((prompt, [ids]))
-    batch = model.pack_groups(groups, policy.pad_id, row_tokens=0)
+    batch = policy.pack(groups)
     chosen, T = torch.tensor(indices), batch["completion_ids"].shape[1]
     batch["sampling_logps"] = sampled.sampling_logps[chosen, :T]
     if args.mask_truncated_completions:  # not trained, none of its tokens counted, but still one of N

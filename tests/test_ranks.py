@@ -1,0 +1,116 @@
+"""One, two and four ranks compute the same: gradients, weights, losses and metrics, tensor by tensor."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run
+from safetensors.torch import load_file
+from test_runs import write_task
+
+DRIVER = ROOT / "tests" / "rank_cases.py"
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """The rows of test_runs.py (0, 1 and 2 images, answers of uneven length), and a start model."""
+    folder = tmp_path_factory.mktemp("ranks")
+    write_task(folder)
+    import model
+
+    model.build_tiny_vlm(folder / "start")
+    return folder
+
+
+def cases(world: int):
+    """Each computes with all ranks together 4 pairs or 16 completions an update, in another cut."""
+    common = ["--model_name_or_path", "start", "--dataset", "pairs.jsonl", "--image_root", ".", "--learning_rate", "0.01",
+              "--lr_scheduler_type", "constant", "--max_steps", "3", "--max_completion_length", "6"]
+    online = ["--reward_funcs", "rewards.py:spread", "--num_generations", "4", "--epsilon", "0.2", "--epsilon_high", "0.2"]
+    held_out = ["--eval_dataset", "pairs.jsonl", "--eval_steps", "3", "--per_device_eval_batch_size", "2"]
+    for micro in (1, 2, 4):
+        accumulate = 4 // world // micro
+        if accumulate:
+            yield (f"mpo-{world}x{micro}", "train_dpo",
+                   [*common, *held_out, "--algo", "mpo", "--per_device_train_batch_size", micro,
+                    "--gradient_accumulation_steps", accumulate])
+    for algo, micro, extra in (("grpo", 2, ["--beta", "0.1"]), ("gspo", 4, []), ("rloo", 4, [])):
+        yield (f"{algo}-{world}x{micro}", "train_grpo",
+               [*common, *online, "--algo", algo, *extra, "--per_device_train_batch_size", micro,
+                "--gradient_accumulation_steps", 16 // world // micro])
+    if world == 1:
+        yield ("grpo-1x16", "train_grpo", [*common, *online, "--beta", "0.1", "--per_device_train_batch_size", 16])
+    if world == 4:
+        yield ("mpo-hybrid", "train_dpo", [*common, *held_out, "--shard_size", 2, "--per_device_train_batch_size", 1])
+        yield ("grpo-recompute", "train_grpo", [*common, *online, "--beta", "0.1", "--gradient_checkpointing",
+                                                "--per_device_train_batch_size", 4])
+
+
+@pytest.fixture(scope="session")
+def results(folder):
+    """world -> {case: (tensors, metrics)}; one launch per world size runs all its cases."""
+    made = {}
+
+    def get(world):
+        if world not in made:
+            listed = [(name, script, list(map(str, flags))) for name, script, flags in cases(world)]
+            (folder / f"{world}.json").write_text(json.dumps(listed))
+            launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
+            run(sys.executable, *launch, DRIVER, f"{world}.json", cwd=folder)
+            made[world] = {name: (load_file(folder / f"{name}.safetensors"),
+                                  [json.loads(line) for line in open(folder / name / "metrics.jsonl")])
+                           for name, *_ in listed}
+        return made[world]
+
+    return get
+
+
+def assert_equal_runs(ours, theirs):
+    """The first step's whole gradient, and all weights after three steps, to 1e-6 relative; the later gradients, which
+    are taken at weights that differ by rounding, to 3e-6; each tensor to 5e-6 (of at least a hundredth of the largest,
+    where a sum cancels); every metric to 1e-5."""
+    assert ours[0].keys() == theirs[0].keys() and len(ours[1]) == len(theirs[1]) == 4
+    for part, bound in (("step 0 ", 1e-6), ("step 1 ", 3e-6), ("step 2 ", 3e-6), ("weight ", 1e-6)):
+        names = [name for name in theirs[0] if name.startswith(part)]
+        errors = torch.stack([(ours[0][n] - theirs[0][n]).norm() for n in names])
+        sizes = torch.stack([theirs[0][n].norm() for n in names])
+        assert errors.norm() <= bound * sizes.norm() and sizes.norm() > 0, (part, errors.norm() / sizes.norm())
+        relative = errors / sizes.clamp(min=1e-2 * sizes.max())
+        assert relative.max() <= 5e-6, (names[relative.argmax()], relative.max())
+    for a, b in zip(ours[1], theirs[1]):
+        assert a.keys() == b.keys()
+        ties = {"rewards/accuracies", "eval/rewards/accuracies"} if a["step"] < 2 else set()  # but for rounding
+        for key in a.keys() - {"step_time", "rollout_time"} - ties:
+            assert a[key] == pytest.approx(b[key], rel=1e-5, abs=2e-6), (a["step"], key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_and_micro_batches_change_nothing(results, world):
+    """P9, F34, D3: gradients and weights of three SGD steps with 1, 2 and 4 gloo ranks under FSDP2, micro-batches of 1, 2
+    and 4, uneven lengths, micro-batches without images, HSDP and recomputation, equal one process's: MPO with its
+    running delta, GRPO with KL, GSPO, RLOO. A hang would show as the launch's time-out."""
+    one = results(1)
+    for name, result in results(world).items():
+        algo = name.split("-")[0]
+        reference = one["grpo-1x16" if algo == "grpo" else f"{algo}-1x4"]
+        assert_equal_runs(result, reference)
+        assert result[1][1]["grad_norm"] > 0 and any(m.get("bco_delta", 1) != 0 for m in result[1][2:])
+
+
+@pytest.mark.slow
+def test_export_from_shards_is_the_same_folder(results, folder):
+    """F18: `final/` of four ranks has the names, shapes and dtypes of one process's, and loads in transformers."""
+    results(1), results(4)
+    from transformers import AutoModelForImageTextToText
+
+    one, four = (load_file(folder / name / "final" / "model.safetensors") for name in ("mpo-1x4", "mpo-4x1"))
+    assert one.keys() == four.keys()
+    for name in one:
+        assert one[name].dtype == four[name].dtype
+        torch.testing.assert_close(one[name], four[name], rtol=0, atol=2e-6)
+    listed = [sorted(p.name for p in (folder / name / "final").iterdir()) for name in ("mpo-1x4", "mpo-4x1")]
+    assert listed[0] == listed[1]
+    loaded = AutoModelForImageTextToText.from_pretrained(folder / "mpo-4x1" / "final")
+    assert loaded.lm_head.weight.data_ptr() == loaded.model.language_model.embed_tokens.weight.data_ptr()
