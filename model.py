@@ -22,11 +22,16 @@ completion, M trained tokens, H hidden, V vocabulary, R position rows (3 for M-R
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+import warnings
+import zlib
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +39,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_optimizer_state_dict,
+                                                     set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
@@ -43,6 +52,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import cached_file, is_torchvision_available, logging
 
 logging.disable_progress_bar()  # ours is the only one
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")  # one process: we know
 
 
 class InputError(ValueError):
@@ -418,7 +428,9 @@ def export(policy: Policy, processor, source: str, folder: str | Path, rank: int
     if rank != 0:
         return
     state |= {name: state[names[0]] for names in named.values() for name in names}
-    folder.mkdir(parents=True, exist_ok=True)
+    final, folder = folder, folder.with_name(folder.name + ".tmp")  # complete, or not there
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     policy.hf.save_pretrained(folder, state_dict=state)
     config = json.loads((folder / "config.json").read_text())
     for part in (config, *(v for v in config.values() if isinstance(v, dict) and "dtype" in v)):
@@ -431,6 +443,8 @@ def export(policy: Policy, processor, source: str, folder: str | Path, rank: int
     for file in Path(source).iterdir():
         if file.suffix in (".json", ".jinja", ".txt", ".model") and file.name not in written:
             shutil.copyfile(file, folder / file.name)
+    shutil.rmtree(final, ignore_errors=True)
+    folder.rename(final)
 
 
 def weights_fingerprint(policy: Policy) -> str:
@@ -544,7 +558,7 @@ def start_model(args, output_dir: Path, rank: int) -> str:
     path = output_dir / "tiny_vlm"
     if rank == 0:
         if args.cold_start_steps:
-            cold_start(args, output_dir)
+            cold_start(args, output_dir)  # done in a moment if this run is resumed
         else:
             build_tiny_vlm(path, args.seed)
     if dist.is_initialized():
@@ -645,31 +659,140 @@ def clip_grad_norm_(parameters, max_norm: float) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What a run leaves: output_dir/{args.json, metrics.jsonl, completions/, final/}
+# What a run leaves: output_dir/{args.json, status.json, metrics.jsonl, completions/, checkpoints/, final/}
+
+# Flags that may differ when a run is resumed: they change neither data nor numbers.
+FREE_ON_RESUME = {
+    "output_dir", "resume", "allow_changed", "max_hours", "save_steps", "save_total_limit", "ref_cache",
+    "device", "shard_size", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "steps_per_generation", "per_device_eval_batch_size", "gradient_checkpointing", "reward_timeout"}
 
 
-def open_run(args, rank: int) -> Path:
-    """A new output folder, the same on every rank, with args.json: resolved flags and package versions."""
-    chosen = [None]
+def digest_of(paths) -> str | None:
+    """sha256 over the contents of files, in order; None for none."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest() if paths else None
+
+
+def describe_run(args, world_size: int) -> dict:
+    """args.json: resolved flags, package versions, and what must not change under a run that is resumed."""
+    given = [getattr(args, name) for name in ("dataset", "eval_dataset")]
+    path = args.model_name_or_path
+    weights = sorted(Path(path).glob("*.safetensors")) if path and os.path.isdir(path) else []
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    packages = ("torch", "transformers", "safetensors", "pillow", "numpy")
+    return vars(args) | {
+        "command": sys.argv, "world_size": world_size, "rows per update": rows * world_size,
+        "updates per rollout": getattr(args, "steps_per_generation", 0) // args.gradient_accumulation_steps,
+        "data": digest_of([path for path in given if path is not None]), "weights": digest_of(weights),
+        "code": digest_of(sorted(Path(__file__).parent.glob("*.py"))),
+        "versions": {name: version(name) for name in packages}}
+
+
+def open_run(args, rank: int, world_size: int) -> tuple[Path, bool]:
+    """(output folder, the same on every rank; whether a run is resumed there).
+
+    With --resume auto the same command goes on with the run that its --output_dir holds, if the flags, data
+    and start weights recorded in args.json are the same; else it is an error that lists what changed.
+    """
+    answer = [None]
     if rank == 0:
-        if args.output_dir is None:
-            n = 1
-            while os.path.exists(f"runs/{args.algo}-{n}"):
-                n += 1
-            args.output_dir = f"runs/{args.algo}-{n}"
-        folder = Path(args.output_dir)
-        if folder.exists() and any(folder.iterdir()):
+        try:
+            answer = [_open_run(args, world_size)]
+        except InputError as error:
+            answer = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    if isinstance(answer[0], InputError):
+        raise answer[0]
+    args.output_dir, resumed = answer[0]
+    return Path(args.output_dir), resumed
+
+
+def _open_run(args, world_size: int) -> tuple[str, bool]:
+    if args.output_dir is None:
+        n = 1
+        while os.path.exists(f"runs/{args.algo}-{n}"):
+            n += 1
+        args.output_dir = f"runs/{args.algo}-{n}"
+    folder, now, resumed = Path(args.output_dir), describe_run(args, world_size), False
+    if folder.exists() and any(folder.iterdir()):
+        if args.resume == "never" or not (folder / "args.json").exists():
             raise InputError(f"--output_dir {folder} is not empty; name a new one, "
                              f"or none for runs/{args.algo}-N")
-        (folder / "completions").mkdir(parents=True)
-        packages = ("torch", "transformers", "safetensors", "pillow", "numpy")
-        saved = vars(args) | {"command": sys.argv, "versions": {name: version(name) for name in packages}}
-        (folder / "args.json").write_text(json.dumps(saved, indent=2) + "\n")
-        print(f"{args.algo}: " + " ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
-        chosen = [args.output_dir]
+        check_unchanged(json.loads((folder / "args.json").read_text()), now, args.allow_changed)
+        resumed = True
+    (folder / "completions").mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "args.json", json.dumps(now, indent=2) + "\n")
+    print(f"{args.algo}: " + " ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
+    return str(folder), resumed
+
+
+def check_unchanged(before: dict, now: dict, allowed: list[str]):
+    """Refuse to resume with other flags, data or start weights; other code or versions are warned of."""
+    before = json.loads(json.dumps(before))
+    now = json.loads(json.dumps(now))  # tuples become lists in both
+    changed = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
+    for name in sorted(changed & {"code", "versions"}):
+        print(f"warning: resumed with other {name} than it was started with", flush=True)
+    changed -= FREE_ON_RESUME | {"command", "world_size", "code", "versions"} | set(allowed)
+    if changed:
+        lines = "\n".join(f"  {name}: {before.get(name)} -> {now.get(name)}" for name in sorted(changed))
+        raise InputError(f"--output_dir holds a run with other settings:\n{lines}\nName a new folder, or go "
+                         f"on all the same with --allow_changed {' '.join(repr(n) for n in sorted(changed))}")
+
+
+def write_atomically(path: Path, text: str):
+    """Either the old file is there or the new one, also after a power cut."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def set_status(output_dir: Path, rank: int, status: str, step: int):
+    """status.json, for whoever restarts runs: running, stopped (resume it), or done."""
+    if rank == 0:
+        write_atomically(output_dir / "status.json", json.dumps({"status": status, "step": step}) + "\n")
+
+
+def is_done(output_dir: Path, rank: int) -> bool:
+    """Whether the run in that folder has ended; says so. A collective."""
+    file = output_dir / "status.json"
+    done = all_gather_object(file.exists() and json.loads(file.read_text())["status"] == "done")[0]
+    if done and rank == 0:
+        print(f"the run in {output_dir} is done; its model is {output_dir / 'final'}")
+    return done
+
+
+def end_run(output_dir: Path, rank: int, status: str, step: int, rewards):
+    """Leave status.json, end the reward process and the process group."""
+    set_status(output_dir, rank, status, step)
+    if rank == 0 and status == "stopped":
+        print(f"stopped at step {step}; the same command with --output_dir {output_dir} goes on from there")
+    if rewards is not None:
+        rewards.close()
     if dist.is_initialized():
-        dist.broadcast_object_list(chosen)
-    return Path(chosen[0])
+        dist.destroy_process_group()
+
+
+def count_skipped(grad_norm: float, before: int, output_dir: Path, rank: int, step: int, rows: list) -> int:
+    """How many steps in a row were skipped for a gradient norm that is nan or infinite (which every rank sees
+    alike); the third ends the run, and leaves what it was computed on in nonfinite_rank_R.json."""
+    if math.isfinite(grad_norm):
+        return 0
+    if rank == 0:
+        tqdm.write(f"warning: step {step} was skipped: its gradient norm is {grad_norm}")
+    if before == 2:
+        file = output_dir / f"nonfinite_rank_{rank}.json"
+        file.write_text(json.dumps({"step": step, "rows": [row["_source"] for row in rows]}, indent=2) + "\n")
+        raise InputError(f"three steps in a row had a gradient norm of nan or infinity; {file} has the rows")
+    return before + 1
 
 
 def log_step(metrics: dict, output_dir: Path, rank: int, keys: tuple[str, ...]):
@@ -680,3 +803,208 @@ def log_step(metrics: dict, output_dir: Path, rank: int, keys: tuple[str, ...]):
         shown = [f"{k} {metrics[k]:.4g}" for k in keys if metrics.get(k) is not None]
         if shown:
             tqdm.write(f"step {metrics['step']} | " + " | ".join(shown))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints. torch.distributed.checkpoint reads a pickled index: trust checkpoints/ as code; final/ is data.
+
+
+def crc32(path: Path) -> int:
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def all_gather_object(value) -> list:
+    """[value of each rank], in order; alone, [value]. A collective."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def save_checkpoint(output_dir: Path, policy: Policy, optimizer, state: dict, rows: dict, keep: int,
+                    rank: int) -> bool:
+    """checkpoints/step_N: weights and optimizer (sharded), `state` (JSON, with "step", alike on all ranks),
+    and this rank's `rows` {name: tensor}. True if every rank wrote its part; else nothing has changed.
+
+    It is built as step_N.tmp, fsynced, given a manifest of sizes and checksums, and renamed. Of the others
+    the newest `keep - 1` stay; one that goes loses its manifest first.
+    """
+    folder = output_dir / "checkpoints" / f"step_{state['step']}"
+    temporary, error = folder.with_suffix(".tmp"), None
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)  # left over from a killed save
+        shutil.rmtree(folder, ignore_errors=True)     # of the same step, found bad
+        temporary.mkdir(parents=True)
+    all_gather_object(None)  # nobody writes before the folder is there
+    try:
+        parts = {"model": get_model_state_dict(policy)}
+        if optimizer.state:  # none before the first step: torch would make one up, of one step
+            parts["optimizer"] = get_optimizer_state_dict(policy, optimizer)
+        dcp.save(parts, checkpoint_id=temporary, no_dist=not dist.is_initialized())
+        if rows:
+            save_file({name: tensor.contiguous() for name, tensor in rows.items()},
+                      temporary / f"rows_{rank}.safetensors")
+        if rank == 0:
+            (temporary / "state.json").write_text(json.dumps(state | {"optimizer": bool(optimizer.state)}))
+        mine = [f for f in temporary.iterdir() if f.name.startswith((f"__{rank}_", f"rows_{rank}."))
+                or rank == 0 and f.name in (".metadata", "state.json")]
+        for file in mine:
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        written = {file.name: [file.stat().st_size, crc32(file)] for file in mine}
+    except Exception as reason:  # a full disk above all; DCP raises on every rank if one fails
+        error, written = f"rank {rank}: {type(reason).__name__}: {reason}", {}
+    parts = all_gather_object((error, written))
+    errors = [error for error, _ in parts if error]
+    if rank == 0 and not errors:
+        files = {name: entry for _, written in parts for name, entry in written.items()}
+        try:
+            write_atomically(temporary / "manifest.json", json.dumps(files))
+            temporary.rename(folder)
+            sync_folder(folder.parent)
+            for old in complete_checkpoints(output_dir)[max(keep, 1):]:
+                (old / "manifest.json").unlink()
+                shutil.rmtree(old, ignore_errors=True)
+        except OSError as reason:
+            errors = [f"rank 0: {reason}"]
+    failed = any(all_gather_object(bool(errors)))
+    if failed and rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        print(f"warning: no checkpoint of step {state['step']}: {'; '.join(errors)[:500]}", flush=True)
+    return not failed
+
+
+class Saver:
+    """Writes a run's checkpoints; the third failure in a row, or of the last one, ends the run."""
+
+    def __init__(self, args, output_dir: Path, policy: Policy, optimizer, scheduler, rank: int):
+        self.run, self.scheduler, self.failures = (output_dir, policy, optimizer), scheduler, 0
+        self.keep, self.rank, self.saved = args.save_total_limit, rank, None
+
+    def save(self, state: dict, rows: dict, last: bool):
+        if self.saved == state["step"]:
+            return  # asked to stop right after it was written
+        state = state | {"scheduler": self.scheduler.state_dict()}
+        written = save_checkpoint(*self.run, state, rows, self.keep, self.rank)
+        self.saved = state["step"] if written else self.saved
+        self.failures = 0 if written else self.failures + 1
+        if not written and (last or self.failures == 3):
+            raise InputError(f"no checkpoint could be written under {self.run[0]}; the reason stands above")
+
+
+def sync_folder(folder: Path):
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """Those with a manifest, newest first."""
+    found = [file.parent for file in (output_dir / "checkpoints").glob("step_*/manifest.json")
+             if file.parent.suffix != ".tmp"]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
+
+
+def load_checkpoint(output_dir: Path, policy: Policy, optimizer, rank: int, path: str | None = None):
+    """The newest checkpoint that is whole -> (state, [rows of each rank that wrote it]); (None, []): none.
+
+    Weights and optimizer are restored in place, on any number of ranks. A bad one is named and passed over;
+    all bad is an error, and so is any fault of an explicit `path`.
+    """
+    candidates = complete_checkpoints(output_dir) if path is None else [Path(path)]
+    candidates = all_gather_object(candidates)[0]  # rank 0 decides: file systems may disagree
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    for folder in candidates:
+        fault = None
+        try:
+            manifest = sorted(json.loads((folder / "manifest.json").read_text()).items())
+            for name, (size, checksum) in manifest[rank::world_size]:
+                file = folder / name
+                if not file.is_file() or file.stat().st_size != size or crc32(file) != checksum:
+                    fault = f"{name} is missing, cut or changed"
+        except (OSError, ValueError) as reason:
+            fault = str(reason)
+        fault = next((f for f in all_gather_object(fault) if f), None)
+        if fault is None:
+            state = json.loads((folder / "state.json").read_text())
+            parts = {"model": get_model_state_dict(policy)}
+            if state.pop("optimizer"):
+                parts["optimizer"] = get_optimizer_state_dict(policy, optimizer)
+            dcp.load(parts, checkpoint_id=folder, no_dist=not dist.is_initialized())
+            set_model_state_dict(policy, parts["model"])
+            if "optimizer" in parts:
+                set_optimizer_state_dict(policy, optimizer, parts["optimizer"])
+            optimizer.zero_grad(set_to_none=True)
+            count = sum(name.startswith("rows_") for name, _ in manifest)
+            rows = [load_file(folder / f"rows_{r}.safetensors") for r in range(count)]
+            if rank == 0:
+                print(f"resumed from {folder}, step {state['step']}", flush=True)
+            return state, rows
+        if path is not None:
+            raise InputError(f"--resume {path}: {fault}")
+        if rank == 0:
+            print(f"warning: checkpoint {folder} cannot be used ({fault}); trying the one before", flush=True)
+    if candidates:
+        raise InputError(f"none of the {len(candidates)} checkpoints under {output_dir} can be used")
+    return None, []
+
+
+def forget_after(output_dir: Path, rank: int, step: int):
+    """Drop the lines of metrics.jsonl after `step`: they will be written again, each of them once."""
+    file = output_dir / "metrics.jsonl"
+    if rank == 0 and file.exists():
+        lines = [line for line in file.read_text().splitlines(keepends=True)
+                 if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_atomically(file, "".join(lines))
+
+
+class Interrupted(Exception):
+    """Raised out of a long pass that holds no collective, when the run is asked to stop."""
+
+
+class Stop:
+    """SIGTERM, SIGINT, or --max_hours gone by, on any rank.
+
+    `stop()` is cheap and local: the sampler asks it every few tokens. A rank that was asked tells the others
+    through torchrun's store, without a collective. `agreed()`, a collective, decides after the pass.
+    """
+
+    def __init__(self, max_hours: float | None):
+        self.asked, self.told = False, False
+        self.deadline = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
+        self.store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame):
+        if self.asked:  # the second time at once
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.asked = True
+
+    def __call__(self) -> bool:
+        if self.asked or time.monotonic() > self.deadline:
+            if self.store is not None and not self.told:
+                self.store.set("flatpo/stop", "1")
+                self.told = True
+            return True
+        return self.store is not None and self.store.check(["flatpo/stop"])
+
+    def agreed(self) -> bool:
+        return any(all_gather_object(self()))
+
+    @contextmanager
+    def passes(self):
+        """Leaves the block early if the run is asked to stop; `agreed()` must follow, on every rank."""
+        try:
+            yield
+        except Interrupted:
+            pass
+        except InputError:  # a signal to the whole process group also ends the reward process
+            if not self():
+                raise

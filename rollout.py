@@ -9,6 +9,7 @@ longest completion, R position rows (3 for M-RoPE models, else 1).
 import importlib.util
 import math
 import multiprocessing
+import signal
 import traceback
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 from transformers import DynamicCache
 
-from model import InputError, Policy, Prompt, group_attention_mask, pack_groups, to_device
+from model import InputError, Interrupted, Policy, Prompt, group_attention_mask, pack_groups, to_device
 
 # ------------------------------------------------------------------------------------------------------------
 # Keyed randomness
@@ -89,11 +90,11 @@ class Rollout(NamedTuple):
 @torch.no_grad()
 def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_generations: int,
            max_completion_length: int, temperature: float, seed: int, top_k: int = 0, top_p: float = 1.0,
-           min_p: float = 0.0) -> Rollout:
+           min_p: float = 0.0, stop=None) -> Rollout:
     """num_generations completions of every prompt; temperature 0 is greedy (log-probs are then those at 1).
 
     top_k, top_p and min_p narrow what is drawn, not the log-probs returned: those are of the whole softmax,
-    which is what the trainer computes.
+    which is what the trainer computes. stop() is asked every 8 tokens; if True, Interrupted is raised.
 
     draws: the prompts' draw numbers, which key the randomness. Results come back on the CPU. Completion
     lengths differ freely; rows that have ended leave the batch every 8 tokens, at which point alone the
@@ -135,6 +136,8 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
         alive[rows, t] = running
         running = running & ~torch.isin(token, eos)
         if t % 8 == 7 or t == T - 1:
+            if stop is not None and stop():
+                raise Interrupted
             left = running.nonzero().squeeze(-1)
             if len(left) == 0 or t == T - 1:
                 break
@@ -176,6 +179,7 @@ def _load_function(spec: str):
 def _reward_child(connection, specs: list[str]):
     """The child's loop: receive (function index, columns), send ("ok", rewards), or ("error", traceback) and
     then ("row", index), the first row on which the function raises by itself (None: on none)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches every process; the run decides when to end
     try:
         functions = [_load_function(spec) for spec in specs]
     except BaseException as error:
@@ -295,7 +299,8 @@ class RewardRunner:
 
 
 def evaluate(policy: Policy, processor, rows: list[dict], draws: list[int], encode, rewards: RewardRunner, *,
-             temperature: float, max_completion_length: int, batch_size: int, seed: int, step: int):
+             temperature: float, max_completion_length: int, batch_size: int, seed: int, step: int,
+             stop=None):
     """One answer to every held-out row -> (texts, rewards (functions, rows)); temperature 0 is greedy.
 
     draws: the rows' numbers among all ranks' rows, which key the randomness. encode(row) -> Prompt; rows are
@@ -305,7 +310,8 @@ def evaluate(policy: Policy, processor, rows: list[dict], draws: list[int], enco
     for i in range(0, len(rows), batch_size):
         prompts = [encode(row) for row in rows[i:i + batch_size]]
         result = sample(policy, prompts, draws[i:i + batch_size], num_generations=1,
-                        temperature=temperature, max_completion_length=max_completion_length, seed=seed)
+                        temperature=temperature, max_completion_length=max_completion_length, seed=seed,
+                        stop=stop)
         texts += decode(processor, result)
     return texts, rewards.score(texts, rows, step)
 

@@ -39,7 +39,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -136,6 +135,12 @@ def build_parser():
         help="a pair is one row; --no-share_prompt gives each completion its own")
     add("--cold_start_steps", type=int, help="most SFT steps before the run, on the built-in model and task "
         "only; default 200 there (0 in --algo sft), it stops at 0.4 sampled accuracy")
+    # checkpoints
+    add("--save_steps", type=int, default=100, help="write a checkpoint every so many steps")
+    add("--save_total_limit", type=int, default=2, help="checkpoints that are kept")
+    add("--resume", default="auto", help="auto: go on with the run in --output_dir; never; or a checkpoint")
+    add("--allow_changed", nargs="+", default=[], help="settings that may differ from the resumed run's")
+    add("--max_hours", type=float, help="write a checkpoint and end after so long, as on SIGTERM")
     # evaluation and the rest
     add("--eval_steps", type=int, default=100, help="evaluate every so many steps, and before and after")
     add("--per_device_eval_batch_size", type=int, default=16, help="prompts answered, pairs scored at once")
@@ -171,8 +176,8 @@ def parse_args(argv):
         parser.error("--cold_start_steps is for the built-in model and task; train your own with --algo sft")
     if args.cold_start_steps is None:
         args.cold_start_steps = 200 if built_in and args.algo != "sft" else 0
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps",
-                 "per_device_eval_batch_size", "max_completion_length"):
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps",
+                 "save_total_limit", "per_device_eval_batch_size", "max_completion_length"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.max_steps < 1 and args.max_steps != -1:
@@ -248,7 +253,7 @@ class ReferenceCache:
             with safe_open(file, "pt") as tensors:
                 self.known |= {key: tensors.get_tensor(key) for key in tensors.keys()}
 
-    def add(self, policy, groups_in_batches, share_prompt: bool) -> tuple[int, int]:
+    def add(self, policy, groups_in_batches, share_prompt: bool, stop) -> tuple[int, int]:
         """Compute and store what is missing. -> (distinct groups computed, distinct groups found)"""
         before, found, new = set(self.known), set(), {}
         for groups in groups_in_batches:
@@ -264,8 +269,11 @@ class ReferenceCache:
                     rows = slice(n, n + len(completions))
                     new[key] = logps[rows][mask[rows]].cpu()
                     n += len(completions)
-            if len(new) >= 1024:  # now and then, so that a killed run has not worked for nothing
+            asked = stop()
+            if asked or len(new) >= 1024:  # now and then, so that a killed run has not worked for nothing
                 new = self._store(new)
+            if asked:
+                raise model.Interrupted
         self._store(new)
         return len(self.known) - len(before), len(found)
 
@@ -331,7 +339,9 @@ def start_value(args, name: str) -> str:
 def main(argv=None):
     args = parse_args(argv)
     rank, world_size, device = model.init_distributed(args.device)
-    output_dir = model.open_run(args, rank)
+    output_dir, resumed = model.open_run(args, rank, world_size)
+    if resumed and model.is_done(output_dir, rank):
+        return
 
     # --- data
     pairs = any(name in losses.PAIR_LOSSES for name in args.loss_type)
@@ -387,22 +397,26 @@ def main(argv=None):
         mine = step_rows // world_size
         return [train_rows[i] for i in plan[step * step_rows + rank * mine:][:mine]]
 
+    stop = model.Stop(args.max_hours)
     reference = None
     if set(args.loss_type) - losses.REFERENCE_FREE:
         reference = ReferenceCache(args.ref_cache, policy)
         visited = {id(row): row for step in range(max_steps) for row in rows_of(step)}.values()
         batched = encoded(list(visited), args.per_device_train_batch_size)
-        with model.gathered(policy):
-            computed, found = reference.add(policy, batched, args.share_prompt)
-            reference.add(policy, encoded(eval_rows, args.per_device_eval_batch_size), args.share_prompt)
+        with model.gathered(policy), stop.passes():
+            computed, found = reference.add(policy, batched, args.share_prompt, stop)
+            batched = encoded(eval_rows, args.per_device_eval_batch_size)
+            reference.add(policy, batched, args.share_prompt, stop)
+        if stop.agreed():  # what was computed is on disk, and there is nothing else to lose
+            return model.end_run(output_dir, rank, "stopped", 0, rewards)
         if rank == 0:
             print(f"reference log-probs: {computed} pairs computed, {found} found in {reference.folder}",
                   flush=True)
     optimizer, scheduler, parameters = make_optimizer(args, policy, max_steps)
-    delta = 0.0  # BCO's shift; moves after each optimizer step, never in evaluation
     weighted = list(zip(args.loss_type, args.loss_weights))
 
     def evaluate(step):
+        """Means over the held-out rows; None if the run is asked to stop meanwhile."""
         if not eval_rows:
             return {}
         sums = defaultdict(lambda: (0.0, 0.0))
@@ -412,18 +426,22 @@ def main(argv=None):
                 old = sums[prefix + key]
                 sums[prefix + key] = (old[0] + float(total), old[1] + float(count))
 
-        with torch.no_grad(), model.gathered(policy):
+        with torch.no_grad(), model.gathered(policy), stop.passes():
             for groups in encoded(eval_rows, args.per_device_eval_batch_size):
-                terms, metrics = score_groups(args, policy, groups, reference, delta)
+                terms, metrics = score_groups(args, policy, groups, reference, state["delta"])
                 add(terms, "eval/loss/")
                 add(metrics, "eval/")
-        if rewards is not None:
-            with model.gathered(policy):
+                if stop():
+                    raise model.Interrupted
+            if rewards is not None:
                 texts, scores = rollout.evaluate(
                     policy, processor, eval_rows, range(rank, rank + len(eval_rows) * world_size, world_size),
                     lambda row: data.encode_prompt(policy, processor, row), rewards,
                     temperature=args.eval_temperature, max_completion_length=args.max_completion_length,
-                    batch_size=args.per_device_eval_batch_size, seed=args.seed, step=step)
+                    batch_size=args.per_device_eval_batch_size, seed=args.seed, step=step, stop=stop)
+        if stop.agreed():
+            return None
+        if rewards is not None:
             known = ~scores[0].isnan()
             add({"accuracy": (scores[0][known].sum(), known.sum())}, "eval/")
             if rank == 0:
@@ -439,13 +457,47 @@ def main(argv=None):
             tqdm.write(f"held-out, step {step}: {line}")
         return means
 
-    start = evaluate(0)
-    model.log_step({"step": 0, **start}, output_dir, rank, ())
-    progress = tqdm(total=max_steps, desc=args.algo, disable=None if rank == 0 else True)
-    end = start
+    # --- what a checkpoint holds besides weights and optimizer. Data order and randomness follow from step.
+    #     pending: metrics of `step` that still wait for their evaluation
+    state = {"step": 0, "pending": {"step": 0}, "delta": 0.0, "start": {}, "end": {}, "skipped": 0}
+    if resumed or args.resume not in ("auto", "never"):
+        path = None if args.resume in ("auto", "never") else args.resume
+        state = model.load_checkpoint(output_dir, policy, optimizer, rank, path)[0] or state
+        model.forget_after(output_dir, rank, state["step"] - (state["pending"] is not None))
+    if "scheduler" in state:
+        scheduler.load_state_dict(state["scheduler"])
+    saver = model.Saver(args, output_dir, policy, optimizer, scheduler, rank)
+
+    def close_step(metrics) -> bool:
+        """Held-out rows, the log, a checkpoint, each when it is due. True if the run was asked to stop."""
+        step = metrics["step"]
+        if step == 0 or step % args.eval_steps == 0 or step == max_steps:
+            means = evaluate(step)
+            if means is None:
+                saver.save(state | {"pending": metrics}, {}, last=True)
+                return True
+            metrics |= means
+            state["end"], state["start"] = means, state["start"] or means
+        model.log_step(metrics, output_dir, rank, (
+            "loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "nll", "grad_norm",
+            "learning_rate", "step_time", "eval/accuracy"))
+        stopping = stop.agreed()
+        if stopping or step % args.save_steps == 0 and step > 0:
+            saver.save(state | {"pending": None}, {}, last=stopping)
+        return stopping
+
+    def enough() -> bool:
+        goal = args.stop_at_accuracy
+        return goal is not None and state["end"].get("eval/accuracy", -1) >= goal
+
+    stopped = state["pending"] is not None and close_step(state["pending"])
+    progress = tqdm(total=max_steps, initial=state["step"], desc=args.algo,
+                    disable=None if rank == 0 else True)
+    model.set_status(output_dir, rank, "running", state["step"])
 
     # ----------------------------------------------------------------------------------------------- the loop
-    for step in range(max_steps):
+    while state["step"] < max_steps and not stopped and not enough():
+        step = state["step"]
         began = time.perf_counter()
         groups = [encode(row) for row in rows_of(step)]
         micro_batches = batches(groups, args.per_device_train_batch_size)
@@ -459,17 +511,20 @@ def main(argv=None):
         # 2. gradients: each micro-batch adds its share of the step's weighted sum
         sums = defaultdict(lambda: (0.0, 0.0))
         for micro in micro_batches:
-            terms, metrics = score_groups(args, policy, micro, reference, delta)
+            terms, metrics = score_groups(args, policy, micro, reference, state["delta"])
             loss = sum(weight * terms[name][0] / counts[name] for name, weight in weighted)
             (loss * world_size).backward()
             metrics |= {f"loss/{name}": (total.detach(), count) for name, (total, count) in terms.items()}
             for key, (total, count) in metrics.items():
                 sums[key] = (sums[key][0] + float(total), sums[key][1] + float(count))
 
-        # 3. step
+        # 3. step; not on a gradient that is nan or infinite
         grad_norm = model.clip_grad_norm_(parameters, args.max_grad_norm)
         learning_rate = scheduler.get_last_lr()[0]
-        optimizer.step()
+        if math.isfinite(grad_norm):
+            optimizer.step()
+        state["skipped"] = model.count_skipped(grad_norm, state["skipped"], output_dir, rank, step + 1,
+                                               [prompt.row for prompt, _ in groups])
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -479,37 +534,31 @@ def main(argv=None):
                    "loss": sum(weight * means[f"loss/{name}"] for name, weight in weighted),
                    "grad_norm": grad_norm, "learning_rate": learning_rate, **means}
         if "bco_pair" in args.loss_type:
-            metrics["bco_delta"] = delta  # the one that this step used
+            metrics["bco_delta"] = state["delta"]  # the one that this step used
             mean_reward = (means["rewards/chosen"] + means["rewards/rejected"]) / 2
-            delta = losses.next_bco_delta(delta, mean_reward, step, args.bco_delta)
+            if math.isfinite(mean_reward):
+                state["delta"] = losses.next_bco_delta(state["delta"], mean_reward, step, args.bco_delta)
         if rank == 0 and step == 0:
             tqdm.write("step 1 must start at: " + ", ".join(
                 f"{name} {means[f'loss/{name}']:.4f} (expected {start_value(args, name)})"
                 for name in args.loss_type))
         metrics["step_time"] = time.perf_counter() - began
-        if (step + 1) % args.eval_steps == 0 or step + 1 == max_steps:
-            end = evaluate(step + 1)
-            metrics |= end
-        model.log_step(metrics, output_dir, rank, (
-            "loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "nll", "grad_norm",
-            "learning_rate", "step_time", "eval/accuracy"))
+        state["step"] = step + 1
+        stopped = close_step(metrics)
         progress.update()
-        if args.stop_at_accuracy is not None and end.get("eval/accuracy", -1) >= args.stop_at_accuracy:
-            if rank == 0:
-                tqdm.write(f"stopped at step {step + 1}: eval/accuracy {end['eval/accuracy']:.4f}")
-            break
 
     progress.close()
+    if stopped:
+        return model.end_run(output_dir, rank, "stopped", state["step"], rewards)
     model.export(policy, processor, source, output_dir / "final", rank)
     if rank == 0:
+        if enough():
+            print(f"stopped at step {state['step']}: eval/accuracy {state['end']['eval/accuracy']:.4f}")
         for key in ("eval/accuracy", "eval/rewards/accuracies", "eval/rewards/margins"):
-            if key in end:
-                print(f"{key}: {start[key]:.4f} before, {end[key]:.4f} after")
+            if key in state["end"]:
+                print(f"{key}: {state['start'][key]:.4f} before, {state['end'][key]:.4f} after")
         print(f"saved {output_dir / 'final'}")
-    if rewards is not None:
-        rewards.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    model.end_run(output_dir, rank, "done", state["step"], rewards)
 
 
 if __name__ == "__main__":

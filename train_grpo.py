@@ -42,7 +42,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import get_scheduler
 
@@ -219,6 +219,12 @@ def build_parser():
         help="a group is one row; --no-share_prompt gives each completion its own")
     add("--cold_start_steps", type=int, help="most SFT steps before the run, on the built-in model and task "
         "only; default 200 there, it stops at 0.4 sampled accuracy")
+    # checkpoints
+    add("--save_steps", type=int, default=100, help="write a checkpoint every so many steps")
+    add("--save_total_limit", type=int, default=2, help="checkpoints that are kept")
+    add("--resume", default="auto", help="auto: go on with the run in --output_dir; never; or a checkpoint")
+    add("--allow_changed", nargs="+", default=[], help="settings that may differ from the resumed run's")
+    add("--max_hours", type=float, help="write a checkpoint and end after so long, as on SIGTERM")
     # evaluation and the rest
     add("--eval_steps", type=int, default=100, help="evaluate every so many steps, and before and after")
     add("--per_device_eval_batch_size", type=int, default=16, help="prompts answered at once")
@@ -252,8 +258,8 @@ def parse_args(argv):
         parser.error("--cold_start_steps is for the built-in model and task; train your own with --algo sft")
     if args.cold_start_steps is None:
         args.cold_start_steps = 200 if built_in and args.algo != "sft" else 0
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps",
-                 "per_device_eval_batch_size", "max_completion_length"):
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps",
+                 "save_total_limit", "per_device_eval_batch_size", "max_completion_length"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.max_steps < 1 and args.max_steps != -1:
@@ -356,7 +362,9 @@ def check_args(args, parser):
 def main(argv=None):
     args = parse_args(argv)
     rank, world_size, device = model.init_distributed(args.device)
-    output_dir = model.open_run(args, rank)
+    output_dir, resumed = model.open_run(args, rank, world_size)
+    if resumed and model.is_done(output_dir, rank):
+        return
     specs = [name if ":" in name else f"{Path(__file__).resolve()}:{name}" for name in args.reward_funcs]
     names = [name.rpartition(":")[2] for name in args.reward_funcs]
     rewards = rollout.RewardRunner(specs, args.reward_timeout)  # starts while the model loads
@@ -414,14 +422,17 @@ def main(argv=None):
         use_bias_correction_kl=args.use_bias_correction_kl)
 
     def evaluate(step):
+        """Means over the held-out rows; None if the run is asked to stop meanwhile."""
         if not eval_rows:
             return {}
-        with model.gathered(policy):
+        with model.gathered(policy), stop.passes():
             texts, scores = rollout.evaluate(
                 policy, processor, eval_rows, range(rank, rank + len(eval_rows) * world_size, world_size),
                 encode, rewards, temperature=args.eval_temperature,
                 max_completion_length=args.max_completion_length, batch_size=args.per_device_eval_batch_size,
-                seed=args.seed, step=step)
+                seed=args.seed, step=step, stop=stop)
+        if stop.agreed():
+            return None
         total = losses.weighted_rewards(scores, weights)
         sums = {"eval/reward": (total.nansum(), (~total.isnan()).sum())}
         for name, row in zip(names, scores):
@@ -432,146 +443,230 @@ def main(argv=None):
             tqdm.write(f"held-out, step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
         return means
 
-    start = end = evaluate(0)
-    model.log_step({"step": 0, **start}, output_dir, rank, ())
-    progress = tqdm(total=max_steps, desc=args.algo, disable=None if rank == 0 else True)
+    # --- what a checkpoint holds besides weights and optimizer. Data order and randomness follow from step.
+    #     pending: metrics of `step` that still wait for their evaluation; rows: the rollout being used
+    state = {"step": 0, "pending": {"step": 0}, "start": {}, "end": {}, "skipped": 0}
+    stop, parts, rows = model.Stop(args.max_hours), [], {}
+    if resumed or args.resume not in ("auto", "never"):
+        path = None if args.resume in ("auto", "never") else args.resume
+        found, parts = model.load_checkpoint(output_dir, policy, optimizer, rank, path)
+        state = found or state
+        model.forget_after(output_dir, rank, state["step"] - (state["pending"] is not None))
+    if "scheduler" in state:
+        scheduler.load_state_dict(state["scheduler"])
+    saver = model.Saver(args, output_dir, policy, optimizer, scheduler, rank)
 
-    # ----------------------------------------------------------------------------------------------- the loop
-    step = 0
-    for number in range(rollouts):
-        began = time.perf_counter()
+    def close_step(metrics) -> bool:
+        """Held-out rows, the log, a checkpoint, each when it is due. True if the run was asked to stop."""
+        step = metrics["step"]
+        unfinished = rows if step % steps_per_rollout else {}
+        if step == 0 or step % args.eval_steps == 0 or step == max_steps:
+            means = evaluate(step)
+            if means is None:
+                saver.save(state | {"pending": metrics}, unfinished, last=True)
+                return True
+            metrics |= means
+            state["end"], state["start"] = means, state["start"] or means
+        model.log_step(metrics, output_dir, rank, (
+            "reward", *(f"rewards/{name}/mean" for name in names), "reward_std", "frac_reward_zero_std",
+            "loss", "grad_norm", "entropy", "kl", "clip_ratio/region_mean", "completions/mean_length",
+            "completions/clipped_ratio", "step_time", "eval/accuracy"))
+        stopping = stop.agreed()
+        if stopping or step % args.save_steps == 0 and step > 0:
+            saver.save(state | {"pending": None}, unfinished, last=stopping)
+        return stopping
 
-        # 1. sample G completions for each of this rank's P prompts of the rollout, N = P * G in all. They are
-        #    its slice of every update, so that the ranks together make the updates of one rank
+    def prompts_of(number):
+        """(draw numbers, prompts) of this rank in a rollout: its slice of every update, so that the ranks
+        together make the updates of one rank."""
         share = completions_per_update // G
         draws = [number * prompts_per_rollout + (update * world_size + rank) * share + i
                  for update in range(updates) for i in range(share)]
-        prompts = [encode(train_rows[plan[d]]) for d in draws]
-        with model.gathered(policy):
-            sampled = rollout.sample(policy, prompts, draws, num_generations=G, temperature=args.temperature,
-                                     max_completion_length=args.max_completion_length, seed=args.seed,
-                                     top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
-        texts = rollout.decode(processor, sampled)
-        rollout_time = time.perf_counter() - began
+        return draws, [encode(train_rows[plan[d]]) for d in draws]
 
-        # 2. group rows: `updates` lists of micro-batches; one smaller than G holds slices of a group
-        micro_batches = [make_micro_batch(args, policy, prompts, sampled, range(i, j))
-                         for i in range(0, len(texts), completions_per_update)
-                         for i, j in slices(i, i + completions_per_update, args.per_device_train_batch_size)]
-        penalty = []
-        with torch.no_grad():
-            for micro in micro_batches:
-                batch = model.to_device(micro, device)
-                if steps_per_rollout > 1 or args.kl_in_reward:  # else `old` is the training pass, detached
-                    micro["old_logps"] = policy(batch, args.temperature)[0]
-                if ref is not None:
-                    micro["ref_logps"] = ref(batch, args.temperature)[0]
-                if args.kl_in_reward:
-                    kl = losses.kl_penalty(micro["old_logps"], micro["ref_logps"], args.kl_estimator)
-                    penalty.append(args.beta * losses.masked_sum(kl, batch["completion_mask"]).cpu())
+    def cut(prompts, rows):
+        """Micro-batches of packed rows, update after update; one smaller than G holds slices of a group."""
+        return [make_micro_batch(args, policy, prompts, rows, range(i, j))
+                for i in range(0, len(prompts) * G, completions_per_update)
+                for i, j in slices(i, i + completions_per_update, args.per_device_train_batch_size)]
 
-        # 3. score them; advantages come from the whole rollout, that of all ranks
-        scores = rewards.score(texts, [p.row for p in prompts for _ in range(G)], step + 1)   # (functions, N)
-        penalty = torch.cat(penalty).double() if penalty else torch.zeros(len(texts), dtype=torch.float64)
-        everyone = model.all_gather(torch.cat([scores, penalty[None]]), device)      # (functions+1, ranks*N)
-        advantages = losses.advantages(args.advantage_estimator, everyone[:-1], weights, G,
-                                       scale_rewards=args.scale_rewards, penalty=everyone[-1])
-        advantages = advantages[rank * len(texts):][:len(texts)].float()                      # (N,)
-        for micro, part in zip(micro_batches, advantages.split(args.per_device_train_batch_size)):
-            micro["advantages"] = part
-        rollout_sums = rollout_metrics(names, scores, weights, sampled, G)
-        if args.kl_in_reward:
-            rollout_sums["kl"] = (float(penalty.sum()) / args.beta, float(sampled.completion_mask.sum()))
-        save_completions(output_dir, rank, step + 1, prompts, texts, names, scores, advantages, G)
+    if parts:  # in the middle of a rollout
+        draws, prompts = prompts_of(state["step"] // steps_per_rollout)
+        rows, rollout_sums = rows_of_draws(parts, draws, G), sums_of(parts, rank)
+        rows |= {f"sum:{key}": torch.tensor(pair, dtype=torch.float64) for key, pair in rollout_sums.items()}
+        micro_batches = cut(prompts, rows)
+    stopped = state["pending"] is not None and close_step(state["pending"])
+    progress = tqdm(total=max_steps, initial=state["step"], desc=args.algo,
+                    disable=None if rank == 0 else True)
+    model.set_status(output_dir, rank, "running", state["step"])
 
-        for update in range(min(steps_per_rollout, max_steps - step)):
-            mine = micro_batches[update % updates * ga:][:ga]
+    # ----------------------------------------------------------------------------------------------- the loop
+    while state["step"] < max_steps and not stopped:
+        number, update = divmod(state["step"], steps_per_rollout)
+        began, rollout_time = time.perf_counter(), 0.0
+        if update == 0:
+            # 1. sample G completions for each of this rank's P prompts of the rollout, N = P * G in all
+            #    and score them
+            draws, prompts = prompts_of(number)
+            with stop.passes():
+                with model.gathered(policy):
+                    sampled = rollout.sample(
+                        policy, prompts, draws, num_generations=G, temperature=args.temperature,
+                        max_completion_length=args.max_completion_length, seed=args.seed, top_k=args.top_k,
+                        top_p=args.top_p, min_p=args.min_p, stop=stop)
+                texts = rollout.decode(processor, sampled)
+                rollout_time = time.perf_counter() - began
+                scores = rewards.score(texts, [p.row for p in prompts for _ in range(G)],
+                                       state["step"] + 1)                                 # (functions, N)
+            if stop.agreed():  # the rollout is dropped: drawn again, it will be the same
+                saver.save(state | {"pending": None}, {}, last=True)
+                stopped = True
+                break
 
-            # 4. what the loss, and the entropy bonus, are divided by, over all micro-batches and ranks
-            masks, longest = [m["completion_mask"] for m in mine], args.max_completion_length
-            counts = (sum(losses.policy_loss_count(args.loss_type, mask, longest) for mask in masks),
-                      sum(int(mask.sum()) for mask in masks))
-            count, tokens = (max(n, 1) for n in model.all_reduce_sums({"n": counts}, device)["n"])
+            # 2. group rows, and the log-probs that the loss compares with
+            rows = sampled._asdict() | {"draws": torch.tensor(draws)}
+            micro_batches = cut(prompts, rows)
+            penalty = []
+            with torch.no_grad():
+                for micro in micro_batches:
+                    batch = model.to_device(micro, device)
+                    if steps_per_rollout > 1 or args.kl_in_reward:  # else `old` is the training pass's
+                        micro["old_logps"] = policy(batch, args.temperature)[0].cpu()
+                    if ref is not None:
+                        micro["ref_logps"] = ref(batch, args.temperature)[0].cpu()
+                    if args.kl_in_reward:
+                        kl = losses.kl_penalty(micro["old_logps"], micro["ref_logps"], args.kl_estimator)
+                        penalty.append(args.beta * losses.masked_sum(kl, micro["completion_mask"]))
 
-            # 5. gradients, step
-            sums = defaultdict(lambda: (0.0, 0.0), rollout_sums)
-            for micro in mine:
-                micro = model.to_device(micro, device)
-                logps, entropies, _ = policy(micro, args.temperature)                         # (n, T), (n, T)
-                mask, old_logps = micro["completion_mask"], micro.get("old_logps", logps.detach())
-                loss, metrics = losses.policy_loss(
-                    logps, old_logps, micro["advantages"], mask, ref_logps=micro.get("ref_logps"),
-                    **weigh_tokens(args, logps, old_logps, entropies, micro), **policy_options)
-                loss = loss / count - args.entropy_coef * losses.masked_sum(entropies, mask).sum() / tokens
-                (loss * world_size).backward()
-                metrics["loss"] = (loss.detach(), 0)
-                metrics["entropy"] = (entropies.detach().sum(), mask.sum())
-                gap = losses.masked_sum((old_logps - micro["sampling_logps"]).abs(), mask).sum()
-                metrics["sampling/sampling_logp_difference/mean"] = (gap, mask.sum())
-                for key, (value, n) in metrics.items():
-                    sums[key] = (sums[key][0] + float(value), sums[key][1] + float(n))
-            grad_norm = model.clip_grad_norm_(parameters, args.max_grad_norm)
-            learning_rate = scheduler.get_last_lr()[0]
+            # 3. advantages come from the whole rollout, that of all ranks
+            penalty = torch.cat(penalty).double() if penalty else torch.zeros(len(texts), dtype=torch.float64)
+            everyone = model.all_gather(torch.cat([scores, penalty[None]]), device)  # (functions+1, ranks*N)
+            advantages = losses.advantages(args.advantage_estimator, everyone[:-1], weights, G,
+                                           scale_rewards=args.scale_rewards, penalty=everyone[-1])
+            rows["advantages"] = advantages[rank * len(texts):][:len(texts)].float()      # (N,)
+            size = args.per_device_train_batch_size
+            for micro, part in zip(micro_batches, rows["advantages"].split(size)):
+                micro["advantages"] = part
+            rollout_sums = rollout_metrics(names, scores, weights, sampled, G)
+            if args.kl_in_reward:
+                rollout_sums["kl"] = (float(penalty.sum()) / args.beta, float(sampled.completion_mask.sum()))
+            rows |= rows_to_keep(micro_batches, rollout_sums, sampled.completion_mask.shape[1])
+            save_completions(output_dir, rank, state["step"] + 1, prompts, texts, names, scores,
+                             rows["advantages"], G)
+
+        mine = micro_batches[update % updates * ga:][:ga]
+
+        # 4. what the loss, and the entropy bonus, are divided by, over all micro-batches and ranks
+        masks, longest = [m["completion_mask"] for m in mine], args.max_completion_length
+        counts = (sum(losses.policy_loss_count(args.loss_type, mask, longest) for mask in masks),
+                  sum(int(mask.sum()) for mask in masks))
+        count, tokens = (max(n, 1) for n in model.all_reduce_sums({"n": counts}, device)["n"])
+
+        # 5. gradients, step
+        sums = defaultdict(lambda: (0.0, 0.0), rollout_sums)
+        for micro in mine:
+            micro = model.to_device(micro, device)
+            logps, entropies, _ = policy(micro, args.temperature)                         # (n, T), (n, T)
+            mask, old_logps = micro["completion_mask"], micro.get("old_logps", logps.detach())
+            loss, metrics = losses.policy_loss(
+                logps, old_logps, micro["advantages"], mask, ref_logps=micro.get("ref_logps"),
+                **weigh_tokens(args, logps, old_logps, entropies, micro), **policy_options)
+            loss = loss / count - args.entropy_coef * losses.masked_sum(entropies, mask).sum() / tokens
+            (loss * world_size).backward()
+            metrics["loss"] = (loss.detach(), 0)
+            metrics["entropy"] = (entropies.detach().sum(), mask.sum())
+            gap = losses.masked_sum((old_logps - micro["sampling_logps"]).abs(), mask).sum()
+            metrics["sampling/sampling_logp_difference/mean"] = (gap, mask.sum())
+            for key, (value, n) in metrics.items():
+                sums[key] = (sums[key][0] + float(value), sums[key][1] + float(n))
+        grad_norm = model.clip_grad_norm_(parameters, args.max_grad_norm)
+        learning_rate = scheduler.get_last_lr()[0]
+        if math.isfinite(grad_norm):  # else skipped, on all ranks
             optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
+        state["step"] = step = state["step"] + 1
+        state["skipped"] = model.count_skipped(grad_norm, state["skipped"], output_dir, rank, step,
+                                               [prompt.row for prompt in prompts])
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
 
-            # 6. everything below is diagnostics
-            sums = model.all_reduce_sums(sums, device)
-            loss = sums.pop("loss")[0]
-            metrics = {"step": step, "epoch": (number + 1) * prompts_per_rollout / len(train_rows),
-                       "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate,
-                       **{k: s / n for k, (s, n) in sums.items() if n}}
-            if rank == 0 and update == 0 and number == 0:
-                expected = {"ratio": "1", "clip_ratio/region_mean": "0", "grad_norm": "> 0"}
-                tqdm.write("step 1 must start at: " + ", ".join(
-                    f"{k} {metrics[k]:.6g} (expected {e})" for k, e in expected.items() if k in metrics))
-            metrics |= {"rollout_time": rollout_time, "step_time": time.perf_counter() - began}
-            began = time.perf_counter()
-            if step % args.eval_steps == 0 or step == max_steps:
-                end = evaluate(step)
-                metrics |= end
-            model.log_step(metrics, output_dir, rank, (
-                "reward", *(f"rewards/{name}/mean" for name in names), "reward_std", "frac_reward_zero_std",
-                "loss", "grad_norm", "entropy", "kl", "clip_ratio/region_mean", "completions/mean_length",
-                "completions/clipped_ratio", "step_time", "eval/accuracy"))
-            progress.update()
+        # 6. everything below is diagnostics
+        sums = model.all_reduce_sums(sums, device)
+        loss = sums.pop("loss")[0]
+        metrics = {"step": step, "epoch": (number + 1) * prompts_per_rollout / len(train_rows),
+                   "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate,
+                   **{k: s / n for k, (s, n) in sums.items() if n}}
+        if rank == 0 and update == 0 and number == 0:
+            expected = {"ratio": "1", "clip_ratio/region_mean": "0", "grad_norm": "> 0"}
+            tqdm.write("step 1 must start at: " + ", ".join(
+                f"{k} {metrics[k]:.6g} (expected {e})" for k, e in expected.items() if k in metrics))
+        metrics |= {"rollout_time": rollout_time, "step_time": time.perf_counter() - began}
+        stopped = close_step(metrics)
+        progress.update()
 
     progress.close()
+    if stopped:
+        return model.end_run(output_dir, rank, "stopped", state["step"], rewards)
     model.export(policy, processor, source, output_dir / "final", rank)
     if rank == 0:
-        for key in sorted(end):
-            print(f"{key}: {start[key]:.4f} before, {end[key]:.4f} after")
+        for key in sorted(state["end"]):
+            print(f"{key}: {state['start'][key]:.4f} before, {state['end'][key]:.4f} after")
         print(f"saved {output_dir / 'final'}")
-    rewards.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    model.end_run(output_dir, rank, "done", state["step"], rewards)
 
 
 def slices(start: int, stop: int, size: int):
     return [(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
-def make_micro_batch(args, policy, prompts, sampled, indices) -> dict:
-    """A rollout's completions `indices` as packed rows, beside them what the loss needs, (n,) or (n, T).
+def make_micro_batch(args, policy, prompts, rows, indices) -> dict:
+    """A rollout's completions `indices` as packed rows, beside them what `rows` has for the loss.
 
     Consecutive completions of one prompt share a row (or, with --no-share_prompt, stand in one each).
     """
     groups = []
     for n in indices:
         prompt = prompts[n // args.num_generations]
-        ids = sampled.completion_ids[n][sampled.completion_mask[n]]
+        ids = rows["completion_ids"][n][rows["completion_mask"][n]]
         if groups and groups[-1][0] is prompt and args.share_prompt:
             groups[-1][1].append(ids)
         else:
             groups.append((prompt, [ids]))
     batch = policy.pack(groups)
     chosen, T = torch.tensor(indices), batch["completion_ids"].shape[1]
-    batch["sampling_logps"] = sampled.sampling_logps[chosen, :T]
+    for name in ("advantages", "sampling_logps", "old_logps", "ref_logps"):                   # (n,), (n, T)
+        if name in rows:
+            batch[name] = rows[name][chosen] if rows[name].dim() == 1 else rows[name][chosen, :T]
     if args.mask_truncated_completions:  # not trained, none of its tokens counted, but still one of N
-        batch["completion_mask"] &= ~sampled.truncated[chosen, None]
+        batch["completion_mask"] &= ~rows["truncated"][chosen, None]
     return batch
+
+
+def rows_to_keep(micro_batches, rollout_sums, T) -> dict:
+    """What a checkpoint in the middle of a rollout needs besides the samples: log-probs (N, T) of the policy
+    that drew them and of the reference, and the rollout's metrics."""
+    kept = {f"sum:{key}": torch.tensor(pair, dtype=torch.float64) for key, pair in rollout_sums.items()}
+    for name in ("old_logps", "ref_logps"):
+        if name in micro_batches[0]:
+            kept[name] = torch.cat([F.pad(m[name], (0, T - m[name].shape[1])) for m in micro_batches])
+    return kept
+
+
+def rows_of_draws(parts, draws, G) -> dict:
+    """Of the rows that the ranks of the interrupted run kept, those of these draws."""
+    place = {int(d): (part, p * G) for part in parts for p, d in enumerate(part["draws"])}
+    T = max(part["completion_ids"].shape[1] for part in parts)
+    rows = {"draws": torch.tensor(draws)}
+    for name in parts[0].keys() - rows.keys():
+        if not name.startswith("sum:"):
+            found = [place[d][0][name][place[d][1]:][:G] for d in draws]                      # (G, ...)
+            rows[name] = torch.cat([F.pad(x, (0, T - x.shape[1])) if x.dim() == 2 else x for x in found])
+    return rows
+
+
+def sums_of(parts, rank) -> dict:
+    """The interrupted run's rollout metrics as (sum, count), all on rank 0."""
+    totals = {name: sum(part[name] for part in parts) for name in parts[0] if name.startswith("sum:")}
+    return {name.removeprefix("sum:"): tuple((pair * (rank == 0)).tolist()) for name, pair in totals.items()}
 
 
 def weigh_tokens(args, logps, old_logps, entropies, micro) -> dict:

@@ -1,0 +1,399 @@
+"""A run that dies anywhere and is started again gives the numbers of one that did not: bit for bit on one machine."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run
+from safetensors.torch import load_file
+from test_runs import SCRIPTS, grpo, shared_runner, write_task
+
+import losses
+import model
+import rollout
+import train_dpo
+
+DRIVER = ROOT / "tests" / "kill_cases.py"
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    write_task(folder)
+    model.build_tiny_vlm(folder / "start")
+    return folder
+
+
+def flags(folder, name, output, *extra):
+    """9 steps, two epochs and more; GRPO with a reference and three updates a rollout, so that step 4 and 8 lie inside one."""
+    common = ["--model_name_or_path", folder / "start", "--dataset", folder / "pairs.jsonl", "--image_root", folder,
+              "--learning_rate", "1e-3", "--warmup_steps", "2", "--max_steps", "9", "--save_steps", "2",
+              "--eval_dataset", folder / "pairs.jsonl", "--eval_steps", "4", "--max_completion_length", "6",
+              "--output_dir", output]
+    online = [*grpo(folder), "--algo", "grpo", "--beta", "0.1", "--per_device_train_batch_size", "8",
+              "--steps_per_generation", "3"]
+    offline = ["--algo", "mpo", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2",
+               "--ref_cache", folder / "ref_cache"]
+    return [str(f) for f in (*common, *(online if name == "train_grpo" else offline), *extra)]
+
+
+def results(output):
+    """(metrics without times, completions, final weights)"""
+    metrics = [{k: v for k, v in json.loads(line).items() if not k.endswith("_time")}
+               for line in open(output / "metrics.jsonl")]
+    texts = {file.name: file.read_text() for file in sorted((output / "completions").iterdir())}
+    return metrics, texts, load_file(output / "final" / "model.safetensors")
+
+
+def assert_bit_equal(ours, theirs):
+    assert [m["step"] for m in ours[0]] == list(range(10))
+    assert ours[0] == theirs[0] and ours[1] == theirs[1]
+    assert ours[2].keys() == theirs[2].keys() and all(torch.equal(ours[2][k], theirs[2][k]) for k in ours[2])
+
+
+@pytest.fixture(scope="session")
+def whole(folder):
+    """name -> the results of an uninterrupted run, in its own process."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            run(sys.executable, DRIVER, "none", 0, "-", name, *flags(folder, name, folder / f"whole-{name}"), cwd=folder)
+            made[name] = results(folder / f"whole-{name}")
+        return made[name]
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, kills", [
+    ("train_grpo", [("save", 2), ("sample", 9), ("log", 2), ("export", 2)]), ("train_dpo", [("step", 4), ("save", 3)])])
+def test_killed_again_and_again(folder, whole, tmp_path, name, kills):
+    """F1, F2: SIGKILL in a rollout, in a save, between backward and step, in a log line, in the export, one after the
+    other in one run: the same losses, rewards, sampled texts and weights, each step logged once (transformers #40691,
+    open-instruct #681: data order after a resume in a later epoch)."""
+    for phase, n in kills:
+        code = subprocess.run([sys.executable, DRIVER, phase, str(n), "SIGKILL", name, *flags(folder, name, tmp_path / "r")],
+                              cwd=tmp_path, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+        assert code == -9, (phase, n, code)
+    output = run(sys.executable, DRIVER, "none", 0, "-", name, *flags(folder, name, tmp_path / "r"), cwd=tmp_path)
+    assert "resumed from" in output
+    assert_bit_equal(results(tmp_path / "r"), whole(name))
+    assert "is done; its model is" in run(sys.executable, DRIVER, "none", 0, "-", name,
+                                          *flags(folder, name, tmp_path / "r"), cwd=tmp_path)
+
+
+def launch_ranks(folder, ranks, name, output, *extra, phase="none", n=0, signal="-", rank=0, ok=True):
+    size = {"train_grpo": "--per_device_train_batch_size", "train_dpo": "--gradient_accumulation_steps"}[name]
+    per_rank = {"train_grpo": 8, "train_dpo": 2}[name] // ranks
+    return run(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", DRIVER, phase, n,
+               signal, name, *flags(folder, name, output, size, per_rank, *extra), cwd=folder, ok=ok, timeout=300,
+               env={"KILL_RANK": str(rank)})
+
+
+@pytest.mark.slow
+def test_resume_on_other_numbers_of_ranks(folder, whole, tmp_path):
+    """F4, F8: two ranks, SIGTERM to the second alone in a rollout: both stop at one step. One rank goes on from inside
+    the rollout; the same batches, and the numbers of one process (rounding apart)."""
+    output = launch_ranks(folder, 2, "train_grpo", tmp_path / "r", phase="step", n=4, signal="SIGTERM", rank=1)
+    assert "stopped at step 4" in output
+    parts = sorted(file.name for file in (tmp_path / "r" / "checkpoints" / "step_4").glob("rows_*"))
+    assert parts == ["rows_0.safetensors", "rows_1.safetensors"], "step 4 lies inside the second rollout"
+    run(sys.executable, DRIVER, "none", 0, "-", "train_grpo", *flags(folder, "train_grpo", tmp_path / "r"), cwd=tmp_path)
+    ours, theirs = results(tmp_path / "r"), whole("train_grpo")
+    assert len(ours[0]) == 10
+    for a, b in zip(ours[0][:8], theirs[0][:8]):  # later a sampled token may differ by rounding
+        for key in {"loss", "grad_norm", "reward", "kl"} & b.keys():
+            assert a[key] == pytest.approx(b[key], rel=2e-3, abs=2e-5), (a["step"], key)
+
+
+@pytest.mark.slow
+def test_a_dead_rank_ends_the_run_and_it_resumes(folder, whole, tmp_path):
+    """F1, F6 with two ranks: SIGKILL to one while the other waits: torchrun ends both, and the same command goes on."""
+    launch_ranks(folder, 2, "train_dpo", tmp_path / "r", phase="step", n=6, signal="SIGKILL", rank=1, ok=False)
+    output = launch_ranks(folder, 2, "train_dpo", tmp_path / "r")
+    assert "resumed from" in output
+    ours, theirs = results(tmp_path / "r"), whole("train_dpo")
+    for a, b in zip(ours[0], theirs[0], strict=True):
+        for key in {"loss", "bco_delta", "grad_norm"} & b.keys():
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6), (a["step"], key)
+
+
+# --- in one process: what is on disk, and what may change
+
+
+@pytest.fixture
+def trained(folder, tmp_path, monkeypatch):
+    """train(name, *extra): main() in this process, on a copy of a run of 6 steps with checkpoints at 2, 4 and 6."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rollout, "RewardRunner", shared_runner(folder))
+    handlers = [model.signal.getsignal(n) for n in (model.signal.SIGTERM, model.signal.SIGINT)]
+
+    def train(name, *extra):
+        SCRIPTS[name].main([*flags(folder, name, tmp_path / "r", "--save_total_limit", 3), *map(str, extra)])
+
+    yield train
+    for number, handler in zip((model.signal.SIGTERM, model.signal.SIGINT), handlers):
+        model.signal.signal(number, handler)
+
+
+@pytest.fixture
+def whole_here(trained, tmp_path):
+    """The results of an uninterrupted run in this process: `trained` as it is, its folder moved away."""
+
+    def get(name):
+        if name not in WHOLE:
+            trained(name)
+            (tmp_path / "r").rename(tmp_path / "whole")
+            WHOLE[name] = results(tmp_path / "whole")
+        return WHOLE[name]
+
+    return get
+
+
+WHOLE = {}
+
+
+class Dead(BaseException):
+    """Stands for a kill where one process is enough."""
+
+
+def die_at(monkeypatch, step):
+    original = model.log_step
+
+    def deadly(metrics, *args):
+        original(metrics, *args)
+        if metrics["step"] == step:
+            raise Dead
+
+    monkeypatch.setattr(model, "log_step", deadly)
+    return original
+
+
+def dead_run(train, monkeypatch, name="train_dpo", step=7):
+    original = die_at(monkeypatch, step)
+    with pytest.raises(Dead):
+        train(name)
+    monkeypatch.setattr(model, "log_step", original)
+
+
+def signal_at(monkeypatch, phase, n):
+    """SIGTERM to this very process the n-th time that a function is reached."""
+    place, function = {"sample": (rollout, "keep_likely"), "score": (losses, "preference_losses"), "save": (model, "crc32"),
+                       "step": (model, "clip_grad_norm_"), "reference": (train_dpo, "group_key")}[phase]
+    original, left = getattr(place, function), [n]
+
+    def spy(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), model.signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(place, function, spy)
+    return lambda: monkeypatch.setattr(place, function, original)
+
+
+@pytest.mark.parametrize("name, phase, n, step", [
+    ("train_grpo", "sample", 16, 3), ("train_dpo", "reference", 2, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("train_grpo", "sample", 2, 0), ("train_grpo", "sample", 8, 0), ("train_grpo", "step", 5, 5),
+        ("train_grpo", "save", 1, 3), ("train_dpo", "score", 1, 0), ("train_dpo", "sample", 9, 4), ("train_dpo", "step", 3, 3)))])
+def test_sigterm_is_a_checkpoint(trained, whole_here, monkeypatch, tmp_path, name, phase, n, step):
+    """F3: SIGTERM in a held-out pass, a rollout, a step, a save, a reference pass: the run ends in good order with a
+    checkpoint, and the same command goes on as if nothing had happened; also before the first step, where torch makes up
+    an optimizer state of one step."""
+    expected = whole_here(name)
+    undo = signal_at(monkeypatch, phase, n)
+    trained(name, *(["--ref_cache", tmp_path / "new"] if phase == "reference" else []))
+    assert json.loads((tmp_path / "r" / "status.json").read_text()) == {"status": "stopped", "step": step}
+    assert not (tmp_path / "r" / "final").exists()
+    undo()
+    trained(name)
+    assert_bit_equal(results(tmp_path / "r"), expected)
+
+
+@pytest.mark.parametrize("damage", ["flip", *(pytest.param(damage, marks=pytest.mark.slow) for damage in (
+    "truncate", "empty", "no manifest", "no shard"))])
+def test_a_bad_checkpoint_falls_back(trained, monkeypatch, tmp_path, capsys, damage):
+    """F11: a checkpoint that is cut, changed (safetensors loads a flipped byte), empty or incomplete is named and passed
+    over; the run goes on from the one before. F15: a left-over step_N.tmp is nobody's checkpoint."""
+    dead_run(trained, monkeypatch)
+    newest = tmp_path / "r" / "checkpoints" / "step_6"
+    shutil.copytree(newest, newest.with_name("step_8.tmp"))
+    shard = next(newest.glob("__0_*"))
+    content = bytearray(shard.read_bytes())
+    if damage == "truncate":
+        shard.write_bytes(content[:-100])
+    elif damage == "flip":
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    elif damage == "empty":
+        shard.write_bytes(b"")
+    elif damage == "no shard":
+        shard.unlink()
+    else:
+        (newest / "manifest.json").unlink()
+    capsys.readouterr()
+    trained("train_dpo")
+    said = capsys.readouterr().out
+    assert "resumed from" in said and "step 4" in said
+    assert damage == "no manifest" or (f"checkpoint {newest} cannot be used" in said and shard.name in said)
+    assert [json.loads(line)["step"] for line in open(tmp_path / "r" / "metrics.jsonl")] == list(range(10))
+
+
+def test_only_bad_checkpoints_are_an_error(trained, monkeypatch, tmp_path):
+    """F12, F13: never a silent fresh start; an explicit path that is bad or missing is an error, without falling back."""
+    dead_run(trained, monkeypatch)
+    kept = sorted(p.name for p in (tmp_path / "r" / "checkpoints").iterdir())
+    assert kept == ["step_2", "step_4", "step_6"]
+    for checkpoint in (tmp_path / "r" / "checkpoints").iterdir():
+        (checkpoint / "state.json").write_text("{}")
+    with pytest.raises(model.InputError, match="none of the 3 checkpoints under"):
+        trained("train_dpo")
+    with pytest.raises(model.InputError, match="--resume .*step_4: state.json is missing, cut or changed"):
+        trained("train_dpo", "--resume", tmp_path / "r" / "checkpoints" / "step_4")
+    with pytest.raises(model.InputError, match="--resume nowhere"):
+        trained("train_dpo", "--resume", "nowhere")
+
+
+@pytest.mark.slow
+def test_old_checkpoints_go_after_the_new_one_is_there(trained, monkeypatch, tmp_path):
+    """--save_total_limit 1 keeps one; a save that fails leaves the older ones whole, and the third in a row ends the run."""
+    trained("train_dpo", "--save_total_limit", 1)
+    assert [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()] == ["step_8"]
+    shutil.rmtree(tmp_path / "r")
+    saves = []
+    save = model.dcp.save
+
+    def full_disk(*args, **kwargs):
+        saves.append(1)
+        if len(saves) > 1:
+            raise OSError(28, "No space left on device")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(model.dcp, "save", full_disk)
+    with pytest.raises(model.InputError, match="no checkpoint could be written"):
+        trained("train_dpo")
+    assert [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()] == ["step_2"] and len(saves) == 4
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--beta", "0.3"], r"beta: 0.1 -> 0.3"), (["--max_steps", "12"], "max_steps: 9 -> 12"),
+    (["--gradient_accumulation_steps", "1"], "rows per update: 4 -> 2"), ("data", "data: "), ("weights", "weights: ")])
+def test_changed_settings_are_refused(trained, monkeypatch, tmp_path, folder, change, message):
+    """F9: other flags, data, start weights or batch than the run was started with: a list of what changed, unless each
+    is allowed by name."""
+    dead_run(trained, monkeypatch, step=3)
+    extra = change if isinstance(change, list) else []
+    if change == "data":
+        original = (folder / "pairs.jsonl").read_bytes()
+        (folder / "pairs.jsonl").write_bytes(original + b"\n")
+    if change == "weights":
+        original = (folder / "start" / "model.safetensors").read_bytes()
+        (folder / "start" / "model.safetensors").write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    try:
+        with pytest.raises(model.InputError, match=message) as error:
+            trained("train_dpo", *extra)
+        named = str(error.value).split("--allow_changed ")[1].replace("'", "")
+        if change == ["--beta", "0.3"]:
+            trained("train_dpo", *extra, "--allow_changed", named)
+    finally:
+        if change == "data":
+            (folder / "pairs.jsonl").write_bytes(original)
+        if change == "weights":
+            (folder / "start" / "model.safetensors").write_bytes(original)
+
+
+def test_resume_never_and_strange_folders(trained, monkeypatch, tmp_path):
+    """--resume never wants an empty folder; a folder that is no run is never written into."""
+    dead_run(trained, monkeypatch, step=3)
+    with pytest.raises(model.InputError, match="is not empty"):
+        trained("train_dpo", "--resume", "never")
+    (tmp_path / "r" / "args.json").unlink()
+    with pytest.raises(model.InputError, match="is not empty"):
+        trained("train_dpo")
+
+
+@pytest.mark.slow
+def test_changed_code_only_warns(trained, monkeypatch, tmp_path, capsys):
+    """People fork: other code than the run was started with is said, and goes on."""
+    dead_run(trained, monkeypatch, step=3)
+    saved = json.loads((tmp_path / "r" / "args.json").read_text())
+    (tmp_path / "r" / "args.json").write_text(json.dumps(saved | {"code": "0"}))
+    trained("train_dpo")
+    assert "warning: resumed with other code" in capsys.readouterr().out
+
+
+def test_max_hours_stops_with_a_checkpoint(trained, monkeypatch, tmp_path):
+    """F10: --max_hours is a stop like SIGTERM, and the learning-rate schedule goes on as if it had not been."""
+    clock = [0.0]
+    monkeypatch.setattr(model.time, "monotonic", lambda: clock[0])
+    original = model.log_step
+
+    def tick(metrics, *args):
+        original(metrics, *args)
+        clock[0] += 600
+
+    monkeypatch.setattr(model, "log_step", tick)
+    trained("train_dpo", "--max_hours", 0.7)
+    assert json.loads((tmp_path / "r" / "status.json").read_text()) == {"status": "stopped", "step": 4}
+    trained("train_dpo")
+    rates = [json.loads(line)["learning_rate"] for line in open(tmp_path / "r" / "metrics.jsonl") if '"learning_rate"' in line]
+    assert rates == pytest.approx([0, 5e-4, *(1e-3 * (9 - i) / 7 for i in range(2, 9))])
+
+
+@pytest.mark.slow
+def test_explicit_checkpoint_in_a_new_folder(trained, monkeypatch, tmp_path):
+    """--resume PATH goes on from a checkpoint of another folder; the numbers are those of the run it was taken from."""
+    trained("train_dpo", "--save_total_limit", 9)
+    first = [json.loads(line) for line in open(tmp_path / "r" / "metrics.jsonl")]
+    trained("train_dpo", "--resume", tmp_path / "r" / "checkpoints" / "step_4", "--output_dir", tmp_path / "other")
+    second = [json.loads(line) for line in open(tmp_path / "other" / "metrics.jsonl")]
+    assert [m["step"] for m in second] == [5, 6, 7, 8, 9]
+    for a, b in zip(first[5:], second):
+        assert {k: v for k, v in a.items() if k != "step_time"} == {k: v for k, v in b.items() if k != "step_time"}
+
+
+@pytest.mark.parametrize("name", ["train_dpo", pytest.param("train_grpo", marks=pytest.mark.slow)])
+def test_a_gradient_of_nan_is_skipped(trained, monkeypatch, tmp_path, name):
+    """F42: a non-finite gradient norm skips the update: weights and moments stay, the step is counted; three in a row end
+    the run with the rows named."""
+    clip, norms = model.clip_grad_norm_, iter([None, None, float("nan"), None, *[float("inf")] * 5])
+    weights = []
+
+    def spy(parameters, limit):
+        weights.append(parameters[0].detach().clone())
+        norm, real = next(norms), clip(parameters, limit)
+        if norm is not None:
+            for p in parameters:
+                p.grad.fill_(float("nan"))
+        return real if norm is None else norm
+
+    monkeypatch.setattr(model, "clip_grad_norm_", spy)
+    with pytest.raises(model.InputError, match="three steps in a row had a gradient norm"):
+        trained(name, "--eval_steps", 100)
+    assert torch.equal(weights[2], weights[3]) and not torch.equal(weights[3], weights[4])
+    assert torch.equal(weights[4], weights[6]) and weights[6].isfinite().all() and len(weights) == 7
+    assert json.loads((tmp_path / "r" / "nonfinite_rank_0.json").read_text())["step"] == 7
+
+
+def test_a_second_signal_ends_at_once(folder, tmp_path):
+    """F5: whoever presses ctrl-C twice does not want to wait for the checkpoint."""
+    stop = model.Stop(None)
+    handlers = [model.signal.SIGTERM, model.signal.SIGINT]
+    try:
+        os.kill(os.getpid(), model.signal.SIGTERM)
+        assert stop() and stop.agreed()
+        killed = []
+        os_kill, model.os.kill = model.os.kill, lambda pid, number: killed.append(number)
+        try:
+            stop._handle(model.signal.SIGINT, None)
+        finally:
+            model.os.kill = os_kill
+        assert killed == [model.signal.SIGINT] and model.signal.getsignal(model.signal.SIGINT) == model.signal.SIG_DFL
+    finally:
+        for number, handler in zip(handlers, (model.signal.SIG_DFL, model.signal.default_int_handler)):
+            model.signal.signal(number, handler)
