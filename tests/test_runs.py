@@ -487,7 +487,7 @@ def test_bad_rows_end_the_run_before_its_first_step(launch, task, tmp_path, chan
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algo", ["sft", "gdpo"])
+@pytest.mark.parametrize("algo", ["gdpo"])
 def test_two_ranks_equal_one(task, tmp_path, algo):
     """P9, F34: two gloo ranks (one of whose micro-batches holds no image) give the losses, rewards and gradient norms
     of one process with twice the batch; groups stay whole."""
