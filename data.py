@@ -281,13 +281,14 @@ def check_length(row: dict, length: int, limit: int):
 
 def check_rows(rows, num_draws: int, seed: int, overlong: str, limit: int, rank: int, world_size: int,
                length_of):
-    """Read and encode every row the run will visit, before it starts -> its `draw_plan`, alike on all ranks.
+    """Read and encode every row the run will visit, before it starts -> (its `draw_plan`, the rows' indices
+    from the longest to the shortest), alike on all ranks.
 
     length_of(row) -> tokens; it raises RowError for a row that cannot be used. Rows beyond `limit` are an
     error, or with overlong "skip" left out, counted and printed; then others take their place, which are
     checked in turn. The work is split over the ranks.
     """
-    dropped, checked, lengths = set(), set(), []
+    dropped, checked, lengths = set(), set(), {}
     while True:
         plan = draw_plan(len(rows), num_draws, seed, dropped)
         todo = sorted(set(plan) - checked)
@@ -304,13 +305,13 @@ def check_rows(rows, num_draws: int, seed: int, overlong: str, limit: int, rank:
             if length > limit:
                 dropped.add(i)
             else:
-                lengths.append(length)
+                lengths[i] = length
         checked |= set(todo)
     if rank == 0:
         print(f"data: {len(rows)} rows, {len(set(plan))} of them in this run, {len(dropped)} skipped as "
-              f"longer than {limit} tokens; lengths {min(lengths)} to {max(lengths)}, "
-              f"mean {sum(lengths) / len(lengths):.0f}", flush=True)
-    return plan
+              f"longer than {limit} tokens; lengths {min(lengths.values())} to {max(lengths.values())}, "
+              f"mean {sum(lengths.values()) / len(lengths):.0f}", flush=True)
+    return plan, sorted(set(plan), key=lambda i: (-lengths[i], i))
 
 
 def check_eval_rows(rows, limit: int, rank: int, world_size: int, length_of) -> list[dict]:

@@ -704,6 +704,8 @@ def open_run(args, rank: int, world_size: int) -> tuple[Path, bool]:
             answer = [_open_run(args, world_size)]
         except InputError as error:
             answer = [error]
+        except OSError as error:
+            answer = [InputError(f"--output_dir {args.output_dir}: {error}")]
     if dist.is_initialized():
         dist.broadcast_object_list(answer)
     if isinstance(answer[0], InputError):
@@ -779,6 +781,22 @@ def end_run(output_dir: Path, rank: int, status: str, step: int, rewards):
         rewards.close()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def preflight(policy: Policy, groups, temperature: float, rank: int):
+    """One forward and backward of the largest micro-batch that the run can meet, before its first step: what
+    does not fit into memory shows now. Weights, gradients and randomness stay as they are."""
+    batch = to_device(policy.pack(groups), policy.device)
+    shape = f"{len(batch['completion_ids'])} completions in rows of {batch['input_ids'].shape[1]} tokens"
+    try:
+        logps, *_ = policy(batch, temperature)
+        (0.0 * logps.sum()).backward()
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"the largest micro-batch of this run, {shape}, does not fit into memory; lower "
+                         f"--per_device_train_batch_size or add --gradient_checkpointing ({error})") from None
+    policy.zero_grad(set_to_none=True)
+    if rank == 0:
+        print(f"preflight: {shape} fit", flush=True)
 
 
 def count_skipped(grad_norm: float, before: int, output_dir: Path, rank: int, step: int, rows: list) -> int:

@@ -135,6 +135,7 @@ def build_parser():
         help="a pair is one row; --no-share_prompt gives each completion its own")
     add("--cold_start_steps", type=int, help="most SFT steps before the run, on the built-in model and task "
         "only; default 200 there (0 in --algo sft), it stops at 0.4 sampled accuracy")
+    add("--preflight", action=on_off, help="try the largest micro-batch before step 1; default: on cuda")
     # checkpoints
     add("--save_steps", type=int, default=100, help="write a checkpoint every so many steps")
     add("--save_total_limit", type=int, default=2, help="checkpoints that are kept")
@@ -381,8 +382,8 @@ def main(argv=None):
         return data.encode_group(policy, processor, row, columns)
 
     limit = data.length_limit(policy, args.max_length)
-    plan = data.check_rows(train_rows, max_steps * step_rows, args.seed, args.overlong, limit, rank,
-                           world_size, lambda row: data.group_length(encode(row)))
+    plan, longest = data.check_rows(train_rows, max_steps * step_rows, args.seed, args.overlong, limit, rank,
+                                    world_size, lambda row: data.group_length(encode(row)))
     eval_rows = data.check_eval_rows(eval_rows, limit, rank, world_size,
                                      lambda row: data.group_length(encode(row)))
 
@@ -412,6 +413,10 @@ def main(argv=None):
         if rank == 0:
             print(f"reference log-probs: {computed} pairs computed, {found} found in {reference.folder}",
                   flush=True)
+    if args.preflight or args.preflight is None and device.type == "cuda":
+        size = args.per_device_train_batch_size
+        largest = (longest * size)[:size]
+        model.preflight(policy, [encode(train_rows[i]) for i in largest], 1.0, rank)
     optimizer, scheduler, parameters = make_optimizer(args, policy, max_steps)
     weighted = list(zip(args.loss_type, args.loss_weights))
 

@@ -219,6 +219,7 @@ def build_parser():
         help="a group is one row; --no-share_prompt gives each completion its own")
     add("--cold_start_steps", type=int, help="most SFT steps before the run, on the built-in model and task "
         "only; default 200 there, it stops at 0.4 sampled accuracy")
+    add("--preflight", action=on_off, help="try the largest micro-batch before step 1; default: on cuda")
     # checkpoints
     add("--save_steps", type=int, default=100, help="write a checkpoint every so many steps")
     add("--save_total_limit", type=int, default=2, help="checkpoints that are kept")
@@ -409,9 +410,15 @@ def main(argv=None):
 
     limit = data.length_limit(policy, None) - args.max_completion_length
     limit = limit if args.max_prompt_length is None else min(limit, args.max_prompt_length)
-    plan = data.check_rows(train_rows, rollouts * prompts_per_rollout, args.seed, args.overlong, limit, rank,
-                           world_size, lambda row: len(encode(row).tokens))
+    plan, longest = data.check_rows(train_rows, rollouts * prompts_per_rollout, args.seed, args.overlong,
+                                    limit, rank, world_size, lambda row: len(encode(row).tokens))
     eval_rows = data.check_eval_rows(eval_rows, limit, rank, world_size, lambda row: len(encode(row).tokens))
+    if args.preflight or args.preflight is None and device.type == "cuda":
+        answer = torch.full((args.max_completion_length,), policy.pad_id)
+        size, count = args.per_device_train_batch_size, math.ceil(args.per_device_train_batch_size / G)
+        largest = [encode(train_rows[i]) for i in (longest * count)[:count]]
+        groups = [(prompt, [answer] * min(G, size)) for prompt in largest]
+        model.preflight(policy, groups, args.temperature, rank)
     optimizer, scheduler, parameters = make_optimizer(args, policy, max_steps)
     rewards.wait_until_ready()
     weights = torch.tensor(args.reward_weights, dtype=torch.float64)                          # (functions,)

@@ -224,7 +224,7 @@ def test_overlong_is_refused_or_skipped_never_cut(loaded, capsys):
     limit = max(length_of(rows[i]) for i in (0, 1, 3))
     with pytest.raises(data.RowError, match=rf"f:2: {length_of(rows[2])} tokens with the images"):
         data.check_rows(rows, 4, 0, "error", limit, 0, 1, length_of)
-    plan = data.check_rows(rows, 8, 0, "skip", limit, 0, 1, length_of)
+    plan, longest = data.check_rows(rows, 8, 0, "skip", limit, 0, 1, length_of)
     assert len(plan) == 8 and set(plan) == {0, 1, 3}
     assert "1 skipped as longer than" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no row is left"):

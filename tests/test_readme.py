@@ -31,7 +31,7 @@ def command(start, *contains):
 def test_every_command_is_known():
     """A new command of the README must get a test: each is one of these."""
     known = [INSTALL, ". .venv/bin/activate && pip install -q scikit-learn && python benchmarks/digits.py digits",
-             "python train_dpo.py", "python train_grpo.py", "torchrun --nproc_per_node=2 train_grpo.py"]
+             "python train_dpo.py", "python train_grpo.py", "torchrun --nproc_per_node=", "srun --ntasks-per-node=1 bash -c"]
     for c in COMMANDS:
         assert any(c.startswith(k) for k in known), c
 
@@ -67,10 +67,10 @@ def test_methods_page_is_complete():
                 assert f"`{algo}`" in row or f"--algo {algo}" in page, (algo, kind)
 
 
-@pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("python train_")])
+@pytest.mark.parametrize("line", [c for c in COMMANDS if "train_" in c and not c.startswith(INSTALL)])
 def test_flags_of_every_command_exist(line):
     """A renamed flag must not live on in the README."""
-    name, *flags = shlex.split(line)[1:]
+    name, *flags = shlex.split(re.search(r"train_\w+\.py[^']*", line)[0])
     PARSERS[name](flags)
 
 

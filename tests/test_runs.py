@@ -752,3 +752,21 @@ def test_an_error_on_one_rank_ends_both(tmp_path, task):
     output = script("train_dpo.py", "--dataset", "rows.jsonl", "--image_root", ".", "--max_steps", "1",
                     "--per_device_train_batch_size", "2", ranks=2, cwd=tmp_path, ok=False, timeout=120)
     assert "rows.jsonl:2: image" in output and "cannot be read" in output
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_preflight_changes_nothing(launch, task, name, capsys, monkeypatch):
+    """D10, F36: --preflight runs the largest micro-batch first: the longest prompts, completions of full length. The
+    numbers that follow are those of a run without it; out of memory there is one clear error."""
+    extra = grpo(task, "--per_device_train_batch_size", 8) if name == "train_grpo" else ["--algo", "mpo"]
+    plain, with_it = (launch(name, *extra, "--max_steps", 2, flag)[0] for flag in ("--no-preflight", "--preflight"))
+    assert [m["loss"] for m in plain] == [m["loss"] for m in with_it]
+    said = re.search(r"preflight: (\d+) completions in rows of (\d+) tokens fit", capsys.readouterr().out)
+    assert int(said[1]) == (8 if name == "train_grpo" else 2 * 32) and int(said[2]) > 40
+
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    monkeypatch.setattr(model.Policy, "forward", out_of_memory)
+    with pytest.raises(model.InputError, match="the largest micro-batch of this run, .* does not fit into memory"):
+        launch(name, *extra, "--max_steps", 2, "--preflight", *(["--algo", "sft"] if name == "train_dpo" else []))
