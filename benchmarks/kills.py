@@ -2,7 +2,7 @@
 
     python benchmarks/kills.py runs/kills --kills 20         # about ten minutes on two shared cores
 
-The run is GRPO on a tiny model: 60 steps, three updates a rollout, a reference, held-out rows, a checkpoint every second
+The run is GRPO on a tiny model: 90 steps, three updates a rollout, a reference, held-out rows, a checkpoint every second
 step. Prints how many kills there were, in which phases they fell, and whether losses, rewards, sampled texts and final
 weights are bit-equal to the uninterrupted run's.
 """
@@ -27,7 +27,7 @@ import model  # noqa: E402
 def start(folder: Path, name: str):
     command = [sys.executable, str(ROOT / "train_grpo.py"), "--model_name_or_path", str(folder / "start"),
                "--output_dir", str(folder / name), "--num_generations", "4", "--per_device_train_batch_size", "32",
-               "--steps_per_generation", "3", "--beta", "0.05", "--max_steps", "60", "--save_steps", "2",
+               "--steps_per_generation", "3", "--beta", "0.05", "--max_steps", "90", "--save_steps", "2",
                "--max_completion_length", "24", "--eval_steps", "10", "--per_device_eval_batch_size", "128",
                "--learning_rate", "3e-4", "--warmup_steps", "5", "--seed", "0"]
     log = open(folder / f"{name}.log", "a")
