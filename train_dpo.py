@@ -4,7 +4,7 @@
     python train_dpo.py --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --algo mpo --dtype bfloat16 \\
         --dataset pairs.jsonl --image_root images --gradient_checkpointing --per_device_train_batch_size 2 \\
         --gradient_accumulation_steps 128 --learning_rate 5e-6 --num_train_epochs 1
-    torchrun --nproc_per_node=2 train_dpo.py     # the same on two ranks
+    torchrun --nproc_per_node=8 train_dpo.py ... --output_dir runs/a     # sharded; run again, it goes on
 
     rows -> group rows (chosen, rejected) -> [reference log-probs, cached on disk once] -> token log-probs
          -> sum of weighted losses, each divided by its count over the whole optimizer step -> step

@@ -5,7 +5,7 @@
         --dataset train.jsonl --image_root images --gradient_checkpointing --num_generations 8 \\
         --per_device_train_batch_size 8 --gradient_accumulation_steps 8 --max_completion_length 512 \\
         --reward_funcs accuracy format my_rewards.py:brief
-    torchrun --nproc_per_node=2 train_grpo.py    # the same on two ranks
+    torchrun --nproc_per_node=8 train_grpo.py ... --output_dir runs/a    # sharded; run again, it goes on
 
     prompts -> rollout (G completions each, with their log-probs) -> group rows -> rewards -> advantages
             -> token log-probs -> policy loss / its count over the whole optimizer step -> step
@@ -20,7 +20,8 @@ Where this differs from the papers and from TRL:
  3. beta is 0 (TRL's default; the GRPO paper has 0.04): no reference model is kept.
  4. With one update per rollout, old log-probs are the training pass's own, detached: the ratio is exactly 1
     also in bf16; with more, one no-grad pass of the same function on the same rows. The sampler's own
-    log-probs are compared with them (sampling/sampling_logp_difference/mean), never trained on.
+    log-probs are compared with them (sampling/sampling_logp_difference/mean), and used for nothing else
+    but --importance_sampling_correction and --off_policy_mask_threshold.
  5. Ids that can never be an answer (image placeholders) are left out of the softmax, in sampler and trainer.
  6. --algo dapo is its loss, clip range and truncation mask; dynamic sampling and overlong penalty are not.
  7. The KL is multiplied by the ratio, as in TRL 1.16, so that its gradient is that of KL(pi || ref);
