@@ -52,6 +52,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import cached_file, is_torchvision_available, logging
 
 logging.disable_progress_bar()  # ours is the only one
+STARTED = time.monotonic()  # --max_hours counts from here
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")  # one process: we know
 
 
@@ -545,9 +546,12 @@ def cold_start(args, output_dir: Path, accuracy: float = 0.4):
     env = {k: v for k, v in os.environ.items()
            if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
            and not k.startswith("TORCHELASTIC")}
-    result = subprocess.run(command, env=env)
-    if result.returncode:
-        raise InputError(f"the cold start failed (exit code {result.returncode}); its output stands above")
+    child = subprocess.Popen(command, env=env)
+    previous = signal.signal(signal.SIGTERM, lambda *_: (child.terminate(), child.wait(), sys.exit(143)))
+    child.wait()
+    signal.signal(signal.SIGTERM, previous)
+    if child.returncode or not (output_dir / "cold_start" / "final").is_dir():
+        raise InputError(f"the cold start was not finished (exit code {child.returncode}); see above")
 
 
 def start_model(args, output_dir: Path, rank: int) -> str:
@@ -661,7 +665,7 @@ def clip_grad_norm_(parameters, max_norm: float) -> float:
 # ------------------------------------------------------------------------------------------------------------
 # What a run leaves: output_dir/{args.json, status.json, metrics.jsonl, completions/, checkpoints/, final/}
 
-# Flags that may differ when a run is resumed: they change neither data nor numbers.
+# Flags that may differ when a run is resumed; what they do to data and numbers describe_run says by itself.
 FREE_ON_RESUME = {
     "output_dir", "resume", "allow_changed", "max_hours", "save_steps", "save_total_limit", "ref_cache",
     "device", "shard_size", "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -679,7 +683,11 @@ def digest_of(paths) -> str | None:
 
 def describe_run(args, world_size: int) -> dict:
     """args.json: resolved flags, package versions, and what must not change under a run that is resumed."""
-    given = [getattr(args, name) for name in ("dataset", "eval_dataset")]
+    given = [path for path in (args.dataset, args.eval_dataset) if path is not None and os.path.isfile(path)]
+    rewards = [spec.rpartition(":")[0] for spec in getattr(args, "reward_funcs", [])]
+    code = [*sorted(Path(__file__).parent.glob("*.py")), *(path for path in rewards if os.path.isfile(path))]
+    kinds = {args.loss_type} if isinstance(args.loss_type, str) else set(args.loss_type)
+    cut = kinds & {"aot", "aot_unpaired", "bnpo"} or getattr(args, "top_entropy_quantile", 1.0) < 1
     path = args.model_name_or_path
     weights = sorted(Path(path).glob("*.safetensors")) if path and os.path.isdir(path) else []
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -687,8 +695,8 @@ def describe_run(args, world_size: int) -> dict:
     return vars(args) | {
         "command": sys.argv, "world_size": world_size, "rows per update": rows * world_size,
         "updates per rollout": getattr(args, "steps_per_generation", 0) // args.gradient_accumulation_steps,
-        "data": digest_of([path for path in given if path is not None]), "weights": digest_of(weights),
-        "code": digest_of(sorted(Path(__file__).parent.glob("*.py"))),
+        "micro-batch, on which this loss depends": args.per_device_train_batch_size if cut else None,
+        "data": digest_of(given), "weights": digest_of(weights), "code": digest_of(code),
         "versions": {name: version(name) for name in packages}}
 
 
@@ -727,6 +735,14 @@ def _open_run(args, world_size: int) -> tuple[str, bool]:
                              f"or none for runs/{args.algo}-N")
         check_unchanged(json.loads((folder / "args.json").read_text()), now, args.allow_changed)
         resumed = True
+    if args.resume not in ("auto", "never"):
+        start = Path(args.resume)
+        if not (start / "manifest.json").is_file():
+            raise InputError(f"--resume {start}: expected auto, never or a checkpoint folder (step_N), which "
+                             "has a manifest.json")
+        before = start.parent.parent / "args.json"
+        if before.is_file():
+            check_unchanged(json.loads(before.read_text()), now, args.allow_changed)
     (folder / "completions").mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "args.json", json.dumps(now, indent=2) + "\n")
     print(f"{args.algo}: " + " ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
@@ -741,6 +757,9 @@ def check_unchanged(before: dict, now: dict, allowed: list[str]):
     for name in sorted(changed & {"code", "versions"}):
         print(f"warning: resumed with other {name} than it was started with", flush=True)
     changed -= FREE_ON_RESUME | {"command", "world_size", "code", "versions"} | set(allowed)
+    unknown = set(allowed) - before.keys() - now.keys()
+    if unknown:
+        raise InputError(f"--allow_changed {sorted(unknown)[0]}: args.json has no such setting")
     if changed:
         lines = "\n".join(f"  {name}: {before.get(name)} -> {now.get(name)}" for name in sorted(changed))
         raise InputError(f"--output_dir holds a run with other settings:\n{lines}\nName a new folder, or go "
@@ -757,26 +776,34 @@ def write_atomically(path: Path, text: str):
     temporary.rename(path)
 
 
-def set_status(output_dir: Path, rank: int, status: str, step: int):
-    """status.json, for whoever restarts runs: running, stopped (resume it), or done."""
+def set_status(output_dir: Path, rank: int, status: str, step: int | None):
+    """status.json, for whoever restarts runs: running, stopped (resume it), or done. step None: as it was."""
     if rank == 0:
-        write_atomically(output_dir / "status.json", json.dumps({"status": status, "step": step}) + "\n")
+        file = output_dir / "status.json"
+        if step is None:
+            step = json.loads(file.read_text())["step"] if file.exists() else 0
+        write_atomically(file, json.dumps({"status": status, "step": step}) + "\n")
 
 
-def is_done(output_dir: Path, rank: int) -> bool:
-    """Whether the run in that folder has ended; says so. A collective."""
+def is_done(args, output_dir: Path, rank: int) -> bool:
+    """Whether the run in that folder has ended, and nothing else is asked of it; says so. A collective."""
     file = output_dir / "status.json"
-    done = all_gather_object(file.exists() and json.loads(file.read_text())["status"] == "done")[0]
-    if done and rank == 0:
-        print(f"the run in {output_dir} is done; its model is {output_dir / 'final'}")
+    done = args.resume == "auto" and not args.allow_changed and file.exists()
+    done = all_gather_object(done and json.loads(file.read_text())["status"] == "done")[0]
+    if done:
+        if rank == 0:
+            print(f"the run in {output_dir} is done; its model is {output_dir / 'final'}")
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return done
 
 
-def end_run(output_dir: Path, rank: int, status: str, step: int, rewards):
+def end_run(output_dir: Path, rank: int, status: str, step: int | None, rewards):
     """Leave status.json, end the reward process and the process group."""
     set_status(output_dir, rank, status, step)
     if rank == 0 and status == "stopped":
-        print(f"stopped at step {step}; the same command with --output_dir {output_dir} goes on from there")
+        where = "before its first step" if step is None else f"at step {step}"
+        print(f"stopped {where}; the same command with --output_dir {output_dir} goes on from there")
     if rewards is not None:
         rewards.close()
     if dist.is_initialized():
@@ -817,7 +844,7 @@ def log_step(metrics: dict, output_dir: Path, rank: int, keys: tuple[str, ...]):
     """Append to metrics.jsonl, and print the chosen keys on one line (tqdm.write spares the progress bar)."""
     if rank == 0:
         with open(output_dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in metrics.items()}) + "\n")
         shown = [f"{k} {metrics[k]:.4g}" for k in keys if metrics.get(k) is not None]
         if shown:
             tqdm.write(f"step {metrics['step']} | " + " | ".join(shown))
@@ -853,13 +880,17 @@ def save_checkpoint(output_dir: Path, policy: Policy, optimizer, state: dict, ro
     the newest `keep - 1` stay; one that goes loses its manifest first.
     """
     folder = output_dir / "checkpoints" / f"step_{state['step']}"
-    temporary, error = folder.with_suffix(".tmp"), None
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)  # left over from a killed save
-        shutil.rmtree(folder, ignore_errors=True)     # of the same step, found bad
-        temporary.mkdir(parents=True)
-    all_gather_object(None)  # nobody writes before the folder is there
+    temporary, error, written = folder.with_suffix(".tmp"), None, {}
     try:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)  # left over from a killed save
+            temporary.mkdir(parents=True)
+    except OSError as reason:
+        error = str(reason)
+    error = all_gather_object(error)[0]  # nobody writes before the folder is there
+    try:
+        if error is not None:
+            raise OSError(error)
         parts = {"model": get_model_state_dict(policy)}
         if optimizer.state:  # none before the first step: torch would make one up, of one step
             parts["optimizer"] = get_optimizer_state_dict(policy, optimizer)
@@ -876,18 +907,19 @@ def save_checkpoint(output_dir: Path, policy: Policy, optimizer, state: dict, ro
                 os.fsync(handle.fileno())
         written = {file.name: [file.stat().st_size, crc32(file)] for file in mine}
     except Exception as reason:  # a full disk above all; DCP raises on every rank if one fails
-        error, written = f"rank {rank}: {type(reason).__name__}: {reason}", {}
+        error = f"rank {rank}: {type(reason).__name__}: {reason}"
     parts = all_gather_object((error, written))
     errors = [error for error, _ in parts if error]
     if rank == 0 and not errors:
         files = {name: entry for _, written in parts for name, entry in written.items()}
         try:
             write_atomically(temporary / "manifest.json", json.dumps(files))
+            sync_folder(temporary)
+            shutil.rmtree(folder, ignore_errors=True)  # bad, or it would have been resumed from (`Saver`)
             temporary.rename(folder)
             sync_folder(folder.parent)
-            for old in complete_checkpoints(output_dir)[max(keep, 1):]:
-                (old / "manifest.json").unlink()
-                shutil.rmtree(old, ignore_errors=True)
+            for old in complete_checkpoints(output_dir)[keep:]:
+                drop_checkpoint(old)
         except OSError as reason:
             errors = [f"rank 0: {reason}"]
     failed = any(all_gather_object(bool(errors)))
@@ -900,13 +932,13 @@ def save_checkpoint(output_dir: Path, policy: Policy, optimizer, state: dict, ro
 class Saver:
     """Writes a run's checkpoints; the third failure in a row, or of the last one, ends the run."""
 
-    def __init__(self, args, output_dir: Path, policy: Policy, optimizer, scheduler, rank: int):
+    def __init__(self, keep: int, output_dir: Path, policy, optimizer, scheduler, rank: int, saved: int):
         self.run, self.scheduler, self.failures = (output_dir, policy, optimizer), scheduler, 0
-        self.keep, self.rank, self.saved = args.save_total_limit, rank, None
+        self.keep, self.rank, self.saved = keep, rank, saved or None
 
     def save(self, state: dict, rows: dict, last: bool):
         if self.saved == state["step"]:
-            return  # asked to stop right after it was written
+            return  # it is there already, written or resumed from: never replaced, so never in danger
         state = state | {"scheduler": self.scheduler.state_dict()}
         written = save_checkpoint(*self.run, state, rows, self.keep, self.rank)
         self.saved = state["step"] if written else self.saved
@@ -924,8 +956,13 @@ def sync_folder(folder: Path):
 def complete_checkpoints(output_dir: Path) -> list[Path]:
     """Those with a manifest, newest first."""
     found = [file.parent for file in (output_dir / "checkpoints").glob("step_*/manifest.json")
-             if file.parent.suffix != ".tmp"]
+             if re.fullmatch(r"step_\d+", file.parent.name)]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
+
+
+def drop_checkpoint(folder: Path):
+    (folder / "manifest.json").unlink()  # first: without it nobody takes what is left for a checkpoint
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_checkpoint(output_dir: Path, policy: Policy, optimizer, rank: int, path: str | None = None):
@@ -962,13 +999,17 @@ def load_checkpoint(output_dir: Path, policy: Policy, optimizer, rank: int, path
             rows = [load_file(folder / f"rows_{r}.safetensors") for r in range(count)]
             if rank == 0:
                 print(f"resumed from {folder}, step {state['step']}", flush=True)
+                for later in complete_checkpoints(output_dir) if path is not None else []:
+                    if int(later.name.removeprefix("step_")) > state["step"]:
+                        drop_checkpoint(later)  # of the branch that an explicit path leaves
             return state, rows
         if path is not None:
             raise InputError(f"--resume {path}: {fault}")
         if rank == 0:
             print(f"warning: checkpoint {folder} cannot be used ({fault}); trying the one before", flush=True)
-    if candidates:
-        raise InputError(f"none of the {len(candidates)} checkpoints under {output_dir} can be used")
+    found = [p.name for p in (output_dir / "checkpoints").glob("step_*") if p.suffix != ".tmp"]
+    if any(all_gather_object(bool(candidates or found))):  # never a silent fresh start
+        raise InputError(f"none of the checkpoints under {output_dir} can be used: {', '.join(found)}")
     return None, []
 
 
@@ -993,17 +1034,18 @@ class Stop:
     """
 
     def __init__(self, max_hours: float | None):
-        self.asked, self.told = False, False
-        self.deadline = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
+        self.asked, self.told, self.since = False, False, 0.0
+        self.deadline = math.inf if max_hours is None else STARTED + 3600 * max_hours
         self.store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
     def _handle(self, number, frame):
-        if self.asked:  # the second time at once
+        now = time.monotonic()
+        if self.asked and now - self.since > 2:  # somebody insists; sooner, torchrun passes on the first
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.asked = True
+        self.asked, self.since = True, self.since if self.asked else now
 
     def __call__(self) -> bool:
         if self.asked or time.monotonic() > self.deadline:

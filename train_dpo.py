@@ -341,7 +341,7 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world_size, device = model.init_distributed(args.device)
     output_dir, resumed = model.open_run(args, rank, world_size)
-    if resumed and model.is_done(output_dir, rank):
+    if resumed and model.is_done(args, output_dir, rank):
         return
 
     # --- data
@@ -409,7 +409,7 @@ def main(argv=None):
             batched = encoded(eval_rows, args.per_device_eval_batch_size)
             reference.add(policy, batched, args.share_prompt, stop)
         if stop.agreed():  # what was computed is on disk, and there is nothing else to lose
-            return model.end_run(output_dir, rank, "stopped", 0, rewards)
+            return model.end_run(output_dir, rank, "stopped", None, rewards)
         if rank == 0:
             print(f"reference log-probs: {computed} pairs computed, {found} found in {reference.folder}",
                   flush=True)
@@ -471,7 +471,8 @@ def main(argv=None):
         model.forget_after(output_dir, rank, state["step"] - (state["pending"] is not None))
     if "scheduler" in state:
         scheduler.load_state_dict(state["scheduler"])
-    saver = model.Saver(args, output_dir, policy, optimizer, scheduler, rank)
+    saver = model.Saver(args.save_total_limit, output_dir, policy, optimizer, scheduler, rank,
+                        saved=state["step"] if args.resume == "auto" else 0)
 
     def close_step(metrics) -> bool:
         """Held-out rows, the log, a checkpoint, each when it is due. True if the run was asked to stop."""
@@ -537,7 +538,8 @@ def main(argv=None):
         means = {key: total / count for key, (total, count) in model.all_reduce_sums(sums, device).items()}
         metrics = {"step": step + 1, "epoch": (step + 1) * step_rows / len(train_rows),
                    "loss": sum(weight * means[f"loss/{name}"] for name, weight in weighted),
-                   "grad_norm": grad_norm, "learning_rate": learning_rate, **means}
+                   "grad_norm": grad_norm, "learning_rate": learning_rate,
+                   "update_skipped": float(not math.isfinite(grad_norm)), **means}
         if "bco_pair" in args.loss_type:
             metrics["bco_delta"] = state["delta"]  # the one that this step used
             mean_reward = (means["rewards/chosen"] + means["rewards/rejected"]) / 2
@@ -560,7 +562,7 @@ def main(argv=None):
         if enough():
             print(f"stopped at step {state['step']}: eval/accuracy {state['end']['eval/accuracy']:.4f}")
         for key in ("eval/accuracy", "eval/rewards/accuracies", "eval/rewards/margins"):
-            if key in state["end"]:
+            if key in state["end"] and key in state["start"]:
                 print(f"{key}: {state['start'][key]:.4f} before, {state['end'][key]:.4f} after")
         print(f"saved {output_dir / 'final'}")
     model.end_run(output_dir, rank, "done", state["step"], rewards)

@@ -197,7 +197,8 @@ def build_parser():
     add("--per_device_train_batch_size", type=int, default=8, help="completions of a micro-batch")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of an optimizer step")
     add("--steps_per_generation", type=int, help="micro-batches of a rollout, a multiple of "
-        "gradient_accumulation_steps; default: one update per rollout (gspo: four)")
+        "gradient_accumulation_steps; default: one update per rollout, in "
+        f"{', '.join(UPDATES_PER_ROLLOUT)} four")
     add("--num_iterations", type=int, default=1, help="passes over a rollout")
     add("--num_train_epochs", type=float, default=1.0, help="passes over the data; max_steps wins")
     add("--max_steps", type=int, default=-1, help="optimizer steps; -1: from the epochs")
@@ -365,7 +366,7 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world_size, device = model.init_distributed(args.device)
     output_dir, resumed = model.open_run(args, rank, world_size)
-    if resumed and model.is_done(output_dir, rank):
+    if resumed and model.is_done(args, output_dir, rank):
         return
     specs = [name if ":" in name else f"{Path(__file__).resolve()}:{name}" for name in args.reward_funcs]
     names = [name.rpartition(":")[2] for name in args.reward_funcs]
@@ -462,7 +463,8 @@ def main(argv=None):
         model.forget_after(output_dir, rank, state["step"] - (state["pending"] is not None))
     if "scheduler" in state:
         scheduler.load_state_dict(state["scheduler"])
-    saver = model.Saver(args, output_dir, policy, optimizer, scheduler, rank)
+    saver = model.Saver(args.save_total_limit, output_dir, policy, optimizer, scheduler, rank,
+                        saved=state["step"] if args.resume == "auto" else 0)
 
     def close_step(metrics) -> bool:
         """Held-out rows, the log, a checkpoint, each when it is due. True if the run was asked to stop."""
@@ -498,6 +500,9 @@ def main(argv=None):
                 for i in range(0, len(prompts) * G, completions_per_update)
                 for i, j in slices(i, i + completions_per_update, args.per_device_train_batch_size)]
 
+    if state["step"] % steps_per_rollout and not parts:
+        raise model.InputError(f"the checkpoint of step {state['step']} holds no rollout, but must here; "
+                               "it is of another algorithm, or of other --steps_per_generation")
     if parts:  # in the middle of a rollout
         draws, prompts = prompts_of(state["step"] // steps_per_rollout)
         rows, rollout_sums = rows_of_draws(parts, draws, G), sums_of(parts, rank)
@@ -545,6 +550,8 @@ def main(argv=None):
                     if args.kl_in_reward:
                         kl = losses.kl_penalty(micro["old_logps"], micro["ref_logps"], args.kl_estimator)
                         penalty.append(args.beta * losses.masked_sum(kl, micro["completion_mask"]))
+            if ref is not None and world_size > 1:
+                ref.reshard()  # after a pass without backward FSDP leaves the root unit whole
 
             # 3. advantages come from the whole rollout, that of all ranks
             penalty = torch.cat(penalty).double() if penalty else torch.zeros(len(texts), dtype=torch.float64)
@@ -557,7 +564,8 @@ def main(argv=None):
                 micro["advantages"] = part
             rollout_sums = rollout_metrics(names, scores, weights, sampled, G)
             if args.kl_in_reward:
-                rollout_sums["kl"] = (float(penalty.sum()) / args.beta, float(sampled.completion_mask.sum()))
+                tokens = sum(int(m["completion_mask"].sum()) for m in micro_batches)
+                rollout_sums["kl"] = (float(penalty.sum()) / args.beta, float(tokens))
             rows |= rows_to_keep(micro_batches, rollout_sums, sampled.completion_mask.shape[1])
             save_completions(output_dir, rank, state["step"] + 1, prompts, texts, names, scores,
                              rows["advantages"], G)
@@ -602,6 +610,7 @@ def main(argv=None):
         loss = sums.pop("loss")[0]
         metrics = {"step": step, "epoch": (number + 1) * prompts_per_rollout / len(train_rows),
                    "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate,
+                   "update_skipped": float(not math.isfinite(grad_norm)),
                    **{k: s / n for k, (s, n) in sums.items() if n}}
         if rank == 0 and update == 0 and number == 0:
             expected = {"ratio": "1", "clip_ratio/region_mean": "0", "grad_norm": "> 0"}
@@ -616,7 +625,7 @@ def main(argv=None):
         return model.end_run(output_dir, rank, "stopped", state["step"], rewards)
     model.export(policy, processor, source, output_dir / "final", rank)
     if rank == 0:
-        for key in sorted(state["end"]):
+        for key in sorted(state["end"].keys() & state["start"].keys()):
             print(f"{key}: {state['start'][key]:.4f} before, {state['end'][key]:.4f} after")
         print(f"saved {output_dir / 'final'}")
     model.end_run(output_dir, rank, "done", state["step"], rewards)

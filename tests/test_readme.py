@@ -4,6 +4,7 @@ import inspect
 import re
 import shlex
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import train_dpo
@@ -74,15 +75,24 @@ def test_flags_of_every_command_exist(line):
     PARSERS[name](flags)
 
 
+@pytest.fixture(scope="module")
+def default_runs(tmp_path_factory):
+    """name -> (folder, output) of the two scripts without any flag, run side by side."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("train_grpo", "train_dpo")}
+    with ThreadPoolExecutor(2) as pool:
+        outputs = pool.map(lambda name: script(f"{name}.py", cwd=folders[name]), folders)
+        return {name: (folders[name], output) for name, output in zip(folders, outputs)}
+
+
 @pytest.mark.slow
-def test_main_job_learns_from_the_picture(tmp_path):
+def test_main_job_learns_from_the_picture(default_runs):
     """The first command: accuracy climbs past 0.8, and the answers need the image: with blank or with another row's
     picture the trained model is at chance (1/6)."""
-    output = script("train_grpo.py", cwd=tmp_path)
+    folder, output = default_runs["train_grpo"]
     before, after = map(float, re.search(r"eval/accuracy: ([\d.]+) before, ([\d.]+) after\neval/reward", output).groups())
     assert after > 0.8 and after > before + 0.2
     assert "step 1 must start at: ratio 1 (expected 1), clip_ratio/region_mean 0 (expected 0), grad_norm" in output
-    policy, processor = model.load_policy(str(tmp_path / "runs" / "grpo-1" / "final"))
+    policy, processor = model.load_policy(str(folder / "runs" / "grpo-1" / "final"))
     rows = data.shapes_rows(256, 0, "test")
     rewards = rollout.RewardRunner([f"{ROOT / 'train_grpo.py'}:accuracy"])
     pictures = [row["images"] for row in rows]
@@ -99,9 +109,9 @@ def test_main_job_learns_from_the_picture(tmp_path):
 
 
 @pytest.mark.slow
-def test_mpo_default_raises_accuracy_and_margins(tmp_path):
+def test_mpo_default_raises_accuracy_and_margins(default_runs):
     """`python train_dpo.py`: held-out pairs and held-out answers both improve."""
-    output = script("train_dpo.py", cwd=tmp_path)
+    _, output = default_runs["train_dpo"]
     found = {k: (float(a), float(b)) for k, a, b in re.findall(r"(eval/\S+): (\S+) before, (\S+) after", output)}
     assert found["eval/accuracy"][1] > max(0.8, found["eval/accuracy"][0] + 0.1)
     assert found["eval/rewards/accuracies"][1] > 0.9 and found["eval/rewards/margins"][1] > 1
@@ -121,8 +131,8 @@ def test_digits_commands(tmp_path):
     """The real-image recipe, cut to a few steps: files are written and read, each run starts from the one before."""
     pytest.importorskip("sklearn")
     run(sys.executable, ROOT / "benchmarks" / "digits.py", "digits", cwd=tmp_path)
-    for line in (command("python train_dpo.py", "--algo sft"), command("python train_grpo.py", "runs/digits-sft/final"),
-                 command("python train_dpo.py", "runs/digits-sft/final")):
+    command("python train_dpo.py", "runs/digits-sft/final")  # starts from there as well
+    for line in (command("python train_dpo.py", "--algo sft"), command("python train_grpo.py", "runs/digits-sft/final")):
         name, *flags = shlex.split(line)[1:]
-        output = script(name, *flags, "--max_steps", "3", cwd=tmp_path)
+        output = script(name, *flags, "--max_steps", "2", "--max_completion_length", "3", cwd=tmp_path)
         assert "saved runs/digits" in output

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -69,20 +70,28 @@ def whole(folder):
     return get
 
 
+KILLS = {"train_grpo": [("save", 7), ("sample", 9), ("log", 3)], "train_dpo": [("step", 4), ("export", 2)]}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name, kills", [
-    ("train_grpo", [("save", 2), ("sample", 9), ("log", 2)]), ("train_dpo", [("step", 4), ("export", 2)])])
-def test_killed_again_and_again(folder, whole, tmp_path, name, kills):
+def test_killed_again_and_again(folder, whole, tmp_path):
     """F1, F2: SIGKILL in a rollout, in a save, between backward and step, in a log line, in the export, one after the
     other in one run: the same losses, rewards, sampled texts and weights, each step logged once (transformers #40691,
     open-instruct #681: data order after a resume in a later epoch)."""
-    for phase, n in kills:
-        code = subprocess.run([sys.executable, DRIVER, phase, str(n), "SIGKILL", name, *flags(folder, name, tmp_path / "r")],
-                              cwd=tmp_path, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
-        assert code == -9, (phase, n, code)
-    output = run(sys.executable, DRIVER, "none", 0, "-", name, *flags(folder, name, tmp_path / "r"), cwd=tmp_path)
-    assert "resumed from" in output
-    assert_bit_equal(results(tmp_path / "r"), whole(name))
+
+    def killed(name):
+        expected = whole(name)
+        for phase, n in KILLS[name]:
+            command = [sys.executable, DRIVER, phase, str(n), "SIGKILL", name, *flags(folder, name, tmp_path / name)]
+            code = subprocess.run(command, cwd=tmp_path, capture_output=True,
+                                  env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+            assert code == -9, (phase, n, code)
+        output = run(sys.executable, DRIVER, "none", 0, "-", name, *flags(folder, name, tmp_path / name), cwd=tmp_path)
+        assert "resumed from" in output
+        assert_bit_equal(results(tmp_path / name), expected)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(killed, KILLS))
 
 
 def launch_ranks(folder, ranks, name, output, *extra, phase="none", n=0, signal="-", rank=0, ok=True):
@@ -249,7 +258,7 @@ def test_only_bad_checkpoints_are_an_error(trained, monkeypatch, tmp_path):
     assert kept == ["step_2", "step_4", "step_6"]
     for checkpoint in (tmp_path / "r" / "checkpoints").iterdir():
         (checkpoint / "state.json").write_text("{}")
-    with pytest.raises(model.InputError, match="none of the 3 checkpoints under"):
+    with pytest.raises(model.InputError, match="none of the checkpoints under .*step_2"):
         trained("train_dpo")
     with pytest.raises(model.InputError, match="--resume .*step_4: state.json is missing, cut or changed"):
         trained("train_dpo", "--resume", tmp_path / "r" / "checkpoints" / "step_4")
@@ -276,6 +285,55 @@ def test_old_checkpoints_go_after_the_new_one_is_there(trained, monkeypatch, tmp
     with pytest.raises(model.InputError, match="no checkpoint could be written"):
         trained("train_dpo")
     assert [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()] == ["step_2"] and len(saves) == 4
+
+
+def test_no_manifest_is_no_fresh_start(trained, monkeypatch, tmp_path):
+    """A folder with checkpoints of which none counts is an error, and metrics.jsonl stays as it is."""
+    dead_run(trained, monkeypatch, step=5)
+    for file in (tmp_path / "r" / "checkpoints").glob("*/manifest.json"):
+        file.unlink()
+    before = (tmp_path / "r" / "metrics.jsonl").read_text()
+    with pytest.raises(model.InputError, match="none of the checkpoints under"):
+        trained("train_dpo")
+    assert (tmp_path / "r" / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.slow
+def test_what_was_resumed_from_is_never_replaced(trained, monkeypatch, tmp_path):
+    """Stopped in the evaluation of step 4, resumed, killed in the next save: step_4 is still there, also with a limit of
+    one; a copy that somebody made (step_4.bak) bothers nobody."""
+    undo = signal_at(monkeypatch, "sample", 9)
+    trained("train_dpo", "--save_total_limit", 1)
+    undo()
+    checkpoints = tmp_path / "r" / "checkpoints"
+    assert [p.name for p in checkpoints.iterdir()] == ["step_4"]
+    shutil.copytree(checkpoints / "step_4", checkpoints / "step_4.bak")
+
+    def dead(*_, **__):
+        raise Dead
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.dcp, "save", dead)
+        with pytest.raises(Dead):
+            trained("train_dpo", "--save_total_limit", 1)
+    assert (checkpoints / "step_4" / "manifest.json").exists()
+    trained("train_dpo", "--save_total_limit", 1)
+    assert [json.loads(line)["step"] for line in open(tmp_path / "r" / "metrics.jsonl")] == list(range(10))
+
+
+@pytest.mark.slow
+def test_an_explicit_older_step_leaves_the_newer_ones(trained, monkeypatch, tmp_path, capsys):
+    """--resume PATH inside the same folder goes back: the checkpoints after it are dropped, so that a later start does
+    not jump to the branch that was left. A checkpoint of other settings is refused."""
+    dead_run(trained, monkeypatch)
+    checkpoints = tmp_path / "r" / "checkpoints"
+    trained("train_dpo", "--resume", checkpoints / "step_2")
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["step_4", "step_6", "step_8"]
+    assert [json.loads(line)["step"] for line in open(tmp_path / "r" / "metrics.jsonl")] == list(range(10))
+    with pytest.raises(model.InputError, match="beta: 0.1 -> 0.9"):
+        trained("train_dpo", "--resume", checkpoints / "step_4", "--output_dir", tmp_path / "other", "--beta", 0.9)
+    with pytest.raises(model.InputError, match="--allow_changed betta: args.json has no such setting"):
+        trained("train_dpo", "--resume", checkpoints / "step_4", "--beta", 0.9, "--allow_changed", "betta")
 
 
 @pytest.mark.parametrize("change, message", [
@@ -338,6 +396,7 @@ def test_max_hours_stops_with_a_checkpoint(trained, monkeypatch, tmp_path):
         clock[0] += 600
 
     monkeypatch.setattr(model, "log_step", tick)
+    monkeypatch.setattr(model, "STARTED", 0.0)
     trained("train_dpo", "--max_hours", 0.7)
     assert json.loads((tmp_path / "r" / "status.json").read_text()) == {"status": "stopped", "step": 4}
     trained("train_dpo")
@@ -380,19 +439,20 @@ def test_a_gradient_of_nan_is_skipped(trained, monkeypatch, tmp_path, name):
     assert json.loads((tmp_path / "r" / "nonfinite_rank_0.json").read_text())["step"] == 7
 
 
-def test_a_second_signal_ends_at_once(folder, tmp_path):
-    """F5: whoever presses ctrl-C twice does not want to wait for the checkpoint."""
+def test_a_second_signal_ends_at_once(monkeypatch):
+    """F5: whoever presses ctrl-C again after two seconds does not want to wait for the checkpoint; the same signal twice
+    at once is one that torchrun passed on."""
     stop = model.Stop(None)
     handlers = [model.signal.SIGTERM, model.signal.SIGINT]
     try:
         os.kill(os.getpid(), model.signal.SIGTERM)
         assert stop() and stop.agreed()
         killed = []
-        os_kill, model.os.kill = model.os.kill, lambda pid, number: killed.append(number)
-        try:
-            stop._handle(model.signal.SIGINT, None)
-        finally:
-            model.os.kill = os_kill
+        monkeypatch.setattr(model.os, "kill", lambda pid, number: killed.append(number))
+        stop._handle(model.signal.SIGTERM, None)  # at once: slurmstepd told torchrun and the rank, torchrun the rank
+        assert killed == []
+        stop.since -= 3
+        stop._handle(model.signal.SIGINT, None)
         assert killed == [model.signal.SIGINT] and model.signal.getsignal(model.signal.SIGINT) == model.signal.SIG_DFL
     finally:
         for number, handler in zip(handlers, (model.signal.SIG_DFL, model.signal.default_int_handler)):

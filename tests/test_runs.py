@@ -483,38 +483,6 @@ def test_bad_rows_end_the_run_before_its_first_step(launch, task, tmp_path, chan
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
-# --- two ranks
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("algo", ["gdpo"])
-def test_two_ranks_equal_one(task, tmp_path, algo):
-    """P9, F34: two gloo ranks (one of whose micro-batches holds no image) give the losses, rewards and gradient norms
-    of one process with twice the batch; groups stay whole."""
-    name = "train_grpo.py" if algo in train_grpo.PRESETS else "train_dpo.py"
-    extra = grpo(task) if algo in train_grpo.PRESETS else []
-    size = 8 if algo in train_grpo.PRESETS else 2
-    both = []
-    for ranks in (1, 2):
-        folder = tmp_path / str(ranks)
-        script(name, *flags(task, "--algo", algo, *extra, "--max_steps", 4, "--output_dir", folder,
-                            "--eval_dataset", task / "pairs.jsonl", "--eval_steps", 2, "--max_completion_length", 6,
-                            "--per_device_train_batch_size", size // ranks,
-                            "--learning_rate", 1e-4),
-               ranks=ranks, cwd=tmp_path)
-        both.append([json.loads(line) for line in open(folder / "metrics.jsonl")])
-        assert (folder / "final" / "model.safetensors").exists()
-    one, two = both
-    assert len(one) == len(two) == 5
-    for a, b in zip(one, two):
-        assert a.keys() == b.keys()
-        skipped = {"step_time", "rollout_time"}  # and at the start, where all margins are ties but for rounding
-        skipped |= {"rewards/accuracies", "eval/rewards/accuracies"} if a["step"] < 2 else set()
-        for key in sorted(a.keys() - skipped):
-            assert b[key] == pytest.approx(a[key], rel=1e-4, abs=2e-6), (a["step"], key)
-    assert any(m["grad_norm"] > 0 for m in one[1:])
-
-
 # --- a whole step against a second, plain computation: one completion at a time, transformers' own forward, the
 #     formulas written out. Flags that a script dropped, swapped or gave the wrong sign would show here.
 
