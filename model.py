@@ -906,10 +906,12 @@ def save_checkpoint(output_dir: Path, policy: Policy, optimizer, state: dict, ro
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         written = {file.name: [file.stat().st_size, crc32(file)] for file in mine}
-    except Exception as reason:  # a full disk above all; DCP raises on every rank if one fails
+    except Exception as reason:  # a full disk, above all
         error = f"rank {rank}: {type(reason).__name__}: {reason}"
+    except dcp.CheckpointException as reason:  # no Exception: DCP raises it on every rank if one fails
+        error = "; ".join(f"rank {r}: {type(e).__name__}: {e}" for r, (e, _) in reason.failures.items())
     parts = all_gather_object((error, written))
-    errors = [error for error, _ in parts if error]
+    errors = sorted({error for error, _ in parts if error})
     if rank == 0 and not errors:
         files = {name: entry for _, written in parts for name, entry in written.items()}
         try:

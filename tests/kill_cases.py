@@ -3,10 +3,12 @@
     python kill_cases.py PHASE N SIGNAL train_grpo --flags      # the N-th time that PHASE is reached
 
 Phases: sample (in the middle of a rollout), step (after the backward, before the optimizer), save (checkpoint files are
-there, the manifest is not), log (half a line of metrics.jsonl is written), export (half of final/), none.
+there, the manifest is not), log (half a line of metrics.jsonl is written), export (half of final/), full (no kill: the
+rank's checkpoint files cannot grow beyond a megabyte), none.
 """
 
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -23,7 +25,10 @@ PLACES = {"sample": (rollout, "keep_likely"), "step": (model, "clip_grad_norm_")
 
 
 def main(phase, n, name, script, *flags):
-    if phase != "none" and os.environ.get("RANK", "0") == os.environ.get("KILL_RANK", "0"):
+    if phase == "full":  # this rank's disk has no room for its shard: write() fails beyond a megabyte
+        if os.environ["RANK"] == os.environ["KILL_RANK"]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+    elif phase != "none" and os.environ.get("RANK", "0") == os.environ.get("KILL_RANK", "0"):
         place, function = PLACES[phase]
         original, left = getattr(place, function), [int(n)]
 

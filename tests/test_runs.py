@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -692,20 +693,29 @@ def test_grpo_steps_are_the_formula(monkeypatch, tmp_path, task, case):
 # --- errors, as a user meets them
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name, arguments, message", [
+ERRORS = [
     ("train_dpo.py", ["--dataset", "rows.jsonl", "--image_root", "."], "error: rows.jsonl:1: not valid JSON"),
     ("train_grpo.py", ["--model_name_or_path", "./nowhere"], "error: --model_name_or_path ./nowhere: no such folder"),
     ("train_grpo.py", ["--reward_funcs", "mine.py:f", "--cold_start_steps", "0", "--max_steps", "1"],
      "error: reward mine.py:f: no such file"),
     ("train_dpo.py", ["--algo", "sft", "--dataset", "good.jsonl", "--stop_at_accuracy", "0.5"],
-     "error: --stop_at_accuracy needs eval/accuracy")])
-def test_errors_are_one_line(tmp_path, name, arguments, message):
+     "error: --stop_at_accuracy needs eval/accuracy"),
+    ("train_dpo.py", ["--dataset", "absent.jsonl"], "error: --dataset absent.jsonl")]
+
+
+@pytest.mark.slow
+def test_errors_are_one_line(tmp_path):
     """A mistake of the user ends the process with a message and exit code 1, not with a traceback."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": \n')
     (tmp_path / "good.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
-    output = script(name, *arguments, cwd=tmp_path, ok=False)
-    assert message in output and "Traceback" not in output
+
+    def fails(case):
+        name, arguments, message = case
+        output = script(name, *arguments, "--output_dir", f"out-{ERRORS.index(case)}", cwd=tmp_path, ok=False)
+        assert message in output and "Traceback" not in output, output
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(fails, ERRORS))
 
 
 @pytest.mark.slow
