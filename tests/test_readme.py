@@ -118,15 +118,6 @@ def test_mpo_default_raises_accuracy_and_margins(default_runs):
 
 
 @pytest.mark.slow
-def test_torchrun_with_one_rank(tmp_path):
-    """`torchrun --nproc_per_node=1 train_grpo.py` takes the same path (two ranks: test_runs.py)."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    output = run(*torchrun, ROOT / "train_grpo.py", "--max_steps", "1", "--cold_start_steps", "2", "--eval_steps", "1",
-                 cwd=tmp_path)
-    assert "saved runs/grpo-1/final" in output
-
-
-@pytest.mark.slow
 def test_digits_commands(tmp_path):
     """The real-image recipe, cut to a few steps: files are written and read, each run starts from the one before."""
     pytest.importorskip("sklearn")
