@@ -255,7 +255,7 @@ def test_shapes_task():
     assert a[0]["images"][0].tobytes() != data.shapes_rows(1, 0, "test")[0]["images"][0].tobytes()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f if f == "qwen2_5_vl" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
 def test_export_round_trip(loaded, folders, family, tmp_path):
     """F18: every tensor, the processor, the chat template and files the processor does not know come back in a clean
     process; weights through transformers alone, and the processor too where it needs no torchvision (Qwen's does)."""

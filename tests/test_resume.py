@@ -216,8 +216,8 @@ def signal_at(monkeypatch, phase, n):
 
 
 @pytest.mark.parametrize("name, phase, n, step", [
-    ("train_grpo", "sample", 16, 3), ("train_dpo", "reference", 2, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("train_grpo", "sample", 8, 0), ("train_grpo", "step", 5, 5), ("train_grpo", "save", 1, 3),
+    ("train_grpo", "sample", 16, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("train_dpo", "reference", 2, 0), ("train_grpo", "sample", 8, 0), ("train_grpo", "step", 5, 5), ("train_grpo", "save", 1, 3),
         ("train_dpo", "sample", 9, 4)))])
 def test_sigterm_is_a_checkpoint(trained, whole_here, monkeypatch, tmp_path, name, phase, n, step):
     """F3: SIGTERM in a held-out pass, a rollout, a step, a save, a reference pass: the run ends in good order with a

@@ -730,7 +730,7 @@ def test_an_error_on_one_rank_ends_both(tmp_path, task):
     assert "rows.jsonl:2: image" in output and "cannot be read" in output
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ["train_grpo", pytest.param("train_dpo", marks=pytest.mark.slow)])
 def test_preflight_changes_nothing(launch, task, name, capsys, monkeypatch):
     """D10, F36: --preflight runs the largest micro-batch first: the longest prompts, completions of full length. The
     numbers that follow are those of a run without it; out of memory there is one clear error."""
