@@ -963,8 +963,11 @@ def complete_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def drop_checkpoint(folder: Path):
-    (folder / "manifest.json").unlink()  # first: without it nobody takes what is left for a checkpoint
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        (folder / "manifest.json").unlink()  # first: without it nobody takes what is left for a checkpoint
+        shutil.rmtree(folder)
+    except OSError as reason:  # the new one is in place all the same
+        print(f"warning: old checkpoint {folder} cannot be deleted: {reason}", flush=True)
 
 
 def load_checkpoint(output_dir: Path, policy: Policy, optimizer, rank: int, path: str | None = None):
