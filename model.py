@@ -5,7 +5,7 @@ SFT is G=1, a preference pair G=2 (chosen, rejected), GRPO G=num_generations. Th
 
     tokens      [ prompt ...... | completion 1 .... | completion 2 .. | ... | completion G ... | pad ]
     segment_ids   0 0 0 0 0 0 0   1 1 1 1 1 1         2 2 2 2                 G G G              -1
-    group_ids     0 0 0 ...   (several groups may share a row: 0 0 ... 1 1 ...)                      -1
+    group_ids     0 0 0 ...   (a micro-batch's groups share a row: 0 0 ... 1 1 ...)                  -1
     position      0 1 2 ... P-1   P P+1 ...           P P+1 ...               P P+1 ...
 
     q may attend to k  iff  k <= q and group[k] == group[q] and (segment[k] == 0 or segment[k] == segment[q])
@@ -19,6 +19,7 @@ Sizes in comments: B rows, S row length, P prompt length, G completions of a gro
 completion, M trained tokens, H hidden, V vocabulary, R position rows (3 for M-RoPE models, else 1).
 """
 
+import functools
 import hashlib
 import inspect
 import json
@@ -40,14 +41,17 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import cached_file, is_torchvision_available, logging
 
@@ -90,15 +94,15 @@ def cat_pixels(prompts: list[Prompt]) -> dict[str, torch.Tensor]:
     return pixels
 
 
-def pack_groups(groups, pad_id: int, row_tokens: int | None = None) -> dict:
-    """[(Prompt, [completion ids (len,), ...]), ...] -> one batch of packed rows.
+def pack_groups(groups, pad_id: int, one_row: bool = False) -> dict:
+    """[(Prompt, [completion ids (len,), ...]), ...] -> a row for each group, padded to the longest, or one
+    for all of them, which needs no padding.
 
-    row_tokens None gives every group a row of its own; a number lets groups share rows, first fit, of
-    max(row_tokens, longest group) tokens, so that 0 fills rows up to the longest group.
     Returns input_ids, segment_ids, group_ids (B, S), position_ids (R, B, S), pixels {name: tensor}, and, with
     the completions in the order given: completion_ids, completion_mask, logit_index (N, T), the last being
-    the index into the flattened (B * S) hidden states of the one that predicts the token. Completions may be
-    an empty list: the sampler's prefill is such a batch.
+    the index into the flattened (B * S) hidden states of the one that predicts the token. `segments` says
+    what segment_ids and group_ids say in lengths: for each row its groups' (P, [completion length, ...]).
+    Completions may be an empty list: the sampler's prefill is such a batch.
 
     >>> prompt = Prompt(torch.tensor([5, 6, 7]), torch.arange(3)[None], {}, {})
     >>> batch = pack_groups([(prompt, [torch.tensor([8, 9]), torch.tensor([4])])], pad_id=0)
@@ -108,18 +112,7 @@ def pack_groups(groups, pad_id: int, row_tokens: int | None = None) -> dict:
     ([[8, 9], [4, 0]], [[True, True], [True, False]], [[2, 3], [2, 0]])
     """
     sizes = [len(prompt.tokens) + sum(map(len, completions)) for prompt, completions in groups]
-    rows = []  # each a list of group indices
-    if row_tokens is None:
-        rows = [[g] for g in range(len(groups))]
-    else:
-        capacity, used = max(row_tokens, *sizes), []
-        for g, size in enumerate(sizes):
-            row = next((r for r, n in enumerate(used) if n + size <= capacity), None)
-            if row is None:
-                rows.append([]), used.append(0)
-                row = len(rows) - 1
-            rows[row].append(g)
-            used[row] += size
+    rows = [list(range(len(groups)))] if one_row else [[g] for g in range(len(groups))]
     B, S, R = len(rows), max(sum(sizes[g] for g in row) for row in rows), len(groups[0][0].positions)
     lengths = [len(c) for _, completions in groups for c in completions]
     N, T = len(lengths), max(lengths, default=0)
@@ -130,8 +123,10 @@ def pack_groups(groups, pad_id: int, row_tokens: int | None = None) -> dict:
     input_ids, segment_ids = torch.full((B, S), pad_id), torch.full((B, S), -1)
     group_ids, position_ids = torch.full((B, S), -1), torch.zeros(R, B, S, dtype=torch.long)
     completion_ids, logit_index = torch.full((N, T), pad_id), torch.zeros(N, T, dtype=torch.long)
+    segments = []
     for b, row in enumerate(rows):
         start = 0
+        segments.append([(len(groups[g][0].tokens), [len(c) for c in groups[g][1]]) for g in row])
         for g in row:
             prompt, completions = groups[g]
             P, next_position = len(prompt.tokens), prompt.positions.max() + 1
@@ -153,7 +148,29 @@ def pack_groups(groups, pad_id: int, row_tokens: int | None = None) -> dict:
     completion_mask = torch.arange(T) < torch.tensor(lengths, dtype=torch.long)[:, None]
     return {"input_ids": input_ids, "segment_ids": segment_ids, "group_ids": group_ids,
             "position_ids": position_ids, "pixels": cat_pixels([groups[g][0] for row in rows for g in row]),
-            "completion_ids": completion_ids, "completion_mask": completion_mask, "logit_index": logit_index}
+            "completion_ids": completion_ids, "completion_mask": completion_mask, "logit_index": logit_index,
+            "segments": segments}
+
+
+def spans_within(sizes: list[int], budget: int) -> list[tuple[int, int]]:
+    """Micro-batches by tokens: consecutive items (start, stop), of these sizes, that `budget` holds together.
+
+    A collective: every rank needs the same number of them, or FSDP's gathers would not match. A rank that
+    needs fewer halves its longest. An item alone may be larger than the budget.
+
+    >>> spans_within([50, 30, 20, 60], budget=100)
+    [(0, 3), (3, 4)]
+    """
+    spans, start = [], 0
+    for i in range(1, len(sizes) + 1):
+        if i == len(sizes) or sum(sizes[start:i + 1]) > budget:
+            spans.append((start, i))
+            start = i
+    while len(spans) < max(all_gather_object(len(spans))):
+        start, stop = max(spans, key=lambda span: span[1] - span[0])
+        at = spans.index((start, stop))
+        spans[at:at + 1] = [(start, (start + stop) // 2), ((start + stop) // 2, stop)]
+    return spans
 
 
 def to_device(batch: dict, device) -> dict:
@@ -174,6 +191,72 @@ def group_attention_mask(segment_ids: torch.Tensor, group_ids: torch.Tensor) -> 
     return (causal & same_group & visible)[:, None]
 
 
+def attention_mask_of(batch: dict):
+    """The mask of a `pack_groups` batch in the form that is fastest on its device (see group_attention)."""
+    segment_ids, group_ids = batch["segment_ids"], batch["group_ids"]
+    if segment_ids.is_cuda:
+        def may_attend(b, _, q, k):
+            same = group_ids[b, q] == group_ids[b, k]
+            return (q >= k) & same & ((segment_ids[b, k] == 0) | (segment_ids[b, q] == segment_ids[b, k]))
+
+        B, S = segment_ids.shape
+        return create_block_mask(may_attend, B, None, S, S, device=segment_ids.device)
+    mask = group_attention_mask(segment_ids, group_ids)
+    mask.segments = batch["segments"]
+    return mask
+
+
+def group_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention of the language model's layers, registered with transformers as "flatpo", by what comes in:
+
+        decoding      the sampler's cache stands where keys would, and attends itself (rollout.GroupCache)
+        on a GPU      a FlexAttention block mask: blocks that nothing may see are never computed
+        on a CPU      a mask with its `segments`: `attend_segments`
+        otherwise     any 4-D mask: scaled_dot_product_attention over the whole row
+
+    query (B, heads, S, D), key and value (B, kv, S, D) -> (B, S, heads, D). The last three agree to rounding.
+    """
+    if hasattr(key, "attend"):
+        return key.attend(value, query, attention_mask, scaling), None
+    if isinstance(attention_mask, BlockMask):
+        out = compiled_flex_attention()(query, key, value, block_mask=attention_mask, scale=scaling,
+                                        enable_gqa=query.shape[1] != key.shape[1])
+        return out.transpose(1, 2).contiguous(), None
+    if hasattr(attention_mask, "segments"):
+        return attend_segments(query, key, value, attention_mask.segments, scaling), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+@functools.cache
+def compiled_flex_attention():
+    return torch.compile(flex_attention, dynamic=True)  # eager, it builds the (S, S) scores
+
+
+def attend_segments(query, key, value, segments, scaling) -> torch.Tensor:
+    """Prompts attend causally, each completion to [its prompt | itself]: what the dense mask allows, and no
+    more, so that nothing masked is computed. Shapes as in `group_attention`; padding comes out as 0."""
+    gqa = query.shape[1] != key.shape[1]
+    attend = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=gqa)
+    rows = []
+    for b, groups in enumerate(segments):
+        lengths = [n for P, completions in groups for n in (P, *completions)]
+        lengths.append(query.shape[2] - sum(lengths))  # padding
+        q, k, v = ([x[None] for x in tensor[b].split(lengths, 1)] for tensor in (query, key, value))
+        out, at = [], 0
+        for P, completions in groups:
+            out.append(attend(q[at], k[at], v[at], is_causal=True))                      # (1, heads, P, D)
+            for i, T in enumerate(completions, at + 1):
+                visible = torch.ones(T, P + T, dtype=torch.bool).tril(P)
+                keys, values = torch.cat([k[at], k[i]], 2), torch.cat([v[at], v[i]], 2)  # (1, kv, P + T, D)
+                out.append(attend(q[i], keys, values, visible))
+            at += 1 + len(completions)
+        rows.append(torch.cat([*out, torch.zeros_like(q[-1])], 2))
+    return torch.cat(rows).transpose(1, 2).contiguous()
+
+
+AttentionInterface.register("flatpo", group_attention)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Log-probs
 
@@ -181,7 +264,9 @@ def group_attention_mask(segment_ids: torch.Tensor, group_ids: torch.Tensor) -> 
 def scaled_logits(hidden, weight, never_sampled, temperature):
     """(M, H), (V, H) -> (M, V) fp32 logits / temperature, never-sampled ids at -1e30: probability exactly 0,
     yet finite, so that p * logit in the entropy is 0, not nan. Sampler, trainer and reference use this."""
-    logits = (hidden @ weight.T).float() / temperature
+    logits = (hidden @ weight.T).float()
+    if temperature != 1:
+        logits /= temperature
     return logits.index_fill_(-1, never_sampled, -1e30)
 
 
@@ -260,6 +345,7 @@ class Policy(nn.Module):
         if not eos:
             raise InputError(f"{family}: neither generation_config nor the tokenizer names an EOS token")
 
+        text_config._attn_implementation = "flatpo"
         self.hf, self.dtype, self.filler = hf, dtype, None
         self.eos_ids = sorted(eos)
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -280,13 +366,26 @@ class Policy(nn.Module):
         """bf16 compute over fp32 weights; fp32 is left alone."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
+    @contextmanager
+    def compute_weights(self):
+        """Within it the weights are of the compute dtype, not cast anew by every forward: for the sampler.
+        Under FSDP they are so already, once gathered."""
+        masters = [(p, p.data) for p in self.parameters() if p.dtype != self.dtype]
+        for p, _ in masters:
+            p.data = p.data.to(self.dtype)
+        try:
+            yield
+        finally:
+            for p, data in masters:
+                p.data = data
+
     def pack(self, groups) -> dict:
-        """`pack_groups` with rows filled up to the longest group. Under FSDP every rank must run the vision
-        tower in every pass, or the others wait for it: there a batch without images gets a row with one,
-        `filler`, of no completion and so of gradient 0."""
+        """`pack_groups` into one row. Under FSDP every rank must run the vision tower in every pass, or the
+        others wait for it: there a batch without images gets a group with one, `filler`, of no completion and
+        so of gradient 0."""
         if self.filler is not None and not any(prompt.pixels for prompt, _ in groups):
             groups = [*groups, (self.filler, [])]
-        return pack_groups(groups, self.pad_id, row_tokens=0)
+        return pack_groups(groups, self.pad_id, one_row=True)
 
     def prompt_positions(self, tokens: torch.Tensor, text_inputs: dict, pixels: dict) -> torch.Tensor:
         """Rotary positions (R, P) of one prompt (P,). M-RoPE families say theirs (`get_rope_index`: an image
@@ -317,8 +416,8 @@ class Policy(nn.Module):
         completion_mask is False. Logits are divided by the temperature the completions were sampled at."""
         mask = batch["completion_mask"]
         with self.autocast():
-            attention_mask = group_attention_mask(batch["segment_ids"], batch["group_ids"])
-            hidden = self.hidden(batch["input_ids"], batch["position_ids"], attention_mask, batch["pixels"])
+            hidden = self.hidden(batch["input_ids"], batch["position_ids"], attention_mask_of(batch),
+                                 batch["pixels"])
             used = hidden.flatten(0, 1).index_select(0, batch["logit_index"][mask])               # (M, H)
             weight = self.hf.get_output_embeddings().weight
             per_token = ChunkedLogps.apply(used, weight, batch["completion_ids"][mask],
@@ -669,7 +768,8 @@ def clip_grad_norm_(parameters, max_norm: float) -> float:
 FREE_ON_RESUME = {
     "output_dir", "resume", "allow_changed", "max_hours", "save_steps", "save_total_limit", "ref_cache",
     "device", "shard_size", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "steps_per_generation", "per_device_eval_batch_size", "gradient_checkpointing", "reward_timeout"}
+    "steps_per_generation", "max_tokens_per_batch", "rollout_tokens", "per_device_eval_batch_size",
+    "gradient_checkpointing", "reward_timeout"}
 
 
 def digest_of(paths) -> str | None:
@@ -695,7 +795,8 @@ def describe_run(args, world_size: int) -> dict:
     return vars(args) | {
         "command": sys.argv, "world_size": world_size, "rows per update": rows * world_size,
         "updates per rollout": getattr(args, "steps_per_generation", 0) // args.gradient_accumulation_steps,
-        "micro-batch, on which this loss depends": args.per_device_train_batch_size if cut else None,
+        "micro-batch, on which this loss depends": (args.per_device_train_batch_size,
+                                                    args.max_tokens_per_batch) if cut else None,
         "data": digest_of(given), "weights": digest_of(weights), "code": digest_of(code),
         "versions": {name: version(name) for name in packages}}
 
@@ -820,7 +921,8 @@ def preflight(policy: Policy, groups, temperature: float, rank: int):
         (0.0 * logps.sum()).backward()
     except torch.OutOfMemoryError as error:
         raise InputError(f"the largest micro-batch of this run, {shape}, does not fit into memory; lower "
-                         f"--per_device_train_batch_size or add --gradient_checkpointing ({error})") from None
+                         f"--per_device_train_batch_size (or --max_tokens_per_batch), or add "
+                         f"--gradient_checkpointing ({error})") from None
     policy.zero_grad(set_to_none=True)
     if rank == 0:
         print(f"preflight: {shape} fit", flush=True)

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache
 
-from model import InputError, Interrupted, Policy, Prompt, group_attention_mask, pack_groups, to_device
+from model import InputError, Interrupted, Policy, Prompt, attention_mask_of, pack_groups, to_device
 
 # ------------------------------------------------------------------------------------------------------------
 # Keyed randomness
@@ -64,14 +65,37 @@ def keep_likely(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p:
     return logits
 
 
-def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Inverse CDF: (N, V) logits, (N,) uniforms in [0, 1) -> (N,) ids, never one of probability 0.
+def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor | None, top_k: int = 0, top_p: float = 1.0,
+                  min_p: float = 0.0, block: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse CDF: (N, V) logits, (N,) fp64 uniforms in [0, 1) -> (N,) ids, and their log-probs.
 
-    right=True skips entries where the CDF does not rise; u <= 1 - 2^-52 keeps u * total below the total, so
-    that the index cannot run off the end. fp64, because in fp32 a CDF over 150k ids forgets its small ones.
+    uniforms None takes the likeliest id. An id of probability 0 is never drawn. The CDF is summed block by
+    block in fp64 (in fp32 a CDF over 150k ids forgets its small ones), so that the vocabulary is passed over
+    twice, for the maximum and for the exponentials; their sum also normalises the log-probs.
     """
-    cdf = logits.double().softmax(-1).cumsum(-1)                                    # (N, V)
-    return torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+    V, top = logits.shape[-1], logits.amax(-1, keepdim=True)                                    # (N, 1)
+    p = (logits - top).exp_()                                                       # (N, V), unnormalised
+    whole = V // block * block
+    sums = torch.cat([p[:, :whole].view(len(p), -1, block).sum(-1, dtype=torch.float64),
+                      p[:, whole:].sum(-1, dtype=torch.float64, keepdim=True)], -1)             # (N, blocks)
+    log_total = sums.sum(-1).log()                                                              # (N,)
+    if uniforms is None:
+        token = logits.argmax(-1)
+    else:
+        if top_k or top_p < 1 or min_p:  # rare, and so not made fast
+            p = keep_likely(logits, top_k, top_p, min_p).softmax(-1)
+            sums = F.pad(p, (0, -V % block)).view(len(p), -1, block).sum(-1, dtype=torch.float64)
+        cdf = sums.cumsum(-1)
+        target = uniforms[:, None] * cdf[:, -1:]                                                # (N, 1)
+        # right=True skips entries where the CDF does not rise; 1 - 2^-52 keeps it from running off the end.
+        chosen = torch.searchsorted(cdf, target, right=True)                                    # (N, 1)
+        target = target - (cdf - sums).gather(-1, chosen)
+        ids = chosen * block + torch.arange(block, device=p.device)                             # (N, block)
+        within = p.gather(-1, ids.clamp(max=V - 1)).double().masked_fill_(ids >= V, 0.0).cumsum(-1)
+        target = torch.minimum(target.clamp(min=0.0), within[:, -1:] * (1 - 2.0**-52))
+        token = (chosen * block + torch.searchsorted(within, target, right=True)).squeeze(-1)
+    logp = logits.gather(-1, token[:, None]) - top
+    return token, (logp.squeeze(-1).double() - log_total).float()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -87,71 +111,224 @@ class Rollout(NamedTuple):
     truncated: torch.Tensor        # (N,) True where max_completion_length came before an EOS
 
 
+class GroupCache(DynamicCache):
+    """Keys and values in two regions: each prompt's once, for all its completions, and each completion's own.
+
+    So a step reads a prompt's keys once per group, not G times, which with images is most of what it reads
+    (Hydragen, arXiv 2402.05099; bifurcated attention, arXiv 2403.08845). A prompt has a slot, a completion a
+    row; all is allocated once, and reused when prompts and completions come and go.
+    prefix[layer]: K, V (slots, kv, S, D).  own[layer]: K, V (rows, kv, T, D).
+    """
+
+    def __init__(self, slots: int, rows: int, S: int, T: int):
+        super().__init__()
+        self.sizes, self.prefix, self.own = (slots, rows, S, T), {}, {}
+        self.filling = None  # while prompts are prefilled: their slots (p,)
+        self.place, self.places = None, None
+
+    def update(self, key, value, layer, *args, **kwargs):
+        """transformers' layers call it with what is new, and hand what it returns to `model.group_attention`:
+        the keys and values themselves while prompts are prefilled, else this cache and the layer."""
+        if layer not in self.prefix:
+            slots, rows, S, T = self.sizes
+            kv, D = key.shape[1], key.shape[3]
+            self.prefix[layer] = [x.new_zeros(slots, kv, S, D) for x in (key, value)]
+            self.own[layer] = [x.new_zeros(rows, kv, T, D) for x in (key, value)]
+        if self.filling is not None:
+            for buffer, new in zip(self.prefix[layer], (key, value)):
+                buffer[self.filling, :, :new.shape[2]] = new
+            return key, value
+        for buffer, new in zip(self.own[layer], (key, value)):
+            buffer[self.rows, :, self.t] = new[:, :, 0]
+        return self, layer
+
+    def attend(self, layer, query, own_bias, scaling) -> torch.Tensor:
+        """query (n, heads, 1, D), own_bias (n, 1, 1, W) -> (n, 1, heads, D): one softmax over both regions.
+
+        The prompt's part is one matrix product per prompt and kv head, over the (g, r) queries of its g
+        completions and r heads; `places` (p, g) holds the row of each, `place` (n,) finds a row's way back.
+        """
+        (prefix_k, prefix_v), (own_k, own_v) = self.prefix[layer], self.own[layer]
+        n, heads, _, D = query.shape
+        (p, g), kv, W = self.places.shape, own_k.shape[1], own_bias.shape[-1]
+        r = heads // kv
+
+        def to_groups(x):  # (n, kv, r, X) -> (p, kv, g * r, X)
+            return x[self.places.view(-1)].view(p, g, kv, r, -1).transpose(1, 2).reshape(p, kv, g * r, -1)
+
+        def to_rows(x):  # and back
+            return x.view(p, kv, g, r, -1).transpose(1, 2).reshape(p * g, kv, r, -1)[self.place]
+
+        q = query.view(n, kv, r, D)
+        shared = (to_groups(q) @ prefix_k[:p].transpose(2, 3)).float() * scaling + self.prefix_bias[:p]
+        own = (q @ own_k[:n, :, :W].transpose(2, 3)).float() * scaling + own_bias              # (n, kv, r, W)
+        top = torch.maximum(to_rows(shared.amax(-1, keepdim=True)), own.amax(-1, keepdim=True))
+        shared, own = (shared - to_groups(top)).exp_(), (own - top).exp_()
+        total = to_rows(shared.sum(-1, keepdim=True)) + own.sum(-1, keepdim=True)              # (n, kv, r, 1)
+        out = to_rows(shared.to(q.dtype) @ prefix_v[:p]) + own.to(q.dtype) @ own_v[:n, :, :W]
+        return (out / total).to(q.dtype).view(n, 1, heads, D)
+
+    def place_rows(self, slot_of: list[int], size: int, shape: tuple[int, int], device):
+        """Say which slot each row belongs to: `places`, of that shape at least, and `place` of `attend`; rows
+        up to `size` belong to none.
+
+        A place that nobody takes computes row 0 once more, and a row without a place takes the first's: for
+        nobody. The tensors keep their memory while their shapes last, as a CUDA graph needs.
+        """
+        counts, place = [0] * (max(slot_of) + 1), []
+        for slot in slot_of:
+            place.append((slot, counts[slot]))
+            counts[slot] += 1
+        g = max(*counts, shape[1])
+        places = torch.zeros(max(len(counts), shape[0]), g, dtype=torch.long)
+        for n, at in enumerate(place):
+            places[at] = n
+        place = torch.tensor([slot * g + k for slot, k in place] + [0] * (size - len(place)))
+        if self.place is None or (len(place), places.shape) != (len(self.place), self.places.shape):
+            self.place, self.places = place.to(device), places.to(device)
+        self.place.copy_(place), self.places.copy_(places)
+
+    def move(self, sources, targets, width: int):
+        """Rows take the place of others, with their first `width` tokens."""
+        for buffer in (buffer for pair in self.own.values() for buffer in pair):
+            buffer[targets, :, :width] = buffer[sources, :, :width]
+
+
+CHECK_EVERY = 8  # tokens between two looks at who has ended (and a device sync)
+# On a GPU a step is a CUDA graph, one for each size of the batch, rounded up to these: rows, own tokens.
+CUDA_GRAPHS, BUCKETS = True, {"cuda": (64, 128)}
+PREFILL_TOKENS = 16_384  # prompt tokens in one forward, at most, if they are of several prompts
+
+
 @torch.no_grad()
 def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_generations: int,
            max_completion_length: int, temperature: float, seed: int, top_k: int = 0, top_p: float = 1.0,
-           min_p: float = 0.0, stop=None) -> Rollout:
+           min_p: float = 0.0, rollout_tokens: int = 1 << 18, stop=None) -> Rollout:
     """num_generations completions of every prompt; temperature 0 is greedy (log-probs are then those at 1).
 
     top_k, top_p and min_p narrow what is drawn, not the log-probs returned: those are of the whole softmax,
     which is what the trainer computes. stop() is asked every 8 tokens; if True, Interrupted is raised.
 
-    draws: the prompts' draw numbers, which key the randomness. Results come back on the CPU. Completion
-    lengths differ freely; rows that have ended leave the batch every 8 tokens, at which point alone the
-    device is asked whether all have ended. Runs in eval() mode and restores the mode it found.
+    draws: the prompts' draw numbers, which key the randomness. Results come back on the CPU. Completions end
+    when they end: every 8 tokens those that have leave the batch, and prompts that wait take their place.
+    rollout_tokens bounds the keys and values in memory, in tokens (but one group always fits). Runs in eval()
+    mode and restores the mode it found.
     """
-    P, G, device = len(prompts), num_generations, policy.device
-    N, T, was_training = P * G, max_completion_length, policy.training
-    policy.eval()
-    batch = to_device(pack_groups([(prompt, []) for prompt in prompts], policy.pad_id), device)
-    lengths = (batch["segment_ids"] == 0).sum(-1)                                               # (P,)
-    R, S = len(batch["position_ids"]), batch["input_ids"].shape[1]
-    cache, eos = DynamicCache(), torch.tensor(policy.eos_ids, device=device)
-    with policy.autocast():
-        mask = group_attention_mask(batch["segment_ids"], batch["group_ids"])                   # (P, 1, S, S)
-        hidden = policy.hidden(batch["input_ids"], batch["position_ids"], mask, batch["pixels"], cache)
-    # Everything below is per completion: row n continues prompt n // G.
-    hidden = hidden[torch.arange(P, device=device), lengths - 1].repeat_interleave(G, 0)        # (N, H)
-    cache.batch_repeat_interleave(G)
-    next_position = torch.stack([p.positions.max() + 1 for p in prompts]).to(device)            # (P,)
-    next_position = next_position.repeat_interleave(G)                                          # (N,)
-    # The columns a completion may attend to: its prompt without the padding, then its own tokens.
-    visible = torch.ones(N, S + T, dtype=torch.bool, device=device)
-    visible[:, :S] = (batch["segment_ids"] == 0).repeat_interleave(G, 0)
-    uniforms = keyed_uniform(seed, torch.tensor(draws, device=device).repeat_interleave(G)[:, None],
-                             torch.arange(G, device=device).repeat(P)[:, None],
-                             torch.arange(T, device=device)[None])                              # (N, T)
+    P, G, T, device = len(prompts), num_generations, max_completion_length, policy.device
+    S, was_training = max(len(p.tokens) for p in prompts), policy.training
+    groups = min(P, max(1, rollout_tokens // (2 * S + G * T)))  # at once; there are two slots for each
+    slots, rows = min(P, 2 * groups), groups * G
+    cache, eos = GroupCache(slots, rows, S, T), torch.tensor(policy.eos_ids, device=device)
+    cache.prefix_bias = torch.zeros(slots, 1, 1, S, device=device)
+    uniforms = None
+    if temperature:
+        uniforms = keyed_uniform(seed, torch.tensor(draws, device=device).repeat_interleave(G)[:, None],
+                                 torch.arange(G, device=device).repeat(P)[:, None],
+                                 torch.arange(T, device=device)[None])                          # (P * G, T)
+    # Results, and a column for what rows that have ended go on writing.
+    ids = torch.full((P * G, T + 1), policy.pad_id, device=device)
+    logps = torch.zeros(P * G, T + 1, device=device)
+    # The rows: which completion each is; its last token, and that token's index and position.
+    row, token, t, position = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(4))
+    running = torch.zeros(rows, dtype=torch.bool, device=device)
+    slot_of, age_of = [], []  # of each row, on the host, which knows both without asking the device
+    waiting, n = 0, 0  # the next prompt, the number of rows
 
-    ids = torch.full((N, T), policy.pad_id, device=device)
-    logps, alive = torch.zeros(N, T, device=device), torch.zeros(N, T, dtype=torch.bool, device=device)
-    rows = torch.arange(N, device=device)  # which completion each row of the shrinking batch is
-    running = torch.ones(N, dtype=torch.bool, device=device)
-    for t in range(T):
-        logits = policy.logits(hidden, temperature or 1.0)                              # (rows, V)
-        likely = keep_likely(logits, top_k, top_p, min_p)
-        token = sample_tokens(likely, uniforms[rows, t]) if temperature else logits.argmax(-1)
-        ids[rows, t] = torch.where(running, token, policy.pad_id)
-        logp = logits.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1)            # (rows,)
-        logps[rows, t] = torch.where(running, logp, 0.0)
-        alive[rows, t] = running
-        running = running & ~torch.isin(token, eos)
-        if t % 8 == 7 or t == T - 1:
+    def draw(hidden, at):
+        """The next token of the rows `at`, from the hidden states (rows, H) of their last."""
+        logits = policy.logits(hidden, temperature or 1.0)                                      # (rows, V)
+        next_t = (t[at] + 1).clamp(max=T - 1)
+        u = None if uniforms is None else uniforms[row[at], next_t]
+        token[at], logp = sample_tokens(logits, u, top_k, top_p, min_p)
+        column = torch.where(running[at], next_t, T)
+        ids[row[at], column], logps[row[at], column] = token[at], logp
+        running[at] &= ~torch.isin(token[at], eos) & (next_t < T - 1)
+        t[at], position[at] = next_t, position[at] + 1
+
+    def admit(chosen: list[int], free: list[int]):
+        """Prefill prompts into free slots, and draw their completions' first tokens."""
+        cache.filling = torch.tensor(free, device=device)
+        batch = to_device(pack_groups([(prompts[i], []) for i in chosen], policy.pad_id), device)
+        lengths = (batch["segment_ids"] == 0).sum(-1)                                           # (p,)
+        with policy.autocast():
+            hidden = policy.hidden(batch["input_ids"], batch["position_ids"], attention_mask_of(batch),
+                                   batch["pixels"], cache)                                      # (p, S, H)
+        columns = torch.arange(S, device=device)
+        bias = torch.zeros(len(free), S, device=device).masked_fill(columns >= lengths[:, None], -math.inf)
+        cache.prefix_bias[cache.filling] = bias[:, None, None]
+        cache.filling, at = None, slice(n, n + len(chosen) * G)
+        row[at] = (torch.tensor(chosen)[:, None] * G + torch.arange(G)).view(-1).to(device)
+        last = torch.stack([prompts[i].positions.max() for i in chosen]).to(device)
+        position[at], t[at], running[at] = last.repeat_interleave(G), -1, True
+        slot_of.extend(s for s in free for _ in range(G))
+        age_of.extend([0] * len(chosen) * G)
+        hidden = hidden[torch.arange(len(chosen), device=device), lengths - 1]                  # (p, H)
+        draw(hidden.repeat_interleave(G, 0), at)
+
+    def step(size: int, width: int):
+        """One token of the first `size` rows, attending to the first `width` of their own."""
+        at, R = slice(size), len(prompts[0].positions)
+        cache.rows, cache.t = torch.arange(size, device=device), t[at]
+        future = torch.arange(width, device=device) > t[at, None]                           # (size, width)
+        own_bias = torch.zeros(size, width, device=device).masked_fill(future, -math.inf)[:, None, None]
+        with policy.autocast():
+            hidden = policy.hidden(token[at, None], position[at].expand(R, size)[..., None], own_bias,
+                                   cache=cache)                                             # (size, 1, H)
+        draw(hidden[:, 0], at)
+
+    graphs, pool = {}, torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def run(size: int, width: int):
+        """`step`; on a GPU as a CUDA graph, which spares the launches of its hundreds of kernels."""
+        key = size, width, cache.places.shape
+        if device.type != "cuda" or not CUDA_GRAPHS or key not in graphs:
+            graphs[key] = None  # the first of a size runs as it is, and warms up what a capture may not do
+            return step(size, width)
+        if graphs[key] is None:
+            graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[key], pool=pool):
+                step(size, width)
+        graphs[key].replay()
+
+    row_bucket, width_bucket = BUCKETS.get(device.type, (1, 1))
+    policy.eval()
+    with policy.compute_weights():
+        while waiting < P or n:
+            while waiting < P:
+                free = [s for s in range(slots) if s not in slot_of][:(rows - n) // G]
+                chosen = list(range(waiting, min(P, waiting + len(free))))
+                fit = max(1, PREFILL_TOKENS // S)
+                if not chosen:
+                    break
+                chosen = chosen[:fit]
+                admit(chosen, free[:len(chosen)])
+                waiting, n = waiting + len(chosen), n + len(chosen) * G
+            size = min(-(-n // row_bucket) * row_bucket, rows)
+            cache.place_rows(slot_of, size, (slots, G) if device.type in BUCKETS else (0, 0), device)
+            for _ in range(min(CHECK_EVERY, T - 1 - min(age_of))):
+                run(size, min(-(-(max(age_of) + 1) // width_bucket) * width_bucket, T))
+                age_of = [age + 1 for age in age_of]
             if stop is not None and stop():
                 raise Interrupted
-            left = running.nonzero().squeeze(-1)
-            if len(left) == 0 or t == T - 1:
-                break
-            if len(left) < len(rows):
-                cache.batch_select_indices(left)
-                rows, running, token = rows[left], running[left], token[left]
-        with policy.autocast():
-            positions = (next_position[rows] + t).expand(R, -1)[..., None]              # (R, rows, 1)
-            mask = visible[rows, None, None, :S + t + 1]                                # (rows, 1, 1, S+t+1)
-            hidden = policy.hidden(token[:, None], positions, mask, cache=cache)[:, 0]  # (rows, H)
+            # Rows from the end take the places of those that have ended.
+            keep = running[:n].nonzero().squeeze(-1).tolist()
+            sources, targets = [i for i in keep if i >= len(keep)], sorted(set(range(len(keep))) - set(keep))
+            if sources:
+                a, b = torch.tensor(sources, device=device), torch.tensor(targets, device=device)
+                cache.move(a, b, min(max(age_of) + 1, T))
+                for x in (row, token, t, position, running):
+                    x[b] = x[a]
+                for i, j in zip(sources, targets):
+                    slot_of[j], age_of[j] = slot_of[i], age_of[i]
+            n = len(keep)
+            running[n:] = False
+            del slot_of[n:], age_of[n:]
     policy.train(was_training)
-    longest = max(1, int(alive.sum(-1).max()))
-    truncated = ~torch.isin(ids, eos).logical_and(alive).any(-1)
-    return Rollout(*(x[:, :longest].cpu() for x in (ids, alive, logps)), truncated.cpu())
+    ids, logps = ids[:, :T], logps[:, :T]
+    ended = torch.isin(ids, eos)
+    mask = ended.long().cumsum(-1) - ended.long() == 0  # up to the first EOS, which is included
+    longest = max(1, int(mask.sum(-1).max()))
+    return Rollout(*(x[:, :longest].cpu() for x in (ids, mask, logps)), (~ended.any(-1)).cpu())
 
 
 # ------------------------------------------------------------------------------------------------------------

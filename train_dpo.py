@@ -113,6 +113,8 @@ def build_parser():
     # steps
     add("--per_device_train_batch_size", type=int, default=8, help="pairs (SFT: rows) of a micro-batch")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of an optimizer step")
+    add("--max_tokens_per_batch", type=int, help="cut a step into micro-batches of whole pairs by tokens, "
+        "not by per_device_train_batch_size")
     add("--num_train_epochs", type=float, default=1.0, help="passes over the data; max_steps wins")
     add("--max_steps", type=int, default=-1, help="optimizer steps; -1: from the epochs")
     add("--learning_rate", type=float, default=1e-6, help="peak, after the warm-up")
@@ -180,6 +182,9 @@ def parse_args(argv):
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps",
                  "save_total_limit", "per_device_eval_batch_size", "max_completion_length"):
         if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for name in ("max_tokens_per_batch", "rollout_tokens"):
+        if (getattr(args, name, None) or 1) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.max_steps < 1 and args.max_steps != -1:
         parser.error(f"--max_steps must be at least 1, or -1 for --num_train_epochs, got {args.max_steps}")
@@ -415,6 +420,10 @@ def main(argv=None):
                   flush=True)
     if args.preflight or args.preflight is None and device.type == "cuda":
         size = args.per_device_train_batch_size
+        if args.max_tokens_per_batch is not None:
+            prompt, answers = encode(train_rows[longest[0]])
+            group = len(prompt.tokens) + sum(map(len, answers))
+            size = max(1, args.max_tokens_per_batch // group)
         largest = (longest * size)[:size]
         model.preflight(policy, [encode(train_rows[i]) for i in largest], 1.0, rank)
     optimizer, scheduler, parameters = make_optimizer(args, policy, max_steps)
@@ -507,6 +516,10 @@ def main(argv=None):
         began = time.perf_counter()
         groups = [encode(row) for row in rows_of(step)]
         micro_batches = batches(groups, args.per_device_train_batch_size)
+        if args.max_tokens_per_batch is not None:
+            sizes = [len(prompt.tokens) + sum(map(len, answers)) for prompt, answers in groups]
+            spans = model.spans_within(sizes, args.max_tokens_per_batch)
+            micro_batches = [groups[start:stop] for start, stop in spans]
 
         # 1. what each loss is divided by, over all micro-batches and ranks
         tokens = sum(len(completions[0]) for _, completions in groups)

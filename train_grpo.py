@@ -200,6 +200,10 @@ def build_parser():
         "gradient_accumulation_steps; default: one update per rollout, in "
         f"{', '.join(UPDATES_PER_ROLLOUT)} four")
     add("--num_iterations", type=int, default=1, help="passes over a rollout")
+    add("--max_tokens_per_batch", type=int, help="cut an update into micro-batches of whole groups by "
+        "tokens, not by per_device_train_batch_size")
+    add("--rollout_tokens", type=int, default=262_144, help="keys and values in memory while sampling, in "
+        "tokens; prompts beyond wait")
     add("--num_train_epochs", type=float, default=1.0, help="passes over the data; max_steps wins")
     add("--max_steps", type=int, default=-1, help="optimizer steps; -1: from the epochs")
     add("--learning_rate", type=float, default=1e-6, help="peak, after the warm-up")
@@ -264,6 +268,9 @@ def parse_args(argv):
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps",
                  "save_total_limit", "per_device_eval_batch_size", "max_completion_length"):
         if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for name in ("max_tokens_per_batch", "rollout_tokens"):
+        if (getattr(args, name, None) or 1) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.max_steps < 1 and args.max_steps != -1:
         parser.error(f"--max_steps must be at least 1, or -1 for --num_train_epochs, got {args.max_steps}")
@@ -418,6 +425,9 @@ def main(argv=None):
     if args.preflight or args.preflight is None and device.type == "cuda":
         answer = torch.full((args.max_completion_length,), policy.pad_id)
         size, count = args.per_device_train_batch_size, math.ceil(args.per_device_train_batch_size / G)
+        if args.max_tokens_per_batch is not None:
+            group = len(encode(train_rows[longest[0]]).tokens) + G * args.max_completion_length
+            size, count = G, max(1, args.max_tokens_per_batch // group)
         largest = [encode(train_rows[i]) for i in (longest * count)[:count]]
         groups = [(prompt, [answer] * min(G, size)) for prompt in largest]
         model.preflight(policy, groups, args.temperature, rank)
@@ -495,10 +505,17 @@ def main(argv=None):
         return draws, [encode(train_rows[plan[d]]) for d in draws]
 
     def cut(prompts, rows):
-        """Micro-batches of packed rows, update after update; one smaller than G holds slices of a group."""
-        return [make_micro_batch(args, policy, prompts, rows, range(i, j))
-                for i in range(0, len(prompts) * G, completions_per_update)
-                for i, j in slices(i, i + completions_per_update, args.per_device_train_batch_size)]
+        """For each update its micro-batches of packed rows; one smaller than G holds slices of a group."""
+        lengths = rows["completion_mask"].sum(-1).view(-1, G).sum(-1)                             # (P,)
+        sizes = [len(p.tokens) + int(n) for p, n in zip(prompts, lengths)]
+        share, found = completions_per_update // G, []
+        for i in range(0, len(prompts), share):
+            spans = slices(i * G, (i + share) * G, args.per_device_train_batch_size)
+            if args.max_tokens_per_batch is not None:
+                spans = model.spans_within(sizes[i:i + share], args.max_tokens_per_batch)
+                spans = [((i + start) * G, (i + stop) * G) for start, stop in spans]
+            found.append([make_micro_batch(args, policy, prompts, rows, range(*span)) for span in spans])
+        return found
 
     if state["step"] % steps_per_rollout and not parts:
         raise model.InputError(f"the checkpoint of step {state['step']} holds no rollout, but must here; "
@@ -507,7 +524,7 @@ def main(argv=None):
         draws, prompts = prompts_of(state["step"] // steps_per_rollout)
         rows, rollout_sums = rows_of_draws(parts, draws, G), sums_of(parts, rank)
         rows |= {f"sum:{key}": torch.tensor(pair, dtype=torch.float64) for key, pair in rollout_sums.items()}
-        micro_batches = cut(prompts, rows)
+        updates_of_rollout = cut(prompts, rows)
     stopped = state["pending"] is not None and close_step(state["pending"])
     progress = tqdm(total=max_steps, initial=state["step"], desc=args.algo,
                     disable=None if rank == 0 else True)
@@ -526,7 +543,7 @@ def main(argv=None):
                     sampled = rollout.sample(
                         policy, prompts, draws, num_generations=G, temperature=args.temperature,
                         max_completion_length=args.max_completion_length, seed=args.seed, top_k=args.top_k,
-                        top_p=args.top_p, min_p=args.min_p, stop=stop)
+                        top_p=args.top_p, min_p=args.min_p, rollout_tokens=args.rollout_tokens, stop=stop)
                 texts = rollout.decode(processor, sampled)
                 rollout_time = time.perf_counter() - began
                 scores = rewards.score(texts, [p.row for p in prompts for _ in range(G)],
@@ -538,8 +555,8 @@ def main(argv=None):
 
             # 2. group rows, and the log-probs that the loss compares with
             rows = sampled._asdict() | {"draws": torch.tensor(draws)}
-            micro_batches = cut(prompts, rows)
-            penalty = []
+            updates_of_rollout = cut(prompts, rows)
+            micro_batches, penalty = [micro for update in updates_of_rollout for micro in update], []
             with torch.no_grad():
                 for micro in micro_batches:
                     batch = model.to_device(micro, device)
@@ -559,9 +576,8 @@ def main(argv=None):
             advantages = losses.advantages(args.advantage_estimator, everyone[:-1], weights, G,
                                            scale_rewards=args.scale_rewards, penalty=everyone[-1])
             rows["advantages"] = advantages[rank * len(texts):][:len(texts)].float()      # (N,)
-            size = args.per_device_train_batch_size
-            for micro, part in zip(micro_batches, rows["advantages"].split(size)):
-                micro["advantages"] = part
+            for micro in micro_batches:
+                micro["advantages"] = rows["advantages"][micro["rows"]]
             rollout_sums = rollout_metrics(names, scores, weights, sampled, G)
             if args.kl_in_reward:
                 tokens = sum(int(m["completion_mask"].sum()) for m in micro_batches)
@@ -570,7 +586,7 @@ def main(argv=None):
             save_completions(output_dir, rank, state["step"] + 1, prompts, texts, names, scores,
                              rows["advantages"], G)
 
-        mine = micro_batches[update % updates * ga:][:ga]
+        mine = updates_of_rollout[update % updates]
 
         # 4. what the loss, and the entropy bonus, are divided by, over all micro-batches and ranks
         masks, longest = [m["completion_mask"] for m in mine], args.max_completion_length
@@ -650,6 +666,7 @@ def make_micro_batch(args, policy, prompts, rows, indices) -> dict:
             groups.append((prompt, [ids]))
     batch = policy.pack(groups)
     chosen, T = torch.tensor(indices), batch["completion_ids"].shape[1]
+    batch["rows"] = chosen                                                                    # (n,)
     for name in ("advantages", "sampling_logps", "old_logps", "ref_logps"):                   # (n,), (n, T)
         if name in rows:
             batch[name] = rows[name][chosen] if rows[name].dim() == 1 else rows[name][chosen, :T]

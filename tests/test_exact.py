@@ -196,7 +196,7 @@ def test_monte_carlo_agrees_with_enumeration():
     uniforms = rollout.keyed_uniform(1, torch.arange(n)[:, None], torch.zeros(1, dtype=torch.long), torch.arange(T)[None])
     previous, alive, ids = torch.full((n,), V), torch.ones(n, dtype=torch.bool), []
     for t in range(T):
-        token = rollout.sample_tokens(world.theta.detach()[t][previous], uniforms[:, t])
+        token, _ = rollout.sample_tokens(world.theta.detach()[t][previous], uniforms[:, t])
         ids.append(torch.where(alive, token, EOS))
         previous, alive = token, alive & (token != EOS)
     key = torch.stack(ids, 1)

@@ -12,7 +12,7 @@ BATCHES = {
     "no image": [(0, [3, 5])],
     "two images": [(2, [6, 2, 9])],
     "mixed, uneven, padded": [(1, [5, 3]), (0, [2, 8, 4]), (2, [1, 6])],
-    "first fit reorders": [(1, [40, 7]), (2, [60, 60]), (1, [5])],  # rows hold groups 0 and 2, then 1: so must the images
+    "long and short": [(1, [40, 7]), (2, [60, 60]), (1, [5])],
 }
 
 
@@ -50,16 +50,16 @@ def assert_same_gradients(a, b, atol):
         torch.testing.assert_close(a[name], b[name], atol=atol, rtol=1e-4, msg=lambda m: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("row_tokens", [None, 0, 10_000], ids=["row each", "filled rows", "one row"])
+@pytest.mark.parametrize("one_row", [False, True], ids=["row each", "one row"])
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_equals_transformers_one_by_one(loaded, family, batch, row_tokens):
+def test_packed_equals_transformers_one_by_one(loaded, family, batch, one_row):
     """Guards the mask, the M-RoPE positions, the gather index and the image order: a completion that sees its sibling,
     a position off by one, the wrong prompt's image or padding that leaks changes log-probs and gradients."""
     policy, processor = loaded(family)
     groups = groups_of(policy, processor, batch)
-    packed = model.pack_groups(groups, policy.pad_id, row_tokens)
-    assert len(packed["input_ids"]) == {None: len(groups), 10_000: 1}.get(row_tokens, len(packed["input_ids"]))
+    packed = model.pack_groups(groups, policy.pad_id, one_row)
+    assert len(packed["input_ids"]) == (1 if one_row else len(groups))
     logps, *_ = policy(packed, temperature=0.7)
     expected = [x for group in groups for x in transformers_logps(policy, group, 0.7)]
     weights = [torch.randn(len(x), generator=torch.Generator().manual_seed(i)) for i, x in enumerate(expected)]
@@ -72,14 +72,34 @@ def test_packed_equals_transformers_one_by_one(loaded, family, batch, row_tokens
     assert_same_gradients(ours, theirs, atol=5e-5)
 
 
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
+def test_segments_are_the_dense_mask(loaded, batch):
+    """Attention over segments and over the whole row under the mask are one function, in hidden states and gradients,
+    for a row each and one row: a completion cut at the wrong token, or a prompt that attends forward, differs."""
+    policy, processor = loaded("qwen2_5_vl")
+    groups = groups_of(policy, processor, batch)
+    for one_row in (False, True):
+        packed = model.pack_groups(groups, policy.pad_id, one_row)
+        dense = model.group_attention_mask(packed["segment_ids"], packed["group_ids"])
+        used = packed["logit_index"][packed["completion_mask"]]
+        found = []
+        for mask in (dense, model.attention_mask_of(packed)):
+            assert hasattr(mask, "segments") == (mask is not dense)
+            hidden = policy.hidden(packed["input_ids"], packed["position_ids"], mask, packed["pixels"]).flatten(0, 1)
+            loss = (hidden[used] * torch.linspace(-1, 1, hidden.shape[1])).sum()
+            found.append((hidden[used].detach(), gradients(policy, loss)))
+        torch.testing.assert_close(found[0][0], found[1][0], atol=2e-5, rtol=1e-5)
+        assert_same_gradients(found[0][1], found[1][1], atol=2e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shared_prompt_equals_plain_form(loaded, family):
     """--no-share_prompt, the fall-back and oracle of the program itself, is the same function."""
     policy, processor = loaded(family)
     groups = groups_of(policy, processor, BATCHES["mixed, uneven, padded"])
     plain = [(prompt, [ids]) for prompt, completions in groups for ids in completions]
-    shared, *_ = policy(model.pack_groups(groups, policy.pad_id, 0))
-    repeated, *_ = policy(model.pack_groups(plain, policy.pad_id, 0))
+    shared, *_ = policy(model.pack_groups(groups, policy.pad_id, True))
+    repeated, *_ = policy(model.pack_groups(plain, policy.pad_id, True))
     torch.testing.assert_close(shared, repeated, atol=5e-6, rtol=0)
 
 
@@ -93,7 +113,7 @@ def test_image_is_encoded_once_per_group(loaded, family):
     hook = tower.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(args[0] if args else kwargs["pixel_values"]), with_kwargs=True)
     try:
-        batch = model.pack_groups(groups, policy.pad_id, 0)
+        batch = model.pack_groups(groups, policy.pad_id, True)
         policy(batch)
     finally:
         hook.remove()

@@ -125,7 +125,10 @@ def test_grpo_gradients_do_not_depend_on_micro_batches(launch, task, loss_type):
             for size in (12, 4, 2, 1)}
     metrics, grads = runs[12]
     assert metrics[0]["grad_norm"] > 0
-    for size in (4, 2, 1):
+    for budget in (1, 10_000) if loss_type == "grpo" else ():  # by tokens: each group alone, all in one
+        runs[budget] = launch("train_grpo", *grpo(task), "--max_steps", 1, "--per_device_train_batch_size", 12,
+                              "--max_tokens_per_batch", budget)
+    for size in runs.keys() - {12}:
         assert_same(runs[size][1][0], grads[0], 2e-5)
         assert runs[size][0][0]["loss"] == pytest.approx(metrics[0]["loss"], abs=1e-6)
 

@@ -26,7 +26,7 @@ def rescored(policy, prompts, sampled, G, temperature):
     groups = [(p, [sampled.completion_ids[n][sampled.completion_mask[n]] for n in range(i * G, i * G + G)])
               for i, p in enumerate(prompts)]
     with torch.no_grad():
-        return policy(model.pack_groups(groups, policy.pad_id, 0), temperature)[0]
+        return policy(model.pack_groups(groups, policy.pad_id, True), temperature)[0]
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
@@ -150,6 +150,85 @@ def test_randomness_belongs_to_the_draw(loaded):
     assert len({tuple(x) for x in whole.values()}) > 6  # the draws of a group differ
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_small_budget_changes_nothing(loaded, monkeypatch, family):
+    """Seven prompts, two groups at a time: those that wait enter while others are at work, rows move into the places of
+    those that have ended, slots are used again. Tokens, log-probs and masks are those of all groups at once; a row that
+    took a neighbour's keys, prompt, position or noise along would differ."""
+    policy, processor = loaded(family)
+    rows = [make_row(i % 3, i, "how many shapes are there? " * (1 + i % 4)) for i in range(7)]
+    prompts = encode(policy, processor, *rows)
+    monkeypatch.setattr(policy, "eos_ids", list(range(100, 116)))
+    kwargs = dict(num_generations=3, max_completion_length=28, temperature=1.2, seed=1)
+    whole = rollout.sample(policy, prompts, list(range(7)), **kwargs)
+    assert len(set(whole.completion_mask.sum(-1).tolist())) > 5
+    longest = max(len(p.tokens) for p in prompts)
+    prefills, forward = [], policy.hidden
+    monkeypatch.setattr(policy, "hidden", lambda ids, *a, **k: (prefills.append(len(ids)) if ids.shape[1] > 1 else None,
+                                                                forward(ids, *a, **k))[1])
+    for budget in (1, 2 * (2 * longest + 3 * 28)):
+        prefills.clear()
+        part = rollout.sample(policy, prompts, list(range(7)), rollout_tokens=budget, **kwargs)
+        assert sum(prefills) == 7 and max(prefills) == (1 if budget == 1 else 2)
+        for name in ("completion_ids", "completion_mask", "truncated"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)), name
+        torch.testing.assert_close(part.sampling_logps, whole.sampling_logps, atol=1e-5, rtol=0)
+    monkeypatch.setattr(rollout, "PREFILL_TOKENS", 2 * longest)
+    prefills.clear()
+    assert torch.equal(rollout.sample(policy, prompts, list(range(7)), **kwargs).completion_ids, whole.completion_ids)
+    assert prefills == [2, 2, 2, 1]
+
+
+def test_sizes_rounded_up_change_nothing(loaded, monkeypatch):
+    """What a CUDA graph needs, checked without one: rows of nobody, places of nobody and columns of nothing yet are
+    computed beside the real ones, and leave no trace in them; index tensors keep their memory."""
+    policy, processor = loaded("qwen2_5_vl")
+    prompts = mixed_prompts(policy, processor)
+    monkeypatch.setattr(policy, "eos_ids", list(range(100, 116)))
+    kwargs = dict(num_generations=5, max_completion_length=30, temperature=1.2, seed=1)
+    plain = rollout.sample(policy, prompts, [0, 1, 2], **kwargs)
+    shapes, step = set(), rollout.GroupCache.attend
+
+    def attend(cache, layer, query, own_bias, scaling):
+        shapes.add((len(query), own_bias.shape[-1], cache.places.shape, cache.places.data_ptr(), cache.place.shape))
+        return step(cache, layer, query, own_bias, scaling)
+
+    monkeypatch.setattr(rollout.GroupCache, "attend", attend)
+    monkeypatch.setitem(rollout.BUCKETS, "cpu", (4, 8))
+    rounded = rollout.sample(policy, prompts, [0, 1, 2], **kwargs)
+    assert {n for n, *_ in shapes} == {4, 8, 12, 15} and {w for _, w, *_ in shapes} == {8, 16, 24, 30}
+    assert {places for _, _, places, *_ in shapes} == {(3, 5)}
+    assert len({(n, pointer) for n, _, _, pointer, _ in shapes}) == len({n for n, *_ in shapes})
+    for name in ("completion_ids", "completion_mask", "truncated"):
+        assert torch.equal(getattr(rounded, name), getattr(plain, name)), name
+    torch.testing.assert_close(rounded.sampling_logps, plain.sampling_logps, atol=1e-5, rtol=0)
+
+
+def test_bf16_weights_come_and_go(loaded):
+    """In bf16 the sampler's forwards run on weights cast once, which are the fp32 masters again afterwards, bit for
+    bit, also when the rollout is interrupted; log-probs stay near the trainer's."""
+    policy, processor = loaded("qwen2_5_vl")
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    seen, prompts = set(), mixed_prompts(policy, processor)
+    hook = policy.hf.get_decoder().layers[0].mlp.register_forward_hook(
+        lambda module, *_: seen.add(module.gate_proj.weight.dtype))
+    policy.dtype = torch.bfloat16
+    kwargs = dict(num_generations=4, max_completion_length=12, temperature=1.0, seed=0)
+    try:
+        sampled = rollout.sample(policy, prompts, [0, 1, 2], **kwargs)
+        assert seen == {torch.bfloat16}
+        with pytest.raises(rollout.Interrupted):
+            rollout.sample(policy, prompts, [0, 1, 2], stop=lambda: True, **kwargs)
+        policy.train()
+        gap = (rescored(policy, prompts, sampled, 4, 1.0) - sampled.sampling_logps)[sampled.completion_mask].abs()
+        assert 0 < gap.mean() < 0.05
+    finally:
+        policy.dtype = torch.float32
+        hook.remove()
+    for name, p in policy.named_parameters():
+        assert p.dtype == torch.float32 and torch.equal(p, before[name]), name
+
+
 def test_sampling_leaves_no_trace(loaded):
     """The mode is restored and a training forward after a rollout is what it was before (stale rope_deltas, caches)."""
     policy, processor = loaded("qwen2_5_vl")
@@ -166,7 +245,7 @@ def test_sampling_distribution():
     logits = torch.tensor([1.0, -1e30, 0.0, 2.0, -3.0, -1e30])
     n = 200_000
     u = rollout.keyed_uniform(7, torch.arange(n // 100)[:, None], torch.arange(100)[None], torch.tensor(0)).flatten()
-    counts = torch.bincount(rollout.sample_tokens(logits.expand(n, -1), u), minlength=6).double()
+    counts = torch.bincount(rollout.sample_tokens(logits.expand(n, -1), u)[0], minlength=6).double()
     expected = n * logits.softmax(-1).double()
     assert (counts[[1, 5]] == 0).all()
     live = expected > 0
@@ -194,7 +273,8 @@ def test_narrowed_sampling_distribution(options, temperature):
     kept = rollout.keep_likely(logits, **options)
     torch.testing.assert_close(kept.double().softmax(-1)[0], expected, atol=1e-9, rtol=0)
     n, zero = 200_000, torch.zeros((), dtype=torch.long)
-    counts = torch.bincount(rollout.sample_tokens(kept.expand(n, -1), rollout.keyed_uniform(3, torch.arange(n), zero, zero)),
+    uniforms = rollout.keyed_uniform(3, torch.arange(n), zero, zero)
+    counts = torch.bincount(rollout.sample_tokens(logits.expand(n, -1), uniforms, **options)[0],
                             minlength=7)
     live = expected > 0
     assert (counts[~live] == 0).all() and (2 <= live.sum() <= 6)
@@ -213,11 +293,32 @@ def test_narrowing_changes_the_draw_and_not_the_log_probs(loaded):
         torch.testing.assert_close(narrowed.sampling_logps, rescored(policy, prompts, narrowed, 2, 1.3), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("vocabulary", [5, 256, 300, 1024])
+def test_blocks_are_one_cdf(vocabulary):
+    """The block-wise inverse CDF is the plain one, at sizes that fill blocks and that do not, with whole blocks of
+    probability 0; its log-prob is log_softmax's. Also at the uniforms where one block ends and the next begins."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 3 * torch.randn(40, vocabulary, generator=generator)
+    logits[:, vocabulary // 3:2 * vocabulary // 3 + 1] = -1e30
+    cdf = logits.double().softmax(-1).cumsum(-1)
+    edges = cdf[torch.arange(40), torch.randint(vocabulary, (40,), generator=generator)]
+    for u in (torch.rand(40, generator=generator, dtype=torch.float64), (edges - 1e-9).clamp(0, 1 - 2.0**-52),
+              (edges + 1e-9).clamp(0, 1 - 2.0**-52), torch.zeros(40, dtype=torch.float64),
+              torch.full((40,), 1 - 2.0**-52, dtype=torch.float64)):
+        token, logp = rollout.sample_tokens(logits, u)
+        assert (logits[torch.arange(40), token] > -1e29).all()
+        below = torch.where(token > 0, cdf.gather(-1, (token - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+        above = cdf.gather(-1, token[:, None])[:, 0]
+        assert ((below - 1e-6 <= u) & (u <= above + 1e-6)).all()  # fp32 exponentials, an fp64 sum
+        torch.testing.assert_close(logp, logits.log_softmax(-1).gather(-1, token[:, None])[:, 0], atol=2e-6, rtol=1e-6)
+    assert torch.equal(rollout.sample_tokens(logits, None)[0], logits.argmax(-1))
+
+
 def test_uniform_ends():
     """u = 0 must not give a masked first id, the largest u must not run off the end or give a masked last one."""
     logits = torch.tensor([[-1e30, 0.3, 0.1, -1e30]])
-    assert rollout.sample_tokens(logits, torch.tensor([0.0], dtype=torch.float64)).item() == 1
-    assert rollout.sample_tokens(logits, torch.tensor([1 - 2.0**-52], dtype=torch.float64)).item() == 2
+    assert rollout.sample_tokens(logits, torch.tensor([0.0], dtype=torch.float64))[0].item() == 1
+    assert rollout.sample_tokens(logits, torch.tensor([1 - 2.0**-52], dtype=torch.float64))[0].item() == 2
 
 
 def test_keyed_uniforms_are_uniform_and_keyed():
