@@ -455,6 +455,7 @@ def test_every_import_is_known():
 
 REWARD_FILE = '''
 import faulthandler, os, re, signal, subprocess, sys, time
+import numpy
 
 faulthandler.disable()  # a forked test process has it on
 
@@ -485,7 +486,7 @@ def fork():
 DO = {
     "sleep": sleep, "alarm": alarmed, "regex": lambda: re.match("(a+)+$", "a" * 60 + "b"),
     "exit": lambda: os._exit(3), "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV), "fork": fork,
-    "memory": lambda: bytearray(8 << 30), "quit": lambda: sys.exit("no"),
+    "memory": lambda: numpy.empty(8 << 30, "u1"), "quit": lambda: sys.exit("no"),
 }
 
 def nasty(completions, **_):
@@ -494,7 +495,7 @@ def nasty(completions, **_):
     return [float(len(text)) for text in completions]
 
 def returns(completions, what, **_):
-    import numpy, torch
+    import torch
     return eval(what[0])
 '''
 
