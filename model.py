@@ -1089,6 +1089,6 @@ class Stop:
             yield
         except Interrupted:
             pass
-        except InputError:  # a signal to the whole process group also ends the reward process
+        except InputError:  # a signal to every process of a job also ends the reward process
             if not self():
                 raise
