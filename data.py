@@ -33,6 +33,7 @@ ALIASES = {
 }
 TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # all else: image tensors
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what Pillow may decode: no PSD, EPS, FITS, ...
+MAX_IMAGE_PIXELS = 89_478_485  # looked at before decoding; from here on Pillow warns of decompression bombs
 
 
 class RowError(InputError):
@@ -51,7 +52,8 @@ def read_rows(path: str, image_root: str | None, need: tuple[str, ...]) -> list[
     file = Path(path)
     if not file.is_file():
         raise RowError(f"--dataset {path}: no such file (expected a .jsonl or .json file)")
-    reject = {"parse_constant": lambda name: (_ for _ in ()).throw(ValueError(f"{name} is not JSON"))}
+    reject = {"parse_constant": lambda name: (_ for _ in ()).throw(ValueError(f"{name} is not JSON")),
+              "object_pairs_hook": _distinct}
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -62,12 +64,12 @@ def read_rows(path: str, image_root: str | None, need: tuple[str, ...]) -> list[
             if line.strip():
                 try:
                     raw.append((f"{path}:{number}", json.loads(line, **reject)))
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise RowError(f"{path}:{number}: not valid JSON: {error}") from None
     elif file.suffix == ".json":
         try:
             objects = json.loads(text, **reject)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RowError(f"{path}: not valid JSON: {error}") from None
         if not isinstance(objects, list):
             raise RowError(f"{path}: expected a list of objects, got {type(objects).__name__}")
@@ -96,8 +98,16 @@ def read_rows(path: str, image_root: str | None, need: tuple[str, ...]) -> list[
     return rows
 
 
+def _distinct(pairs: list[tuple]) -> dict:
+    """A JSON object; json would keep the last of two equal names and drop the first without a word."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"a column stands twice among {', '.join(name for name, _ in pairs)}")
+    return dict(pairs)
+
+
 def load_image(image, row: dict) -> Image.Image:
-    """A path under the row's image root (or a PIL image) -> RGB. Refuses URLs and paths out of the root."""
+    """A path under the row's image root (or a PIL image) -> RGB as it is shown: turned as its EXIF says, what
+    is transparent over white, 16 bits as 8, the first frame. Refuses URLs and paths out of the root."""
     source = row["_source"]
     if isinstance(image, Image.Image):
         return image.convert("RGB")
@@ -113,7 +123,14 @@ def load_image(image, row: dict) -> Image.Image:
         raise RowError(f"{source}: image {image} lies outside --image_root {row['_image_root']}")
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
+            if opened.width * opened.height > MAX_IMAGE_PIXELS:
+                raise ValueError(f"{opened.width} x {opened.height} pixels are more than {MAX_IMAGE_PIXELS}")
+            shown = ImageOps.exif_transpose(opened)
+            if shown.mode == "I;16":  # convert() would clip it to white
+                shown = shown.point(lambda value: value / 256).convert("L")
+            if shown.has_transparency_data:  # convert() would show the colour beneath, mostly black
+                shown = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown.convert("RGBA"))
+            return shown.convert("RGB")
     except FileNotFoundError:
         raise RowError(f"{source}: image {path} does not exist") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # corrupt, to Pillow

@@ -465,6 +465,17 @@ def load_processor(path: str):
     return without_video(PROCESSOR_MAPPING[type(config)]).from_pretrained(path)
 
 
+def refuse_remote_code(path: str):
+    """A model whose files ask for code of their own is an error; transformers would ask, or pass over it."""
+    silent = {f"_raise_exceptions_for_{what}": False for what in (
+        "gated_repo", "missing_entries", "connection_errors")}  # as AutoProcessor does; it raises them later
+    for part in ("config", "processor_config", "preprocessor_config", "tokenizer_config"):
+        file = cached_file(path, f"{part}.json", **silent)
+        if file is not None and "auto_map" in json.loads(Path(file).read_text()):
+            raise InputError(f"--model_name_or_path {path}: {part}.json asks for code of its own (auto_map), "
+                             "which is never run; take one for transformers' own classes, often named -hf")
+
+
 def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkpointing: bool = False,
                 freeze_vision_tower: bool = False, shard_size: int | None = None):
     """A local folder or a hub id -> (Policy, processor). Weights are held in fp32 whatever the compute dtype.
@@ -477,6 +488,7 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
     if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise InputError(f"--model_name_or_path {path}: no such folder (and not a hub id like owner/name)")
     try:
+        refuse_remote_code(path)
         processor = load_processor(path)
     except OSError as error:  # not on this disk, and not on the hub, or the hub is out of reach
         raise InputError(f"--model_name_or_path {path}: {error}") from error
@@ -484,8 +496,11 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
         raise InputError(f"{path}: its processor has no chat template")
 
     def load():
-        hf = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True)
+        try:
+            hf = AutoModelForImageTextToText.from_pretrained(
+                path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True)
+        except OSError as error:  # pickled weights (pytorch_model.bin) only, above all
+            raise InputError(f"--model_name_or_path {path}: {error} (only safetensors are read)") from error
         if gradient_checkpointing:
             hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if freeze_vision_tower:
@@ -690,8 +705,6 @@ def device_mesh(device_type: str, shard_size: int | None):
     """One dimension to shard over, or two (HSDP): replicas, and the shard_size ranks that hold one."""
     world_size = dist.get_world_size()
     shard_size = shard_size or world_size
-    if world_size % shard_size:
-        raise InputError(f"--shard_size {shard_size} must divide the number of ranks, {world_size}")
     if shard_size == world_size:
         return init_device_mesh(device_type, (world_size,))
     return init_device_mesh(device_type, (world_size // shard_size, shard_size),
@@ -807,6 +820,8 @@ def open_run(args, rank: int, world_size: int) -> tuple[Path, bool]:
     With --resume auto the same command goes on with the run that its --output_dir holds, if the flags, data
     and start weights recorded in args.json are the same; else it is an error that lists what changed.
     """
+    if args.shard_size is not None and (args.shard_size < 1 or world_size % args.shard_size):
+        raise InputError(f"--shard_size {args.shard_size} must divide the number of ranks, {world_size}")
     answer = [None]
     if rank == 0:
         try:
@@ -1124,9 +1139,13 @@ def forget_after(output_dir: Path, rank: int, step: int):
     """Drop the lines of metrics.jsonl after `step`: they will be written again, each of them once."""
     file = output_dir / "metrics.jsonl"
     if rank == 0 and file.exists():
-        lines = [line for line in file.read_text().splitlines(keepends=True)
-                 if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_atomically(file, "".join(lines))
+        kept = []
+        for line in file.read_text(errors="replace").splitlines(keepends=True):
+            try:
+                kept += [line] if line.endswith("\n") and json.loads(line)["step"] <= step else []
+            except (ValueError, KeyError, TypeError):  # raised here, it would leave the other ranks waiting
+                print(f"warning: no metrics, dropped from {file}: {line[:80]!r}", flush=True)
+        write_atomically(file, "".join(kept))
 
 
 class Interrupted(Exception):
@@ -1172,6 +1191,6 @@ class Stop:
             yield
         except Interrupted:
             pass
-        except InputError:  # a signal to the whole process group also ends the reward process
+        except InputError:  # a signal to every process of a job also ends the reward process
             if not self():
                 raise

@@ -6,16 +6,22 @@ Sizes in comments: P prompts, G num_generations, N = P * G completions (group-ma
 longest completion, R position rows (3 for M-RoPE models, else 1).
 """
 
+import ctypes
 import importlib.util
 import math
 import multiprocessing
+import os
+import re
+import resource
 import signal
 import traceback
+from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 from transformers import DynamicCache
 
 from model import InputError, Interrupted, Policy, Prompt, attention_mask_of, pack_groups, to_device
@@ -335,8 +341,15 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
 # Rewards, in a process of their own
 
 
+REWARD_MEMORY = 2 << 30  # bytes that the functions may take beyond what loading their files took
+
+
 class RewardError(InputError):
-    """A reward function raised, hung, died, or did not return one finite number or None a completion."""
+    """A reward function raised, did not return one finite number or None a completion, or fails too often."""
+
+
+class RewardProcessLost(RewardError):
+    """It hung, or its process died."""
 
 
 def _load_function(spec: str):
@@ -353,15 +366,29 @@ def _load_function(spec: str):
     return getattr(module, name)
 
 
+def _bound_child():
+    """A runaway reward ends itself, by MemoryError, or by being the first that the kernel's OOM killer takes;
+    not the run. A hanging one dies with its parent. Linux only."""
+    status = Path("/proc/self/status")
+    in_use = re.search(r"VmData:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    if in_use and hard == resource.RLIM_INFINITY:  # not RLIMIT_AS: CUDA libraries map far more than they use
+        resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(in_use[1]) + REWARD_MEMORY, hard))
+        Path("/proc/self/oom_score_adj").write_text("1000")
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def _reward_child(connection, specs: list[str]):
     """The child's loop: receive (function index, columns), send ("ok", rewards), or ("error", traceback) and
     then ("row", index), the first row on which the function raises by itself (None: on none)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches every process; the run decides when to end
+    os.setpgid(0, 0)  # so that what a function starts can be killed with it
     try:
         functions = [_load_function(spec) for spec in specs]
     except BaseException as error:
         text = str(error) if isinstance(error, RewardError) else traceback.format_exc()
         return connection.send(("error", text))
+    _bound_child()
     connection.send(("ok", None))
     while True:
         try:
@@ -369,7 +396,10 @@ def _reward_child(connection, specs: list[str]):
         except EOFError:
             return
         try:
-            connection.send(("ok", functions[index](**columns)))
+            result = functions[index](**columns)
+            connection.send(("ok", result.tolist() if hasattr(result, "tolist") else result))
+        except MemoryError:  # a limit like the time's: this process ends, the run goes on
+            raise
         except Exception:
             connection.send(("error", traceback.format_exc()))  # at once: the search below may be slow
             culprit = None
@@ -383,20 +413,32 @@ def _reward_child(connection, specs: list[str]):
 
 
 class RewardRunner:
-    """Reward functions in one persistent `spawn`ed child: a hang or a crash there is a clear error here.
+    """Reward functions in one persistent `spawn`ed child, so that a hang or a crash there is none here.
 
     specs: "file.py:function". A function is called as in TRL, f(prompts=, completions=, **columns), each a
     list over the completions, and returns one finite number a completion, or None to abstain. It is not a
     sandbox: the function runs with this user's rights.
+
+    A call that takes more than `timeout` seconds, or ends its process (a crash, exit, REWARD_MEMORY), is made
+    again in a new one, completion by completion, each within a quarter of the limit. For those that hang or
+    crash it alone the function abstains: they are named and counted (`failed`). Beyond 12 of the latest 256
+    the run ends, before the other ranks would give up waiting. An exception, a wrong count or a number that
+    is not finite is a fault of the function, and ends the run at once.
     """
 
     def __init__(self, specs: list[str], timeout: float = 60.0):
-        self.specs, self.timeout, self.ready = specs, timeout, False
+        self.specs, self.timeout = specs, timeout
+        self.failed = 0  # completions of the latest `score` that a function hung or crashed on
+        self.recent = [deque(maxlen=256) for _ in specs]  # whether it did, for the latest completions
+        self._start()
+
+    def _start(self):
         context = multiprocessing.get_context("spawn")  # not fork: the parent has threads, and may have a GPU
         self.connection, child = context.Pipe()
-        self.process = context.Process(target=_reward_child, args=(child, specs), daemon=True)
+        self.process = context.Process(target=_reward_child, args=(child, self.specs), daemon=True)
         self.process.start()
         child.close()
+        self.ready = False
 
     def _ask(self, what: str, question, timeout: float):
         """Send a question (None: none), return the child's next message; death or silence is an error."""
@@ -405,38 +447,67 @@ class RewardRunner:
                 self.connection.send(question)
             if not self.connection.poll(timeout):
                 self.close()
-                raise RewardError(f"{what}: no answer within {timeout:g} s (--reward_timeout); "
-                                  "its process was killed")
+                raise RewardProcessLost(f"{what}: no answer within {timeout:g} s (--reward_timeout); "
+                                        "its process was killed")
             return self.connection.recv()
         except (EOFError, OSError):
-            self.process.join()
-            raise RewardError(f"{what}: its process died (exit code {self.process.exitcode})") from None
+            self.close()
+            raise RewardProcessLost(f"{what}: its process died "
+                                    f"(exit code {self.process.exitcode})") from None
 
     def wait_until_ready(self):
         """Block until the child has loaded every function; an error here is an error of the file."""
         if not self.ready:
-            status, text = self._ask(f"loading rewards {', '.join(self.specs)}", None, 300)
+            try:
+                status, text = self._ask(f"loading rewards {', '.join(self.specs)}", None, 300)
+            except RewardProcessLost as error:  # of no completion's making
+                status, text = "error", str(error)
             if status == "error":
                 raise RewardError(text.strip())
             self.ready = True
 
     def score(self, completions: list[str], rows: list[dict], step: int) -> torch.Tensor:
         """(functions, N) fp64, nan where a function abstained. rows: the dataset row of each completion."""
-        self.wait_until_ready()
         hidden = {"images", "chosen", "rejected"}  # pixels stay out of the pipe; answers are not prompts
         names = [k for k in dict.fromkeys(k for row in rows for k in row)
                  if k not in hidden and not k.startswith("_")]
         columns = {name: [row.get(name) for row in rows] for name in names}
         columns["prompts"], columns["completions"] = columns.pop("prompt"), completions
+        self.failed = 0
         return torch.stack([self._score_one(i, columns, rows, step) for i in range(len(self.specs))])
 
-    def _score_one(self, index: int, columns: dict, rows: list[dict], step: int) -> torch.Tensor:
+    def _score_one(self, index: int, columns: dict, rows: list[dict], step: int, alone=False) -> torch.Tensor:
+        """(N,) of one function. After a lost process it calls itself for each completion, `alone`."""
+        try:
+            rewards = self._call(index, columns, rows, step, self.timeout / 4 if alone else self.timeout)
+            self.recent[index] += [False] * len(rows)
+            return rewards
+        except RewardProcessLost as error:
+            if self.process.exitcode == -signal.SIGTERM:  # whoever ends the run ended this process as well
+                raise
+            text = str(error)
+        if not alone:
+            tqdm.write(f"warning: {text}; its {len(rows)} completions are tried one by one")
+            return torch.cat([self._score_one(index, {k: v[i:i + 1] for k, v in columns.items()},
+                                              rows[i:i + 1], step, True) for i in range(len(rows))])
+        text = f"{text}; row {rows[0]['_source']}, completion {columns['completions'][0][:200]!r}"
+        self.failed += 1
+        self.recent[index].append(True)
+        if sum(self.recent[index]) > 12:
+            raise RewardError(f"{text}: the 13th of the latest 256 completions")
+        tqdm.write(f"warning: {text}: it abstains")
+        return torch.tensor([math.nan], dtype=torch.float64)
+
+    def _call(self, index: int, columns: dict, rows: list[dict], step: int, timeout: float) -> torch.Tensor:
+        if self.connection.closed:
+            self._start()
+        self.wait_until_ready()
         completions, what = columns["completions"], f"reward {self.specs[index]}, step {step}"
 
         def at(i):
             return f"row {rows[i]['_source']}, completion {completions[i][:200]!r}"
 
-        status, result = self._ask(what, (index, columns), self.timeout)
+        status, result = self._ask(what, (index, columns), timeout)
         if status == "error":
             hint = ""
             if "string indices must be integers" in result:
@@ -445,30 +516,40 @@ class RewardRunner:
             elif "unexpected keyword argument" in result:
                 hint = "\n(it is called with every column of the dataset: give it a **kwargs)"
             try:
-                _, culprit = self._ask(what, None, self.timeout)
-            except RewardError:  # the search took too long; the traceback of the whole batch says enough
+                _, culprit = self._ask(what, None, timeout)
+            except RewardProcessLost:  # the search took too long; the traceback of the batch says enough
                 culprit = None
             where = f"a batch of {len(rows)} rows" if culprit is None else at(culprit)
             raise RewardError(f"{what} raised on {where}:\n{result.strip()}{hint}")
-        if not isinstance(result, (list, tuple)) and not hasattr(result, "tolist"):
-            raise RewardError(f"{what}: expected a list of {len(rows)} numbers, got {type(result).__name__}")
-        result = list(result.tolist() if hasattr(result, "tolist") else result)
-        if len(result) != len(rows):
-            raise RewardError(f"{what}: expected {len(rows)} rewards, one a completion, got {len(result)}")
-        for i, value in enumerate(result):
-            try:
-                number = math.nan if value is None else float(value)
-            except (TypeError, ValueError):
-                raise RewardError(f"{what}: {value!r} is not a number; {at(i)}") from None
-            if value is not None and not math.isfinite(number):
-                raise RewardError(f"{what}: returned {number} (None abstains, nan does not); {at(i)}")
-            result[i] = number
-        return torch.tensor(result, dtype=torch.float64)
+        return checked_rewards(result, len(rows), what, at)
 
     def close(self):
-        self.process.kill()
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)  # and what it has started
+        except OSError:  # it is gone, or had no time to make a group of its own
+            self.process.kill()
         self.process.join()
         self.connection.close()
+
+
+def checked_rewards(result, count: int, what: str, at) -> torch.Tensor:
+    """What a reward function returned -> (count,) fp64, None as nan; anything but a list or tuple of `count`
+    finite numbers or None is a RewardError. at(i) says which completion i is."""
+    if not isinstance(result, (list, tuple)):
+        raise RewardError(f"{what}: expected a list of {count} numbers, got {type(result).__name__}")
+    if len(result) != count:
+        raise RewardError(f"{what}: expected {count} rewards, one a completion, got {len(result)}")
+    rewards = torch.full((count,), math.nan, dtype=torch.float64)
+    for i, value in enumerate(result):
+        if value is None:
+            continue
+        try:
+            rewards[i] = float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise RewardError(f"{what}: {value!r:.200} is not a number; {at(i)}") from None
+        if not rewards[i].isfinite():
+            raise RewardError(f"{what}: returned {value} (None abstains, nan does not); {at(i)}")
+    return rewards
 
 
 # ------------------------------------------------------------------------------------------------------------

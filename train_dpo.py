@@ -33,6 +33,7 @@ import difflib
 import hashlib
 import json
 import math
+import socket
 import sys
 import time
 from collections import defaultdict
@@ -288,7 +289,7 @@ class ReferenceCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             name = hashlib.sha256("".join(sorted(new)).encode()).hexdigest()[:32]
             file = self.folder / f"{name}.safetensors"
-            temporary = file.with_suffix(f".tmp{os.getpid()}")
+            temporary = file.with_suffix(f".tmp-{socket.gethostname()}-{os.getpid()}")  # a shared folder
             save_file(new, temporary)
             temporary.rename(file)  # a killed run leaves no half-written cache
             self.known |= new

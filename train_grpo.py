@@ -39,7 +39,7 @@ import math
 import re
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from pathlib import Path
 
 import torch
@@ -159,7 +159,8 @@ def build_parser():
     add("--reward_funcs", nargs="+", default=["accuracy", "format"],
         help=f"{', '.join(REWARDS)}, or path/to/file.py:function; spaces or commas")
     add("--reward_weights", nargs="+", type=float, help="one per reward; default 1, 0.1 for format")
-    add("--reward_timeout", type=float, default=60.0, help="seconds for one call of one reward function")
+    add("--reward_timeout", type=float, default=60.0, help="seconds for one call of one reward function; a "
+        "completion that it hangs on, also alone, gets no reward")
     add("--advantage_estimator", choices=["grpo", "rloo", "gdpo"], default="grpo",
         help="baseline: the group's mean (grpo), its other completions (rloo), per reward function (gdpo)")
     add("--scale_rewards", choices=["group", "batch", "none"], help="whose std divides grpo's advantages; "
@@ -526,6 +527,7 @@ def main(argv=None):
         rows |= {f"sum:{key}": torch.tensor(pair, dtype=torch.float64) for key, pair in rollout_sums.items()}
         updates_of_rollout = cut(prompts, rows)
     stopped = state["pending"] is not None and close_step(state["pending"])
+    recent, silent_until = deque(maxlen=20), {}  # metrics of the latest steps; no warning twice in 100 steps
     progress = tqdm(total=max_steps, initial=state["step"], desc=args.algo,
                     disable=None if rank == 0 else True)
     model.set_status(output_dir, rank, "running", state["step"])
@@ -579,6 +581,7 @@ def main(argv=None):
             for micro in micro_batches:
                 micro["advantages"] = rows["advantages"][micro["rows"]]
             rollout_sums = rollout_metrics(names, scores, weights, sampled, G)
+            rollout_sums["rewards/failed"] = (float(rewards.failed), float(scores.numel()))
             if args.kl_in_reward:
                 tokens = sum(int(m["completion_mask"].sum()) for m in micro_batches)
                 rollout_sums["kl"] = (float(penalty.sum()) / args.beta, float(tokens))
@@ -607,8 +610,9 @@ def main(argv=None):
             (loss * world_size).backward()
             metrics["loss"] = (loss.detach(), 0)
             metrics["entropy"] = (entropies.detach().sum(), mask.sum())
-            gap = losses.masked_sum((old_logps - micro["sampling_logps"]).abs(), mask).sum()
-            metrics["sampling/sampling_logp_difference/mean"] = (gap, mask.sum())
+            gap = (old_logps - micro["sampling_logps"]).abs()                             # (n, T)
+            metrics["sampling/sampling_logp_difference/mean"] = losses.masked_sum(gap, mask).sum(), mask.sum()
+            metrics["sampling/sampling_logp_difference/tail"] = (mask & (gap > 0.2)).sum(), mask.sum()
             for key, (value, n) in metrics.items():
                 sums[key] = (sums[key][0] + float(value), sums[key][1] + float(n))
         grad_norm = model.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -633,6 +637,11 @@ def main(argv=None):
             tqdm.write("step 1 must start at: " + ", ".join(
                 f"{k} {metrics[k]:.6g} (expected {e})" for k, e in expected.items() if k in metrics))
         metrics |= {"rollout_time": rollout_time, "step_time": time.perf_counter() - began}
+        recent.append(metrics)
+        for sign, text in signs_of_collapse(recent).items():
+            if rank == 0 and step >= silent_until.get(sign, 0):
+                tqdm.write(f"warning, step {step}: {text}")
+                silent_until[sign] = step + 100
         stopped = close_step(metrics)
         progress.update()
 
@@ -732,6 +741,29 @@ def rollout_metrics(names, scores, weights, sampled, G) -> dict[str, tuple[float
     for name, row in zip(names, scores):
         sums[f"rewards/{name}/mean"] = (row.nansum(), (~row.isnan()).sum())
     return {key: (float(value), float(n)) for key, (value, n) in sums.items()}
+
+
+def signs_of_collapse(recent) -> dict[str, str]:
+    """{sign: warning with likely causes}, by the means of 20 steps' metrics; fewer: none. Changes nothing."""
+    keys = ("frac_reward_zero_std", "reward", "entropy", "completions/clipped_ratio",
+            "sampling/sampling_logp_difference/tail")
+    flat, reward, entropy, cut, tail = (sum(m.get(k, math.nan) for m in recent) / len(recent) for k in keys)
+    signs = {}
+    if flat > 0.9:
+        signs["spread"] = (
+            f"{flat:.0%} of the groups have no spread of rewards and teach nothing (mean reward {reward:.3g})"
+            ": prompts too easy or too hard, a reward that never tells answers apart, a low --temperature")
+    if entropy < 0.02 or cut > 0.5:
+        signs["text"] = (
+            f"entropy {entropy:.3g} a token, {cut:.0%} of the completions cut off: --learning_rate too high, "
+            "--temperature or --epsilon_high too low, --max_completion_length too short, text that repeats "
+            "itself; completions/ shows which")
+    if tail > 0.05:
+        signs["sampler"] = (
+            f"{tail:.1%} of the tokens have log-probs that differ by more than 0.2 in sampler and trainer: "
+            "bf16 (a little), positions, masks or attention kernels that one of them has wrong (a lot); "
+            "--importance_sampling_correction weighs such tokens")
+    return signs if len(recent) >= 20 else {}
 
 
 def save_completions(output_dir, rank, step, prompts, texts, names, scores, advantages, G):

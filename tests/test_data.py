@@ -322,8 +322,9 @@ def test_export_from_a_hub_id(folders, tmp_path, monkeypatch):
         if file.suffix != ".jinja":  # and it may lack files that were never asked for
             (snapshot / file.name).symlink_to(blobs / f"{i}")
     policy, processor = model.load_policy(str(folders["qwen2_5_vl"]))
-    monkeypatch.setattr(model, "cached_file", lambda source, name: str(snapshot / name))
-    model.export(policy, processor, "owner/name", tmp_path / "final")
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "cached_file", lambda source, name: str(snapshot / name))
+        model.export(policy, processor, "owner/name", tmp_path / "final")
     assert {f.name for f in folders["qwen2_5_vl"].iterdir()} <= {f.name for f in (tmp_path / "final").iterdir()}
     assert model.load_policy(str(tmp_path / "final"))[1].chat_template == processor.chat_template
 

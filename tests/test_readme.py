@@ -43,6 +43,20 @@ def test_ci_runs_the_readmes_test_command():
     assert command(INSTALL, "train_grpo.py") == f"{INSTALL} && .venv/bin/python train_grpo.py"
 
 
+def test_every_promise_has_its_test():
+    """A promise whose test was renamed or removed is held by nothing: each row names tests, or files of them, that exist."""
+    rows = README.split("| promise | held by |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
+    files = {file.name: file.read_text() for file in (ROOT / "tests").glob("test_*.py")}
+    assert len(rows) > 15
+    for row in rows:
+        named = re.findall(r"`(test_\w+(?:\.py)?)`", row.split("|")[2])
+        assert named, row
+        for name in named:
+            assert name in files or any(f"\ndef {name}(" in text for text in files.values()), name
+    for name in re.findall(r"tests/(\w+\.py)", README):
+        assert name in files, name
+
+
 def test_methods_page_is_complete():
     """METHODS.md names every loss, level, estimator, preset and function of losses.py, and each function and test that
     it names exists, under the name it gives."""

@@ -55,7 +55,7 @@ def test_rewards_take_long_and_nasty_text_quickly():
 
 
 REWARD_FILE = '''
-import math, os, signal, time
+import math, time
 
 def words(completions, solution, prompts, difficulty, **_):
     assert all(isinstance(p, str) for p in prompts) and len(difficulty) == len(completions)
@@ -85,19 +85,9 @@ def blog(completions, **_):
 def narrow(completions):
     return [1.0] * len(completions)
 
-def hangs(completions, **_):
-    while True:
-        try:
-            time.sleep(1)
-        except BaseException:
-            pass
-
 def slow_and_wrong(completions, **_):
     time.sleep(0.4)
     raise KeyError("the real reason")
-
-def dies(completions, **_):
-    os.kill(os.getpid(), signal.SIGKILL)
 '''
 ROWS = [{"_source": f"rows.jsonl:{i}", "prompt": "q", "images": [object()], "solution": s, "difficulty": i}
         for i, s in ((1, "a"), (2, None), (3, "b"))]
@@ -152,18 +142,11 @@ def test_faulty_rewards_are_named(score, name, parts):
 
 
 @pytest.mark.slow
-def test_hang_and_death_are_errors(reward_file):
-    """F38: a function that swallows every exception is killed at the limit; one whose process dies is an error."""
-    hanging = rollout.RewardRunner([f"{reward_file}:hangs"], timeout=1.0)
-    with pytest.raises(rollout.RewardError, match=r":hangs, step 3: no answer within 1 s"):
-        hanging.score(TEXTS, ROWS, step=3)
-    assert not hanging.process.is_alive()
-    dying = rollout.RewardRunner([f"{reward_file}:dies"])
-    for _ in range(2):  # in the call, and between calls
-        with pytest.raises(rollout.RewardError, match=r":dies, step 3: its process died \(exit code -9\)"):
-            dying.score(TEXTS, ROWS, step=3)
+def test_the_reason_is_not_lost_in_the_search_for_the_row(reward_file):
+    """A function that raises on every row, slowly: the traceback comes before the search for the row, which may end at
+    the limit. (What hangs or crashes is in test_faults.py.)"""
     slow = rollout.RewardRunner([f"{reward_file}:slow_and_wrong"], timeout=0.8)
-    with pytest.raises(rollout.RewardError, match="the real reason"):  # not lost in the search for the row
+    with pytest.raises(rollout.RewardError, match="the real reason"):
         slow.score(TEXTS * 5, ROWS * 5, step=3)
 
 

@@ -280,7 +280,8 @@ def test_run_folder(launch, task, tmp_path):
     assert args["algo"] == "grpo" and args["epsilon_high"] == 0.2 and "torch" in args["versions"]
     keys = {"step", "epoch", "loss", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std", "ratio",
             "rewards/spread/mean", "entropy", "completions/mean_length", "completions/clipped_ratio",
-            "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean", "eval/reward"}
+            "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean", "eval/reward",
+            "sampling/sampling_logp_difference/tail", "rewards/failed"}
     assert keys <= metrics[1].keys()
     lines = [json.loads(line) for line in open(folder / "completions" / "step_1.jsonl")]
     assert len(lines) == 8 and {"row", "completion", "advantage", "spread"} <= lines[0].keys()
