@@ -22,9 +22,8 @@ Where this differs from the papers and from TRL:
     by the content of weights, ids and pixels; there is no second model in memory.
  6. rewards/accuracies counts a tie as 1/2, so it starts at 0.5 (TRL: 0).
  7. --label_smoothing makes sigmoid cDPO (TRL ignores it there); WPO weighs pair losses only.
- 8. What a loss needs beyond log-probs is a column of the data (losses.COLUMNS_OF) or --guide_model. A pair's
-    weight (--weight_column) multiplies its pair losses; they are divided by the number of pairs all the same.
- 9. LCPO's share of right labels starts at 0.9 and moves by 0.1 a step, like delta: our choice.
+ 8. A pair's weight (--weight_column) multiplies its pair losses, whose count stays the number of pairs.
+ 9. LCPO's share of right labels starts at 0.9 and moves by a tenth a step: our choice.
 """
 
 import os
@@ -453,12 +452,9 @@ def main(argv=None):
         return [train_rows[i] for i in plan[step * step_rows + rank * mine:][:mine]]
 
     stop = model.Stop(args.max_hours)
-    references = []
-    scorers = [lambda: policy] if set(args.loss_type) - losses.REFERENCE_FREE else []
-    if args.guide_model is not None:
-        scorers.append(lambda: load_guide(args, policy, processor, device))
-    for load in scorers:
-        scorer = load()
+
+    def cached(scorer, name):
+        """Its log-probs of every row that the run will visit and of the held-out ones."""
         cache = ReferenceCache(args.ref_cache, scorer)
         visited = {id(row): row for step in range(max_steps) for row in rows_of(step)}.values()
         batched = encoded(list(visited), args.per_device_train_batch_size)
@@ -466,13 +462,16 @@ def main(argv=None):
             computed, found = cache.add(scorer, batched, args.share_prompt, stop)
             batched = encoded(eval_rows, args.per_device_eval_batch_size)
             cache.add(scorer, batched, args.share_prompt, stop)
-        del scorer
-        if stop.agreed():  # what was computed is on disk, and there is nothing else to lose
-            return model.end_run(output_dir, rank, "stopped", None, rewards)
-        if rank == 0:
-            print(f"{'guide' if references else 'reference'} log-probs: {computed} pairs computed, {found} "
-                  f"found in {cache.folder}", flush=True)
-        references.append(cache)
+            if rank == 0:
+                print(f"{name} log-probs: {computed} pairs computed, {found} found in {cache.folder}",
+                      flush=True)
+        return cache
+
+    references = [cached(policy, "reference")] if set(args.loss_type) - losses.REFERENCE_FREE else []
+    if args.guide_model is not None:
+        references.append(cached(load_guide(args, policy, processor, device), "guide"))
+    if references and stop.agreed():  # what was computed is on disk, and there is nothing else to lose
+        return model.end_run(output_dir, rank, "stopped", None, rewards)
     if args.preflight or args.preflight is None and device.type == "cuda":
         size = args.per_device_train_batch_size
         largest = (longest * size)[:size]

@@ -354,6 +354,10 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     ("train_dpo", ["--algo", "sft", "--f_divergence_type", "forward_kl"], "--f_divergence_type does nothing to sft"),
     ("train_dpo", ["--algo", "aot", "--use_weighting"], "--use_weighting weighs pairs"),
     ("train_dpo", ["--algo", "sft", "--ld_alpha", "0.5"], "--ld_alpha compares the lengths of a pair"),
+    ("train_dpo", ["--algo", "tgdpo", "--guide_model", "x", "--ld_alpha", "0.5"], "tgdpo has its own weights"),
+    ("train_dpo", ["--algo", "tgdpo"], "tgdpo needs --guide_model"),
+    ("train_dpo", ["--algo", "dpo", "--guide_model", "x"], "tgdpo needs --guide_model, a model trained by DPO, and nothing else"),
+    ("train_dpo", ["--algo", "aot", "--weight_column", "weight"], "--weight_column weighs pairs"),
     ("train_grpo", ["--algo", "rloo", "--scale_rewards", "group"], "--scale_rewards is for --advantage_estimator grpo"),
     ("train_grpo", ["--algo", "rloo", "--beta", "0"], "--kl_in_reward needs --beta"),
     ("train_grpo", ["--algo", "gdpo", "--kl_in_reward", "--beta", "1"], "--kl_in_reward cannot go with gdpo"),
@@ -684,6 +688,17 @@ def test_a_guide_of_another_vocabulary_is_refused(launch, folders):
     """TGDPO compares the two models token by token: with other ids that would be noise."""
     with pytest.raises(model.InputError, match="another vocabulary"):
         launch("train_dpo", "--algo", "tgdpo", "--guide_model", folders["llava"], "--max_steps", 1)
+
+
+def test_a_changed_guide_is_refused(tmp_path):
+    """A run that goes on with other weights behind the same --guide_model path would train on another loss."""
+    (tmp_path / "model.safetensors").write_bytes(b"before")
+    args = train_dpo.parse_args(["--algo", "tgdpo", "--guide_model", str(tmp_path)])
+    before = model.describe_run(args, 1)
+    model.check_unchanged(before, model.describe_run(args, 1), [])
+    (tmp_path / "model.safetensors").write_bytes(b"after")
+    with pytest.raises(model.InputError, match="weights:"):
+        model.check_unchanged(before, model.describe_run(args, 1), [])
 
 
 def plain_entropies(policy, prompt, ids, temperature):
