@@ -10,10 +10,13 @@ A dataset is a .jsonl (one object a line) or a .json file (a list of objects). C
     chosen    chosen | completion,  rejected                train_dpo.py: strings, or one assistant message
 
 Images stand where `<image>` (in strings) or image blocks (in messages) say, else before the first user text;
-any other number of placeholders is an error. Every other column reaches the reward functions untouched.
+any other number of placeholders is an error. If the prompt's last message is the assistant's, the answer goes
+on with it, and it alone is scored (Step-DPO: the right steps there, the next one in chosen and rejected).
+losses.COLUMNS are numbers that some losses take; every other column reaches the reward functions untouched.
 """
 
 import json
+import math
 import os
 import random
 from pathlib import Path
@@ -105,6 +108,15 @@ def _distinct(pairs: list[tuple]) -> dict:
     return dict(pairs)
 
 
+def check_numbers(rows: list[dict], name: str, low: float, high: float, why: str):
+    """RowError unless row[name] is a number from low to high in every row. why: the flag that takes it."""
+    for row in rows:
+        value = row.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise RowError(f"{row['_source']}: {why} takes a number from {low:g} to {high:g} from the column "
+                           f"{name}, got {str(value)[:80]!r}")
+
+
 def load_image(image, row: dict) -> Image.Image:
     """A path under the row's image root (or a PIL image) -> RGB as it is shown: turned as its EXIF says, what
     is transparent over white, 16 bits as 8, the first frame. Refuses URLs and paths out of the root."""
@@ -190,6 +202,15 @@ def _render(processor, messages: list[dict], source: str, **kwargs) -> str:
         raise RowError(f"{source}: the chat template refused it: {type(error).__name__}: {error}") from error
 
 
+def _render_prompt(processor, messages: list[dict], source: str) -> str:
+    """Up to where the answer begins: a new assistant turn, or the end of the one that the prompt began."""
+    if messages[-1]["role"] != "assistant":
+        return _render(processor, messages, source, add_generation_prompt=True)
+    if not messages[-1]["content"] or "text" not in messages[-1]["content"][-1]:
+        raise RowError(f"{source}: the prompt's last message is the assistant's, and does not end with text")
+    return _render(processor, messages, source, continue_final_message=True)
+
+
 def encode_prompt(policy: Policy, processor, row: dict) -> Prompt:
     """One processor call for one row: chat template with generation prompt, ids, image tensors, positions."""
     messages, images = to_messages(row), [load_image(image, row) for image in row["images"]]
@@ -197,7 +218,7 @@ def encode_prompt(policy: Policy, processor, row: dict) -> Prompt:
     for block in (b for m in messages for b in m["content"] if b["type"] == "text"):
         if image_token and image_token in block["text"]:
             raise RowError(f"{source}: the prompt's text contains the model's own image token {image_token}")
-    text = _render(processor, messages, source, add_generation_prompt=True)
+    text = _render_prompt(processor, messages, source)
     try:
         inputs = processor(text=[text], images=[images] if images else None, return_tensors="pt",
                            **_special_tokens(processor.tokenizer, text))
@@ -225,9 +246,10 @@ def encode_completion(policy: Policy, processor, row: dict, column: str) -> torc
         raise RowError(f"{source}: {column} must be a non-empty string or one assistant message, "
                        f"got {str(answer)[:80]!r}")
     messages = to_messages(row)
-    prompt = _render(processor, messages, source, add_generation_prompt=True)
-    reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-    whole = _render(processor, [*messages, reply], source)
+    prompt = _render_prompt(processor, messages, source)
+    begun = messages.pop()["content"] if messages[-1]["role"] == "assistant" else [{"text": ""}]
+    text = {"type": "text", "text": begun[-1]["text"] + answer}
+    whole = _render(processor, [*messages, {"role": "assistant", "content": [*begun[:-1], text]}], source)
     rest = whole.removeprefix(prompt)
     if rest == whole or answer.strip() not in rest:
         raise RowError(f"{source}: the chat template does not render {column} whole after the prompt: "
@@ -261,8 +283,10 @@ def encode_group(policy: Policy, processor, row: dict, columns: tuple[str, ...])
 # The order of draws
 
 
-def draw_plan(num_rows: int, num_draws: int, seed: int, dropped: set[int] = frozenset()) -> list[int]:
+def draw_plan(num_rows: int, num_draws: int, seed: int, dropped: set[int] = frozenset(),
+              keys: list | None = None) -> list[int]:
     """The row of every draw of a run: epoch by epoch a permutation keyed by (seed, epoch), less `dropped`.
+    With keys, one of each row, an epoch goes by them, lowest first; rows of the same key stay permuted.
 
     A pure function, so that a run can continue anywhere and no rank's data depends on how many ranks there
     are. There is no ragged last batch: a batch that crosses an epoch's end goes on into the next one.
@@ -273,6 +297,8 @@ def draw_plan(num_rows: int, num_draws: int, seed: int, dropped: set[int] = froz
     plan, epoch = [], 0
     while len(plan) < num_draws:
         order = np.random.default_rng([seed, epoch]).permutation(num_rows).tolist()
+        if keys is not None:
+            order.sort(key=keys.__getitem__)
         plan += [i for i in order if i not in dropped][:num_draws - len(plan)]
         epoch += 1
     return plan
@@ -297,7 +323,7 @@ def check_length(row: dict, length: int, limit: int):
 
 
 def check_rows(rows, num_draws: int, seed: int, overlong: str, limit: int, rank: int, world_size: int,
-               length_of):
+               length_of, sort_by: str | None = None):
     """Read and encode every row the run will visit, before it starts -> (its `draw_plan`, the rows' indices
     from the longest to the shortest), alike on all ranks.
 
@@ -306,8 +332,9 @@ def check_rows(rows, num_draws: int, seed: int, overlong: str, limit: int, rank:
     checked in turn. The work is split over the ranks.
     """
     dropped, checked, lengths = set(), set(), {}
+    keys = None if sort_by is None else [row[sort_by] for row in rows]
     while True:
-        plan = draw_plan(len(rows), num_draws, seed, dropped)
+        plan = draw_plan(len(rows), num_draws, seed, dropped, keys)
         todo = sorted(set(plan) - checked)
         if not todo:
             break
@@ -371,8 +398,10 @@ def shapes_rows(count: int, seed: int, split: str) -> list[dict]:
         rng = random.Random(f"{split} {seed} {i}")  # a str seeds by sha512: the same on every machine
         right = rng.randint(1, 6)
         wrong = rng.choice([n for n in range(1, 7) if n != right])
-        say = "<think>i see {0} shapes</think><answer>{0}</answer>".format
+        say, gap = "<think>i see {0} shapes</think><answer>{0}</answer>".format, abs(right - wrong)
+        p = 1 / (1 + math.exp(-gap))  # a judge with reward -|error|
         rows.append({"prompt": "how many shapes are there?", "images": [draw_shapes(rng, right)],
-                     "solution": str(right), "chosen": say(right), "rejected": say(wrong),
+                     "solution": str(right), "chosen": say(right), "rejected": say(wrong), "margin": gap,
+                     "chosen_probs": p, "chosen_probs_win": p, "chosen_probs_lose": 1 - p,
                      "_source": f"shapes {split} {i}", "_image_root": None})
     return rows

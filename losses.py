@@ -121,6 +121,93 @@ def sppo_hard_loss(r_w, r_l, *, beta, **_):
     return (r_w - 1 / (2 * beta)) ** 2 + (r_l + 1 / (2 * beta)) ** 2
 
 
+def sppo_soft_loss(r_w, r_l, *, beta, chosen_probs_win, chosen_probs_lose, **_):
+    """SPPO (arXiv 2405.00675): (r_w - (P_w - 1/2) / beta)^2 + (r_l - (P_l - 1/2) / beta)^2, P the probability
+    that an answer beats the policy's own. P = 1, 0 is `sppo_hard`; the authors' code has half of both."""
+    return (r_w - (chosen_probs_win - 0.5) / beta) ** 2 + (r_l - (chosen_probs_lose - 0.5) / beta) ** 2
+
+
+def ipo_soft_loss(r_w, r_l, *, beta, chosen_probs_win, chosen_probs_lose, **_):
+    """EGPO's regression (arXiv 2503.08942), offline: (r_w - r_l - (P_w - P_l) / beta)^2, P the probability to
+    beat one and the same third answer. Its on-policy answers and extragradient steps are not here."""
+    return (r_w - r_l - (chosen_probs_win - chosen_probs_lose) / beta) ** 2
+
+
+def dno_loss(r_w, r_l, *, beta, chosen_probs, **_):
+    """DNO (arXiv 2404.03715), cDPO with a label for each pair: -P log sigma(m) - (1 - P) log sigma(-m), P the
+    probability that chosen is the better answer; DNO's is sigma of the difference of expected wins."""
+    return smoothed(beta * (r_w - r_l), 1 - chosen_probs)
+
+
+def modpo_loss(r_w, r_l, *, beta, margin, **_):
+    """MODPO (arXiv 2310.03708): -log sigma(m - margin). w_0 stands in both: beta is the paper's beta / w_0,
+    margin the sum of w_k / w_0 (reward_k of chosen - of rejected) over the other objectives k."""
+    return -F.logsigmoid(beta * (r_w - r_l) - margin)
+
+
+def modpo_hinge_loss(r_w, r_l, *, beta, margin, **_):
+    """MODPO's hinge variant: max(0, 1 - (m - margin))."""
+    return F.relu(1 - (beta * (r_w - r_l) - margin))
+
+
+def madpo_weights(margin, tau=math.log(999), c_min=0.5, c_max=2.0, slope=1.0):
+    """MADPO's weight of a pair by its margin h of a reward model, (B,) -> (B,): 1 where h <= -tau, else
+    sigma(c h) / sigma(h), where c falls from c_max on hard pairs to c_min on easy ones, 1 at |h| = tau:
+
+        c = c_min + (c_max - c_min) / (1 + (c_max - 1) / (1 - c_min) e^(slope (|h| - tau)))
+
+    The form and constants of the authors' code; tau is the logit of 0.999.
+    """
+    steepness = (slope * (margin.abs() - tau)).clamp(max=80).exp()
+    c = c_min + (c_max - c_min) / (1 + (c_max - 1) / (1 - c_min) * steepness)
+    return torch.where(margin > -tau, (F.logsigmoid(c * margin) - F.logsigmoid(margin)).exp(), 1.0)
+
+
+def madpo_loss(r_w, r_l, *, beta, margin, **_):
+    """MADPO (arXiv 2510.05342): DPO, each pair times `madpo_weights` of its reward-model margin."""
+    return madpo_weights(margin) * -F.logsigmoid(beta * (r_w - r_l))
+
+
+def lcpo_posterior(m, eta):
+    """LCPO's E-step (arXiv 2509.24159): the probability that a pair's label is right, detached. (B,) -> (B,)
+
+        q = eta p / (eta p + (1 - eta) (1 - p)) = sigma(m + logit(eta)),   p = sigma(m)
+    """
+    eta = min(max(eta, 1e-6), 1 - 1e-6)
+    return (m.detach() + math.log(eta / (1 - eta))).sigmoid()
+
+
+def lcpo_loss(r_w, r_l, *, beta, eta, **_):
+    """LCPO on DPO (arXiv 2509.24159), M-step: -q log sigma(m) - (1 - q) log sigma(-m), q `lcpo_posterior`."""
+    m = beta * (r_w - r_l)
+    return smoothed(m, 1 - lcpo_posterior(m, eta))
+
+
+def next_lcpo_eta(eta: float, mean_q: float, momentum: float = 0.1) -> float:
+    """LCPO's share of right labels, (1 - momentum) eta + momentum mean(q), of a whole optimizer step's q. The
+    momentum and the start at 0.9 are ours: the paper's are not established."""
+    return (1 - momentum) * eta + momentum * mean_q
+
+
+def guided_sum(logps, ref_logps, guide_logps, mask, *, beta, sign, alpha=0.5):
+    """TGDPO's weighted log-ratio (arXiv 2506.14574): sum_t (1 + sign alpha rhat_t) (log pi - log pi_ref),
+    rhat_t = beta (log pi_guide - log pi_ref). Four (B, T) -> (B,); alpha 0.5 is the authors'."""
+    weights = 1 + sign * alpha * beta * torch.where(mask, guide_logps - ref_logps, 0.0)
+    return (weights * torch.where(mask, logps - ref_logps, 0.0)).sum(-1)
+
+
+def tgdpo_loss(r_w, r_l, *, beta, guided_w, guided_l, **_):
+    """TGDPO (arXiv 2506.14574): DPO on `guided_sum`s, of sign 1 for chosen and -1 for rejected. The guide is
+    already trained by DPO: tokens that it likes count more in chosen, less in rejected answers."""
+    return -F.logsigmoid(beta * (guided_w - guided_l))
+
+
+def asft_loss(r_w, r_l, *, s_w, s_l, n_w, n_l, **_):
+    """ASFT's alignment term (arXiv 2409.10571), without a reference: -log p_w - log(1 - p_l), which equals
+    -log sigma(logit p_w) - log sigma(-logit p_l); p: geometric mean of an answer's token probabilities."""
+    return -s_w / n_w - torch.log(-torch.expm1((s_l / n_l).clamp(max=-1e-6)))  # p_l = 1: finite
+
+
 def aot_loss(r_w, r_l, *, beta, s_w, s_l, label_smoothing=0.0, **_):
     """AOT, paired (arXiv 2406.05882): d = sort(s_w - s_l) - sort(s_w^ref - s_l^ref), each sorted over the
     micro-batch's pairs; then as DPO on beta d. s: summed log-probs, s^ref = s - r."""
@@ -167,9 +254,18 @@ PAIR_LOSSES = {
     "exo_pair": exo_pair_loss, "nca_pair": nca_pair_loss, "robust": robust_loss, "bco_pair": bco_pair_loss,
     "sppo_hard": sppo_hard_loss, "aot": aot_loss, "aot_unpaired": aot_unpaired_loss,
     "apo_zero": apo_zero_loss, "apo_down": apo_down_loss, "discopop": discopop_loss,
-    "sigmoid_norm": sigmoid_norm_loss, "simpo": simpo_loss}
+    "sigmoid_norm": sigmoid_norm_loss, "simpo": simpo_loss, "sppo_soft": sppo_soft_loss,
+    "ipo_soft": ipo_soft_loss, "dno": dno_loss, "modpo": modpo_loss, "modpo_hinge": modpo_hinge_loss,
+    "madpo": madpo_loss, "lcpo": lcpo_loss, "tgdpo": tgdpo_loss, "asft": asft_loss}
 PREFERENCE_LOSSES = [*PAIR_LOSSES, "sft"]
-REFERENCE_FREE = {"simpo", "sft"}
+REFERENCE_FREE = {"simpo", "asft", "sft"}
+# Numbers of a pair that come with the data: {column: (lowest, highest)}, and the losses that take them.
+COLUMNS = {"margin": (-1e6, 1e6), "chosen_probs": (0, 1), "chosen_probs_win": (0, 1),
+           "chosen_probs_lose": (0, 1)}
+COLUMNS_OF = {
+    "sppo_soft": ("chosen_probs_win", "chosen_probs_lose"), "dno": ("chosen_probs",),
+    "ipo_soft": ("chosen_probs_win", "chosen_probs_lose"),
+    "modpo": ("margin",), "modpo_hinge": ("margin",), "madpo": ("margin",)}
 # Those that are functions of g(r_w) and g(r_l) with g(r) = r, and so have an f-divergence form.
 F_DIVERGENCE_LOSSES = {"sigmoid", "hinge", "ipo", "ipo_sum", "exo_pair", "robust", "discopop", "sigmoid_norm"}
 SORTING_LOSSES = {"aot", "aot_unpaired"}
@@ -229,16 +325,19 @@ def nll_loss(logps, mask, *, normalization):
 
 
 def preference_losses(loss_types, chosen_logps, chosen_mask, rejected_logps=None, rejected_mask=None,
-                      ref_chosen_logps=None, ref_rejected_logps=None, *, beta, nll_normalization="sequence",
+                      ref_chosen_logps=None, ref_rejected_logps=None, guide_chosen_logps=None,
+                      guide_rejected_logps=None, *, beta, nll_normalization="sequence",
                       f_divergence_type="reverse_kl", f_alpha_divergence_coef=0.5, ld_alpha=1.0,
-                      pair_weights=None, delta=0.0, label_smoothing=0.0, simpo_gamma=0.5, discopop_tau=0.05):
+                      pair_weights=None, columns=None, delta=0.0, eta=0.9, label_smoothing=0.0,
+                      simpo_gamma=0.5, discopop_tau=0.05):
     """The terms of a mix such as MPO's (0.8 sigmoid + 0.2 bco_pair + 1.0 sft, arXiv 2411.10442).
 
     *_logps: (B, Tc) chosen, (B, Tr) rejected, per token; ref_*: the same of the reference, None if every loss
-    is REFERENCE_FREE; rejected may be None when loss_types is only `sft`. pair_weights (B,) multiply the pair
-    losses (WPO). The last four are the options of single losses. Returns ({loss_type: (sum, count)},
-    {metric: (sum, count)}); the metrics are TRL's: rewards are beta * logratio (without a reference: SimPO's
-    beta * mean log-prob), an accuracy counts a tie as 1/2 (TRL counts it 0; at the start all are ties).
+    is REFERENCE_FREE; guide_*: those of `tgdpo`'s guide; rejected may be None when loss_types is only `sft`.
+    pair_weights (B,) multiply the pair losses, whose count stays B; columns: {name: (B,)} of COLUMNS_OF. The
+    last five are the options of single losses. Returns ({loss_type: (sum, count)}, {metric: (sum, count)});
+    the metrics are TRL's: rewards are beta * logratio (without a reference: SimPO's beta * mean log-prob), an
+    accuracy counts a tie as 1/2 (TRL counts it 0; at the start all are ties).
     """
     for name in loss_types:
         if name not in PREFERENCE_LOSSES:
@@ -260,8 +359,13 @@ def preference_losses(loss_types, chosen_logps, chosen_mask, rejected_logps=None
     else:
         r_w = s_w - ld_sum(ref_chosen_logps, chosen_mask, rejected_mask, ld_alpha)
         r_l = s_l - ld_sum(ref_rejected_logps, rejected_mask, chosen_mask, ld_alpha)
-    options = dict(beta=beta, delta=delta, label_smoothing=label_smoothing, simpo_gamma=simpo_gamma,
-                   discopop_tau=discopop_tau, s_w=s_w, s_l=s_l, n_w=n_w, n_l=n_l)
+    options = dict(beta=beta, delta=delta, eta=eta, label_smoothing=label_smoothing, simpo_gamma=simpo_gamma,
+                   discopop_tau=discopop_tau, s_w=s_w, s_l=s_l, n_w=n_w, n_l=n_l) | (columns or {})
+    if guide_chosen_logps is not None:
+        chosen = chosen_logps, ref_chosen_logps, guide_chosen_logps, chosen_mask
+        rejected = rejected_logps, ref_rejected_logps, guide_rejected_logps, rejected_mask
+        options["guided_w"] = guided_sum(*chosen, beta=beta, sign=1)
+        options["guided_l"] = guided_sum(*rejected, beta=beta, sign=-1)
     for name in loss_types:
         if name not in PAIR_LOSSES:
             continue
@@ -276,6 +380,8 @@ def preference_losses(loss_types, chosen_logps, chosen_mask, rejected_logps=None
         terms[name] = (values if pair_weights is None else values * pair_weights).sum(), B
     chosen_rewards, rejected_rewards = beta * r_w.detach(), beta * r_l.detach()
     margins = chosen_rewards - rejected_rewards
+    if "lcpo" in terms:
+        metrics["lcpo_posterior"] = lcpo_posterior(margins, eta).sum(), B
     metrics |= {"logps/rejected": (masked_sum(rejected_logps, rejected_mask).detach().sum(), B),
                 "rewards/chosen": (chosen_rewards.sum(), B), "rewards/rejected": (rejected_rewards.sum(), B),
                 "rewards/margins": (margins.sum(), B),

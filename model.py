@@ -801,8 +801,8 @@ def describe_run(args, world_size: int) -> dict:
     code = [*sorted(Path(__file__).parent.glob("*.py")), *(path for path in rewards if os.path.isfile(path))]
     kinds = {args.loss_type} if isinstance(args.loss_type, str) else set(args.loss_type)
     cut = kinds & {"aot", "aot_unpaired", "bnpo"} or getattr(args, "top_entropy_quantile", 1.0) < 1
-    path = args.model_name_or_path
-    weights = sorted(Path(path).glob("*.safetensors")) if path and os.path.isdir(path) else []
+    folders = [path for path in (args.model_name_or_path, getattr(args, "guide_model", None)) if path]
+    weights = [file for path in folders for file in sorted(Path(path).glob("*.safetensors"))]
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
     packages = ("torch", "transformers", "safetensors", "pillow", "numpy")
     return vars(args) | {

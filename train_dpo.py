@@ -22,6 +22,8 @@ Where this differs from the papers and from TRL:
     by the content of weights, ids and pixels; there is no second model in memory.
  6. rewards/accuracies counts a tie as 1/2, so it starts at 0.5 (TRL: 0).
  7. --label_smoothing makes sigmoid cDPO (TRL ignores it there); WPO weighs pair losses only.
+ 8. A pair's weight (--weight_column) multiplies its pair losses, whose count stays the number of pairs.
+ 9. LCPO's share of right labels starts at 0.9 and moves by a tenth a step: our choice.
 """
 
 import os
@@ -64,6 +66,11 @@ PRESETS = {
     "discopop": dict(loss_type=["discopop"], beta=0.05, learning_rate=5e-7),  # arXiv 2406.08414
     "apo_zero": dict(loss_type=["apo_zero"], beta=0.1, learning_rate=2e-7),  # arXiv 2408.06266
     "apo_down": dict(loss_type=["apo_down"], beta=0.1, learning_rate=2e-7),  # arXiv 2408.06266
+    "sppo_soft": dict(loss_type=["sppo_soft"], beta=1e-3, learning_rate=5e-7),  # arXiv 2405.00675
+    "madpo": dict(loss_type=["madpo"], beta=0.1, learning_rate=1e-5),  # arXiv 2510.05342, the authors' code
+    "tgdpo": dict(loss_type=["tgdpo"], beta=0.1, learning_rate=7e-7),  # arXiv 2506.14574; needs --guide_model
+    "step_dpo": dict(loss_type=["sigmoid"], beta=0.5, num_train_epochs=8.0),  # arXiv 2406.18629; see data.py
+    "modpo": dict(loss_type=["modpo"], beta=0.1),  # arXiv 2310.03708; beta is beta / w_0 here
     # Of these the loss is the paper's; beta and what else stands here are customary values.
     "ipo": dict(loss_type=["ipo"], beta=0.1),  # arXiv 2310.12036
     "slic": dict(loss_type=["hinge"], beta=0.1),  # arXiv 2305.10425
@@ -73,6 +80,9 @@ PRESETS = {
     "cdpo": dict(loss_type=["sigmoid"], beta=0.1, label_smoothing=0.1),  # DPO with label noise
     "wpo": dict(loss_type=["sigmoid"], beta=0.1, use_weighting=True),  # arXiv 2406.11827
     "ld_dpo": dict(loss_type=["sigmoid"], beta=0.1, ld_alpha=0.5),  # arXiv 2409.06411
+    "dno": dict(loss_type=["dno"], beta=0.1),  # arXiv 2404.03715
+    "lcpo": dict(loss_type=["lcpo"], beta=0.1),  # arXiv 2509.24159
+    "asft": dict(loss_type=["sft", "asft"], loss_weights=[1.0, 0.1]),  # arXiv 2409.10571
     "dpo_norm": dict(loss_type=["sigmoid_norm"], beta=5.0, learning_rate=5e-7),  # arXiv 2411.15124
 }
 # For the tiny model, used when no --model_name_or_path is given.
@@ -108,10 +118,13 @@ def build_parser():
     add("--simpo_gamma", type=float, default=0.5, help="SimPO's margin gamma (its paper tunes gamma / beta)")
     add("--ld_alpha", type=float, default=1.0, help="LD-DPO: weight of an answer's tokens beyond the other's")
     add("--use_weighting", action=on_off, default=False, help="WPO: weigh pairs by how on-policy they are")
+    add("--weight_column", help="column of the data that multiplies each pair's losses")
+    add("--guide_model", help="tgdpo: folder or hub id of the DPO-trained model that weighs the tokens")
     add("--f_divergence_type", default="reverse_kl", help="of the pull to the reference",
         choices=["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"])
     add("--f_alpha_divergence_coef", type=float, default=0.5, help="alpha of alpha_divergence")
     # steps
+    add("--sort_by", help="column of the data: train in its order, lowest first, in each epoch (Curry-DPO)")
     add("--per_device_train_batch_size", type=int, default=8, help="pairs (SFT: rows) of a micro-batch")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of an optimizer step")
     add("--max_tokens_per_batch", type=int, help="cut a step into micro-batches of whole pairs by tokens, "
@@ -229,10 +242,28 @@ def check_args(args, parser):
     if args.f_divergence_type != "reverse_kl" and (without or not pairs):
         parser.error(f"--f_divergence_type does nothing to {without or 'sft'}; it is for "
                      f"{', '.join(sorted(losses.F_DIVERGENCE_LOSSES))}")
-    if args.use_weighting and (not pairs or given & losses.SORTING_LOSSES):
-        parser.error("--use_weighting weighs pairs: not sft, nor aot and aot_unpaired, which sort them apart")
-    if args.ld_alpha != 1 and not pairs:
-        parser.error("--ld_alpha compares the lengths of a pair, and sft has none")
+    for flag in ("use_weighting", "weight_column"):
+        if getattr(args, flag) and (not pairs or given & losses.SORTING_LOSSES):
+            parser.error(f"--{flag} weighs pairs: not sft, nor aot and aot_unpaired, which sort them apart")
+    if args.ld_alpha != 1 and (not pairs or "tgdpo" in given):
+        parser.error("--ld_alpha compares the lengths of a pair: sft has none, and tgdpo has its own weights")
+    if ("tgdpo" in given) != (args.guide_model is not None):
+        parser.error("tgdpo needs --guide_model, a model trained by DPO, and nothing else takes it")
+
+
+def check_columns(args, train_rows, eval_rows):
+    """The numbers that losses, --weight_column and --sort_by take from the data, in every row of it."""
+    needs = {c: f"--loss_type {name}" for name in args.loss_type for c in losses.COLUMNS_OF.get(name, ())}
+    for column, why in needs.items():
+        data.check_numbers([*train_rows, *eval_rows], column, *losses.COLUMNS[column], why)
+    if args.weight_column is not None:
+        data.check_numbers([*train_rows, *eval_rows], args.weight_column, 0, 1e6, "--weight_column")
+    if args.sort_by is not None:
+        data.check_numbers(train_rows, args.sort_by, -1e300, 1e300, "--sort_by")
+    used = {*needs, args.weight_column, args.sort_by}
+    for column in sorted({*losses.COLUMNS, "weight"} & train_rows[0].keys() - used):
+        if args.dataset is not None and os.environ.get("RANK", "0") == "0":
+            print(f"warning: {train_rows[0]['_source']}: nothing uses the column {column}", file=sys.stderr)
 
 
 # --- reference log-probs, computed once and kept on disk
@@ -308,38 +339,59 @@ def pack(groups, policy, share_prompt: bool):
     return policy.pack(groups)
 
 
-def score_groups(args, policy, groups, reference, delta):
-    """One micro-batch -> ({loss: (sum, count)}, {metric: (sum, count)}). Chosen and rejected alternate."""
+def score_groups(args, policy, groups, references, state):
+    """One micro-batch -> ({loss: (sum, count)}, {metric: (sum, count)}). Chosen and rejected alternate.
+
+    references: the ReferenceCaches of reference and guide, as far as the losses take them."""
     batch = model.to_device(pack(groups, policy, args.share_prompt), policy.device)
     logps, _, log_sum_sq_probs = policy(batch)                                                  # (N, T)
     mask = batch["completion_mask"]
     options = dict(
-        beta=args.beta, delta=delta, label_smoothing=args.label_smoothing, simpo_gamma=args.simpo_gamma,
-        nll_normalization=args.nll_normalization, ld_alpha=args.ld_alpha,
+        beta=args.beta, delta=state["delta"], eta=state["eta"], label_smoothing=args.label_smoothing,
+        simpo_gamma=args.simpo_gamma, nll_normalization=args.nll_normalization, ld_alpha=args.ld_alpha,
         f_divergence_type=args.f_divergence_type, f_alpha_divergence_coef=args.f_alpha_divergence_coef)
     if len(groups[0][1]) == 1:  # sft alone: no rejected answers were read
         return losses.preference_losses(args.loss_type, logps, mask, **options)
     arguments = [logps[0::2], mask[0::2], logps[1::2], mask[1::2]]                              # (B, T) each
-    if reference is not None:
+    for reference in references:
         ref_logps = reference.logps(groups, mask)                                               # (N, T)
         arguments += [ref_logps[0::2], ref_logps[1::2]]
+
+    def column(name):
+        return torch.tensor([float(prompt.row[name]) for prompt, _ in groups], device=mask.device)  # (B,)
+
+    options["columns"] = {c: column(c) for name in args.loss_type for c in losses.COLUMNS_OF.get(name, ())}
+    if args.weight_column is not None:
+        options["pair_weights"] = column(args.weight_column)
     if args.use_weighting:
         weights = losses.wpo_weights(logps, log_sum_sq_probs, mask)                             # (N,)
-        options["pair_weights"] = weights[0::2] * weights[1::2]                                 # (B,)
+        options["pair_weights"] = options.get("pair_weights", 1.0) * weights[0::2] * weights[1::2]
     return losses.preference_losses(args.loss_type, *arguments, **options)
+
+
+def load_guide(args, policy, processor, device):
+    """TGDPO's guide, to be scored once like the reference and then let go."""
+    guide, own = model.load_policy(args.guide_model, args.dtype, device, shard_size=args.shard_size)
+    if own.tokenizer.get_vocab() != processor.tokenizer.get_vocab():
+        raise model.InputError(f"--guide_model {args.guide_model} has another vocabulary than the policy")
+    guide.filler = policy.filler
+    return guide
 
 
 def start_value(args, name: str) -> str:
     """What a loss must be before the first step: the policy is the reference, every log-ratio is 0."""
     if name in losses.REFERENCE_FREE:
-        return {"sft": "the NLL of the chosen answers", "simpo": "the margin of the starting policy"}[name]
-    if args.use_weighting:
-        return "weighted, below the unweighted one"
+        return "the starting policy's own value"
+    if args.use_weighting or args.weight_column:
+        return "weighted"
+    if name in losses.COLUMNS_OF:
+        return "of the rows' columns"
     zero, one = torch.zeros(1), torch.ones(1)
     score = losses.f_divergence_score(zero, args.f_divergence_type, args.f_alpha_divergence_coef)
     r = score if name in losses.F_DIVERGENCE_LOSSES else zero
     value = losses.PAIR_LOSSES[name](r, r, beta=args.beta, delta=0.0, label_smoothing=args.label_smoothing,
-                                     s_w=zero, s_l=zero, n_w=one, n_l=one, discopop_tau=0.05)
+                                     s_w=zero, s_l=zero, n_w=one, n_l=one, discopop_tau=0.05, eta=0.9,
+                                     guided_w=zero, guided_l=zero)
     return f"{value.item():.4f}"
 
 
@@ -361,6 +413,7 @@ def main(argv=None):
         eval_rows = []
     if args.eval_dataset is not None:
         eval_rows = data.read_rows(args.eval_dataset, args.image_root, ("prompt", *columns))
+    check_columns(args, train_rows, eval_rows)
     step_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
     steps = args.num_train_epochs * len(train_rows) / step_rows
     max_steps = args.max_steps if args.max_steps > 0 else math.ceil(steps)
@@ -389,7 +442,7 @@ def main(argv=None):
 
     limit = data.length_limit(policy, args.max_length)
     plan, longest = data.check_rows(train_rows, max_steps * step_rows, args.seed, args.overlong, limit, rank,
-                                    world_size, lambda row: data.group_length(encode(row)))
+                                    world_size, lambda row: data.group_length(encode(row)), args.sort_by)
     eval_rows = data.check_eval_rows(eval_rows, limit, rank, world_size,
                                      lambda row: data.group_length(encode(row)))
 
@@ -405,20 +458,26 @@ def main(argv=None):
         return [train_rows[i] for i in plan[step * step_rows + rank * mine:][:mine]]
 
     stop = model.Stop(args.max_hours)
-    reference = None
-    if set(args.loss_type) - losses.REFERENCE_FREE:
-        reference = ReferenceCache(args.ref_cache, policy)
+
+    def cached(scorer, name):
+        """Its log-probs of every row that the run will visit and of the held-out ones."""
+        cache = ReferenceCache(args.ref_cache, scorer)
         visited = {id(row): row for step in range(max_steps) for row in rows_of(step)}.values()
         batched = encoded(list(visited), args.per_device_train_batch_size)
-        with model.gathered(policy), stop.passes():
-            computed, found = reference.add(policy, batched, args.share_prompt, stop)
+        with model.gathered(scorer), stop.passes():
+            computed, found = cache.add(scorer, batched, args.share_prompt, stop)
             batched = encoded(eval_rows, args.per_device_eval_batch_size)
-            reference.add(policy, batched, args.share_prompt, stop)
-        if stop.agreed():  # what was computed is on disk, and there is nothing else to lose
-            return model.end_run(output_dir, rank, "stopped", None, rewards)
-        if rank == 0:
-            print(f"reference log-probs: {computed} pairs computed, {found} found in {reference.folder}",
-                  flush=True)
+            cache.add(scorer, batched, args.share_prompt, stop)
+            if rank == 0:
+                print(f"{name} log-probs: {computed} pairs computed, {found} found in {cache.folder}",
+                      flush=True)
+        return cache
+
+    references = [cached(policy, "reference")] if set(args.loss_type) - losses.REFERENCE_FREE else []
+    if args.guide_model is not None:
+        references.append(cached(load_guide(args, policy, processor, device), "guide"))
+    if references and stop.agreed():  # what was computed is on disk, and there is nothing else to lose
+        return model.end_run(output_dir, rank, "stopped", None, rewards)
     if args.preflight or args.preflight is None and device.type == "cuda":
         size = args.per_device_train_batch_size
         if args.max_tokens_per_batch is not None:
@@ -443,7 +502,7 @@ def main(argv=None):
 
         with torch.no_grad(), model.gathered(policy), stop.passes():
             for groups in encoded(eval_rows, args.per_device_eval_batch_size):
-                terms, metrics = score_groups(args, policy, groups, reference, state["delta"])
+                terms, metrics = score_groups(args, policy, groups, references, state)
                 add(terms, "eval/loss/")
                 add(metrics, "eval/")
                 if stop():
@@ -474,10 +533,11 @@ def main(argv=None):
 
     # --- what a checkpoint holds besides weights and optimizer. Data order and randomness follow from step.
     #     pending: metrics of `step` that still wait for their evaluation
-    state = {"step": 0, "pending": {"step": 0}, "delta": 0.0, "start": {}, "end": {}, "skipped": 0}
+    state = {"step": 0, "pending": {"step": 0}, "delta": 0.0, "eta": 0.9, "start": {}, "end": {},
+             "skipped": 0}
     if resumed or args.resume not in ("auto", "never"):
         path = None if args.resume in ("auto", "never") else args.resume
-        state = model.load_checkpoint(output_dir, policy, optimizer, rank, path)[0] or state
+        state |= model.load_checkpoint(output_dir, policy, optimizer, rank, path)[0] or {}
         model.forget_after(output_dir, rank, state["step"] - (state["pending"] is not None))
     if "scheduler" in state:
         scheduler.load_state_dict(state["scheduler"])
@@ -531,7 +591,7 @@ def main(argv=None):
         # 2. gradients: each micro-batch adds its share of the step's weighted sum
         sums = defaultdict(lambda: (0.0, 0.0))
         for micro in micro_batches:
-            terms, metrics = score_groups(args, policy, micro, reference, state["delta"])
+            terms, metrics = score_groups(args, policy, micro, references, state)
             loss = sum(weight * terms[name][0] / counts[name] for name, weight in weighted)
             (loss * world_size).backward()
             metrics |= {f"loss/{name}": (total.detach(), count) for name, (total, count) in terms.items()}
@@ -548,7 +608,7 @@ def main(argv=None):
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # 4. everything below is diagnostics, except that BCO's shift moves by this step's mean reward
+        # 4. everything below is diagnostics, except that BCO's shift and LCPO's share move by this step
         means = {key: total / count for key, (total, count) in model.all_reduce_sums(sums, device).items()}
         metrics = {"step": step + 1, "epoch": (step + 1) * step_rows / len(train_rows),
                    "loss": sum(weight * means[f"loss/{name}"] for name, weight in weighted),
@@ -559,6 +619,10 @@ def main(argv=None):
             mean_reward = (means["rewards/chosen"] + means["rewards/rejected"]) / 2
             if math.isfinite(mean_reward):
                 state["delta"] = losses.next_bco_delta(state["delta"], mean_reward, step, args.bco_delta)
+        if "lcpo" in args.loss_type:
+            metrics["lcpo_eta"] = state["eta"]
+            if math.isfinite(means["lcpo_posterior"]):
+                state["eta"] = losses.next_lcpo_eta(state["eta"], means["lcpo_posterior"])
         if rank == 0 and step == 0:
             tqdm.write("step 1 must start at: " + ", ".join(
                 f"{name} {means[f'loss/{name}']:.4f} (expected {start_value(args, name)})"

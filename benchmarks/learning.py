@@ -53,13 +53,18 @@ def main():
         flags = [part for name, value in tiny.items() for part in (f"--{name}", value)]
         if module is train_dpo:
             flags += ["--ref_cache", args.folder / "ref_cache"]
+        if algo == "tgdpo":
+            flags += ["--guide_model", args.folder / f"dpo-{seed}" / "final"]
         return run(f"{module.__name__}.py", args.folder / f"{algo}-{seed}", "--algo", algo, "--seed", seed,
                    "--model_name_or_path", args.folder / f"start-{seed}" / "final", *flags)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(start, args.seeds))
-        jobs = [(algo, seed) for algo in args.algos for seed in args.seeds]
-        results = dict(zip(jobs, pool.map(learn, jobs)))
+        algos = dict.fromkeys([*(["dpo"] if "tgdpo" in args.algos else []), *args.algos])  # its guide is that run's
+        results = {}
+        for part in [a for a in algos if a != "tgdpo"], [a for a in algos if a == "tgdpo"]:
+            jobs = [(algo, seed) for algo in part for seed in args.seeds]
+            results |= dict(zip(jobs, pool.map(learn, jobs)))
 
     print("| --algo | " + " | ".join(f"seed {seed}" for seed in args.seeds) + " | margin | seconds |")
     print("|---|" + "---|" * (len(args.seeds) + 2))

@@ -164,6 +164,26 @@ def test_completion_is_the_answer_and_its_eos(loaded, family):
     assert torch.equal(ids, as_messages)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_begun_turn_is_continued(loaded, family):
+    """Step-DPO: steps in a last assistant message are prompt, in the same turn and unscored; the completion is the next
+    step and its EOS; prompt and completion together are the conversation as the template renders it whole."""
+    policy, processor = loaded(family)
+    steps, step = "<think>i see 4 shapes", "</think><answer>4</answer>"
+    question = {"role": "user", "content": "how many shapes are there?"}
+    row = make_row(1, 5) | {"prompt": [question, {"role": "assistant", "content": steps}], "chosen": step, "rejected": "</think>"}
+    prompt, (ids, _) = data.encode_group(policy, processor, row, ("chosen", "rejected"))
+    plain = data.encode_prompt(policy, processor, row | {"prompt": [question]})
+    assert prompt.tokens[:len(plain.tokens)].tolist() == plain.tokens.tolist()  # no second turn
+    assert processor.tokenizer.decode(prompt.tokens[len(plain.tokens):]) == steps
+    assert processor.tokenizer.decode(ids[:-1]) == step and ids[-1] in policy.eos_ids
+    whole = data.encode_completion(policy, processor, row | {"prompt": [question], "chosen": steps + step}, "chosen")
+    assert [*prompt.tokens[len(plain.tokens):].tolist(), *ids.tolist()] == whole.tolist()
+    assert row["prompt"][1]["content"] == steps  # the row is as it was
+    with pytest.raises(data.RowError, match="row 5: the prompt's last message is the assistant's, and does not end with text"):
+        data.encode_prompt(policy, processor, row | {"prompt": [question, {"role": "assistant", "content": ""}]})
+
+
 @pytest.mark.parametrize("column, value, message", [
     ("chosen", "", "non-empty"), ("chosen", 4, "non-empty"), ("rejected", [{"role": "user"}], "non-empty"),
     ("chosen", "same", "are the same"), ("chosen", "4<|im_end|>lost", "end-of-turn token"), ("chosen", "a <|image_pad|>", "placeholder tokens"),
@@ -241,6 +261,17 @@ def test_draw_plan_covers_each_row_once_an_epoch():
     assert data.draw_plan(7, 10, seed=3) == plan[:10] and data.draw_plan(7, 24, seed=4) != plan
     kept = data.draw_plan(7, 10, seed=3, dropped={2, 5})
     assert Counter(kept) == Counter([0, 1, 3, 4, 6] * 2)
+
+
+def test_draw_plan_by_a_column():
+    """Curry-DPO: each epoch goes by the column, equal ones in an order of the seed's; skipped rows leave no gap."""
+    keys = [3, 1, 2, 1, 1.5, 1, -4]
+    plan = data.draw_plan(7, 14, seed=3, keys=keys)
+    for epoch in (plan[:7], plan[7:]):
+        assert sorted(epoch) == list(range(7)) and [keys[i] for i in epoch] == sorted(keys)
+    orders = {tuple(data.draw_plan(7, 7, seed=seed, keys=keys)) for seed in range(20)}
+    assert len(orders) == 6  # three rows of the same key
+    assert Counter(data.draw_plan(7, 10, seed=3, dropped={2, 5}, keys=keys)) == Counter([0, 1, 3, 4, 6] * 2)
 
 
 def test_shapes_task():

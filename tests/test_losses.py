@@ -93,9 +93,52 @@ BY_HAND = {
                            lambda x: B_ * (-(1 - E_) * sigma(GAMMA - B_ * x) + E_ * sigma(B_ * x - GAMMA)), (-7, -8))}
 
 
+# What comes with the data: a pair's probabilities and margin; LCPO's eta; TGDPO's weighted log-ratios 1.2 w + 0.3, 0.7 l - 0.2.
+P_, PW, PL, MARGIN, ETA = 0.7, 0.8, 0.3, 1.7, 0.85
+COLUMNS = dict(chosen_probs=torch.tensor(P_, **F64), chosen_probs_win=torch.tensor(PW, **F64),
+               chosen_probs_lose=torch.tensor(PL, **F64), margin=torch.tensor(MARGIN, **F64))
+
+
+def soft_label(m, p):
+    return -p * log(sigma(m)) - (1 - p) * log(sigma(-m)), -p * sigma(-m) + (1 - p) * sigma(m)
+
+
+def madpo_weight(h, tau=log(0.999 / 0.001)):
+    """As the authors' code has it, c_max 2, c_min 1/2."""
+    c = 0.5 + 1.5 / (1 + 2 * exp(abs(h) - tau))
+    return sigma(c * h) / sigma(h) if h > -tau else 1.0
+
+
+def posterior(m, eta):
+    return eta * sigma(m) / (eta * sigma(m) + (1 - eta) * sigma(-m))
+
+
+def tgdpo_by_hand(w, l):
+    x = B_ * (1.2 * w + 0.3 - (0.7 * l - 0.2))
+    return -log(sigma(x)), -1.2 * B_ * sigma(-x), 0.7 * B_ * sigma(-x)
+
+
+def asft_by_hand(w, l):
+    p_w, p_l = exp((w - 7) / NW), exp((l - 8) / NL)
+    return -log(p_w) - log(1 - p_l), -1 / NW, p_l / (1 - p_l) / NL
+
+
+BY_HAND |= {
+    "sppo_soft": lambda w, l: ((w - (PW - 0.5) / B_) ** 2 + (l - (PL - 0.5) / B_) ** 2, 2 * w - 2 * (PW - 0.5) / B_,
+                               2 * l - 2 * (PL - 0.5) / B_),
+    "ipo_soft": lambda w, l: ((w - l - (PW - PL) / B_) ** 2, 2 * (w - l - (PW - PL) / B_), -2 * (w - l - (PW - PL) / B_)),
+    "dno": through_m(lambda m: soft_label(m, P_)[0], lambda m: soft_label(m, P_)[1]),
+    "modpo": through_m(lambda m: -log(sigma(m - MARGIN)), lambda m: -sigma(MARGIN - m)),
+    "modpo_hinge": through_m(lambda m: max(0, 1 - m + MARGIN), lambda m: -1.0 if m - MARGIN < 1 else 0.0),
+    "madpo": through_m(lambda m: -madpo_weight(MARGIN) * log(sigma(m)), lambda m: -madpo_weight(MARGIN) * sigma(-m)),
+    "lcpo": through_m(lambda m: soft_label(m, posterior(m, ETA))[0], lambda m: soft_label(m, posterior(m, ETA))[1]),
+    "tgdpo": tgdpo_by_hand, "asft": asft_by_hand}
+
+
 def pair_loss(name, r_w, r_l, **options):
     defaults = dict(beta=B_, delta=0.0, label_smoothing=E_, simpo_gamma=GAMMA, discopop_tau=TAU, s_w=r_w - 7, s_l=r_l - 8,
-                    n_w=torch.tensor(NW), n_l=torch.tensor(NL))
+                    n_w=torch.tensor(NW), n_l=torch.tensor(NL), eta=ETA, guided_w=1.2 * r_w + 0.3,
+                    guided_l=0.7 * r_l - 0.2) | COLUMNS
     return losses.PAIR_LOSSES[name](r_w, r_l, **defaults | options)
 
 
@@ -228,15 +271,89 @@ def test_simpo_needs_no_reference():
             losses.preference_losses([name], chosen, cm, rejected, rm, beta=0.1, label_smoothing=0.1)
 
 
-@pytest.mark.parametrize("name", losses.PREFERENCE_LOSSES)
+def test_limits_of_the_column_losses():
+    """Where a column says nothing, the loss is the plain one: SPPO with P = 1, 0, labels of 1 - eps, a margin of 0; and
+    ASFT's two terms are the log-sigmas of log-odds that the paper writes."""
+    r_w, r_l = torch.tensor([1.5, -2.0], **F64), torch.tensor([-0.5, 3.0], **F64)
+
+    def same(name, other, **columns):
+        torch.testing.assert_close(pair_loss(name, r_w, r_l, **columns), pair_loss(other, r_w, r_l))
+
+    same("sppo_soft", "sppo_hard", chosen_probs_win=1, chosen_probs_lose=0)
+    same("ipo_soft", "ipo_sum", chosen_probs_win=0.9, chosen_probs_lose=0.4)
+    same("dno", "sigmoid", chosen_probs=1 - E_)
+    same("modpo_hinge", "hinge", margin=0)
+    torch.testing.assert_close(pair_loss("modpo", r_w, r_l, margin=0), pair_loss("sigmoid", r_w, r_l, label_smoothing=0.0))
+    means = torch.stack([(r_w - 7) / NW, (r_l - 8) / NL])
+    log_odds = means - torch.log(1 - means.exp())
+    expected = -torch.log(torch.sigmoid(log_odds[0])) - torch.log(torch.sigmoid(-log_odds[1]))
+    torch.testing.assert_close(pair_loss("asft", r_w, r_l), expected)
+
+
+def test_madpo_weights_by_hand():
+    """MADPO: c = 1, so weight 1, at |h| = tau; above 1 for hard pairs that the reward model gets right, below for easy
+    ones and for those that it gets a little wrong, 1 where it is sure that the label is wrong; finite far out."""
+    tau = log(999)
+    margins = torch.tensor([-30.0, -tau - 1e-9, -tau + 1e-6, -3.0, -0.5, 0.0, 0.5, 3.0, tau, tau + 2, 30.0], **F64)
+    weights = losses.madpo_weights(margins)
+    torch.testing.assert_close(weights, torch.tensor([madpo_weight(h) for h in margins.tolist()], **F64))
+    assert weights[:2].tolist() == [1, 1] and weights[5] == 1 and weights[8].item() == pytest.approx(1)
+    assert (weights[3:5] < 1).all() and (weights[6:8] > 1).all() and weights[9] < 1
+    assert losses.madpo_weights(torch.tensor([-1e6, 1e6])).tolist() == [1, 1]
+
+
+def test_lcpo_posterior_and_eta():
+    """LCPO: Bayes' rule on the label, no gradient, finite at the ends; eta moves a tenth of the way to the mean of q, and
+    stays where it is while the policy is the reference (q = eta)."""
+    m = torch.tensor([-3.0, 0.0, 0.4], **F64, requires_grad=True)
+    q = losses.lcpo_posterior(m, 0.9)
+    torch.testing.assert_close(q, torch.tensor([posterior(x, 0.9) for x in m.tolist()], **F64))
+    assert not q.requires_grad and q[1].item() == pytest.approx(0.9)
+    for eta in (0.0, 1.0):
+        assert losses.lcpo_posterior(torch.tensor([-1e4, 0.0, 1e4]), eta).isfinite().all()
+    assert losses.next_lcpo_eta(0.9, 0.4) == pytest.approx(0.85)
+    batch = pair_batch()
+    terms, metrics = losses.preference_losses(["lcpo"], *batch, beta=0.1, eta=0.8)
+    ms = [0.1 * (a - b) for a, b in zip([0.0, 1.0], [-1.0, -0.5])]
+    assert terms["lcpo"][0].item() == pytest.approx(sum(soft_label(x, posterior(x, 0.8))[0] for x in ms))
+    assert metrics["lcpo_posterior"][0].item() == pytest.approx(sum(posterior(x, 0.8) for x in ms))
+
+
+def test_tgdpo_weighs_tokens_by_the_guide():
+    """TGDPO: 1 + alpha rhat on a chosen token, 1 - alpha rhat on a rejected one, rhat = beta log(guide / reference);
+    nan in the padding stays there; a guide that is the reference gives DPO; metrics are those of plain log-ratios."""
+    batch = pair_batch()
+    ref_w, ref_l = batch[4:]
+    guides = [ref + torch.tensor([1.0, -2.0, 3.0], **F64)[:ref.shape[1]] for ref in (ref_w, ref_l)]
+    beta, alpha = 0.1, 0.5
+    terms, metrics = losses.preference_losses(["tgdpo"], *batch, *guides, beta=beta)
+    u = [[(0.5, -0.5), (0.5, 0.25, 0.25)], [(-1.0,), (0.0, -0.5)]]  # per-token log-ratios of policy to reference
+    rhat = [beta * x for x in (1.0, -2.0, 3.0)]
+    w, l = ([sum((1 + sign * alpha * h) * x for x, h in zip(pair, rhat)) for pair in side] for side, sign in zip(u, (1, -1)))
+    assert terms["tgdpo"][0].item() == pytest.approx(sum(-log(sigma(beta * (a - b))) for a, b in zip(w, l)))
+    grads = torch.autograd.grad(terms["tgdpo"][0], (batch[0], batch[2]))
+    for i, (a, b) in enumerate(zip(w, l)):
+        slope_ = beta * sigma(-beta * (a - b))
+        for t in range(len(u[0][i])):
+            assert grads[0][i, t].item() == pytest.approx(-slope_ * (1 + alpha * rhat[t]))
+        for t in range(len(u[1][i])):
+            assert grads[1][i, t].item() == pytest.approx(slope_ * (1 - alpha * rhat[t]))
+    assert grads[0][0, 2] == 0 and grads[1][0, 1] == 0
+    plain, expected = losses.preference_losses(["sigmoid"], *batch, beta=beta)
+    same, _ = losses.preference_losses(["tgdpo"], *batch, ref_w, ref_l, beta=beta)
+    assert same["tgdpo"][0].item() == pytest.approx(plain["sigmoid"][0].item())
+    assert metrics["rewards/margins"][0] == expected["rewards/margins"][0]
+
+
+@pytest.mark.parametrize("name", sorted(set(losses.PREFERENCE_LOSSES) - {"lcpo"}))  # its q is a constant to autograd
 def test_gradcheck_preference(name):
     """Autograd against finite differences through tokens and masks, of every loss; the padding gets no gradient."""
     chosen, cm, rejected, rm, ref_chosen, ref_rejected = pair_batch()
 
     def loss(c, r):
         terms, _ = losses.preference_losses([name], torch.where(cm, c, math.nan), cm, torch.where(rm, r, math.nan), rm,
-                                            ref_chosen, ref_rejected, beta=0.3, delta=0.1, label_smoothing=0.1,
-                                            ld_alpha=0.7)
+                                            ref_chosen, ref_rejected, ref_chosen + 0.3, ref_rejected - 0.2, beta=0.3,
+                                            delta=0.1, label_smoothing=0.1, ld_alpha=0.7, columns=COLUMNS)
         return terms[name][0] / terms[name][1]
 
     clean = [torch.where(m, x, 0.0).detach().requires_grad_() for x, m in ((chosen, cm), (rejected, rm))]

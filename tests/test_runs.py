@@ -1,6 +1,7 @@
 """Both scripts, run for real on small data: numbers that must not depend on how the work is cut, and what a run leaves."""
 
 import json
+import math
 import random
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +21,10 @@ REWARD = "def spread(completions, **_):\n    return [float(sum(map(ord, c)) % 11
 
 
 def write_task(folder):
-    """pairs.jsonl: 12 rows with 0, 1 or 2 image files and answers of uneven length; and rewards.py."""
-    rng = random.Random(0)
-    with open(folder / "pairs.jsonl", "w") as file:
+    """pairs.jsonl: 12 rows with 0, 1 or 2 image files and answers of uneven length; columns.jsonl: the same with the
+    numbers that losses take; and rewards.py."""
+    rng, numbers = random.Random(0), random.Random(1)
+    with open(folder / "pairs.jsonl", "w") as file, open(folder / "columns.jsonl", "w") as with_columns:
         for i in range(12):
             names = [f"{i}-{j}.png" for j in range((1, 0, 2)[i % 3])]
             for name in names:
@@ -31,6 +33,9 @@ def write_task(folder):
                        chosen=f"<think>i see {'many ' * (i % 4)}shapes</think><answer>{i % 6}</answer>",
                        rejected="<answer>" + "7" * (1 + i % 5) + "</answer>")
             file.write(json.dumps(row) + "\n")
+            row |= {name: round(numbers.random(), 3) for name in ("chosen_probs", "chosen_probs_win", "chosen_probs_lose")}
+            row |= dict(margin=round(numbers.uniform(-1, 3), 3), trust=i % 4)
+            with_columns.write(json.dumps(row) + "\n")
     (folder / "rewards.py").write_text(REWARD)
 
 
@@ -101,12 +106,17 @@ def assert_same(a, b, tolerance=1e-6):
 # --- the cut into micro-batches
 
 
-@pytest.mark.parametrize("algo", ["mpo", "sft"])
-def test_dpo_gradients_do_not_depend_on_micro_batches(launch, algo):
+MIX = ("modpo", "dno", "sppo_soft", "madpo", "lcpo", "sft")
+
+
+@pytest.mark.parametrize("algo", ["mpo", "sft", "columns"])
+def test_dpo_gradients_do_not_depend_on_micro_batches(launch, task, algo):
     """P9 (open-instruct #1161, TRL #3021): the same gradients with micro-batches of 1, 2 and 4, uneven lengths and
     images; the same losses at the second step too, where BCO's shift has moved. (Adam makes a full step of a gradient
     that is rounding alone, so the second step's gradients agree less.)"""
-    runs = {size: launch("train_dpo", "--algo", algo, "--max_steps", 2, "--per_device_train_batch_size", size,
+    extra = ["--algo", algo] if algo != "columns" else [
+        "--loss_type", *MIX, "--dataset", task / "columns.jsonl", "--weight_column", "trust"]
+    runs = {size: launch("train_dpo", *extra, "--max_steps", 2, "--per_device_train_batch_size", size,
                          "--gradient_accumulation_steps", 4 // size) for size in (1, 2, 4)}
     metrics, grads = runs[4]
     for size in (1, 2):
@@ -114,7 +124,7 @@ def test_dpo_gradients_do_not_depend_on_micro_batches(launch, algo):
         for step, tolerance in ((0, 1e-5), (1, 1e-3)):
             for key in ("loss", "grad_norm", "nll"):
                 assert runs[size][0][step][key] == pytest.approx(metrics[step][key], rel=tolerance)
-    assert algo == "sft" or metrics[1]["bco_delta"] != 0
+    assert algo != "mpo" or metrics[1]["bco_delta"] != 0
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "luspo", "cispo"])
@@ -348,6 +358,10 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     ("train_dpo", ["--algo", "sft", "--f_divergence_type", "forward_kl"], "--f_divergence_type does nothing to sft"),
     ("train_dpo", ["--algo", "aot", "--use_weighting"], "--use_weighting weighs pairs"),
     ("train_dpo", ["--algo", "sft", "--ld_alpha", "0.5"], "--ld_alpha compares the lengths of a pair"),
+    ("train_dpo", ["--algo", "tgdpo", "--guide_model", "x", "--ld_alpha", "0.5"], "tgdpo has its own weights"),
+    ("train_dpo", ["--algo", "tgdpo"], "tgdpo needs --guide_model"),
+    ("train_dpo", ["--algo", "dpo", "--guide_model", "x"], "tgdpo needs --guide_model, a model trained by DPO, and nothing else"),
+    ("train_dpo", ["--algo", "aot", "--weight_column", "weight"], "--weight_column weighs pairs"),
     ("train_grpo", ["--algo", "rloo", "--scale_rewards", "group"], "--scale_rewards is for --advantage_estimator grpo"),
     ("train_grpo", ["--algo", "rloo", "--beta", "0"], "--kl_in_reward needs --beta"),
     ("train_grpo", ["--algo", "gdpo", "--kl_in_reward", "--beta", "1"], "--kl_in_reward cannot go with gdpo"),
@@ -385,11 +399,13 @@ QUICK = ("mpo", "exo", "simpo", "wpo", "rloo", "gdpo", "cispo")
 
 @pytest.mark.parametrize("algo", [algo if algo in QUICK else pytest.param(algo, marks=pytest.mark.slow)
                                   for algo in (*train_dpo.PRESETS, *train_grpo.PRESETS)])
-def test_every_preset_trains(launch, task, algo, capsys):
+def test_every_preset_trains(launch, task, algo, capsys, folders):
     """Each --algo runs two updates with finite numbers and a gradient, prints its settings, and starts where it must."""
     name = "train_dpo" if algo in train_dpo.PRESETS else "train_grpo"
     extra = grpo(task, "--steps_per_generation", 2) if name == "train_grpo" else []
     extra += ["--no-mask_truncated_completions"] if algo == "dapo" else []  # here all are truncated; the next test
+    extra += ["--dataset", task / "columns.jsonl"] if name == "train_dpo" else []
+    extra += ["--guide_model", folders["qwen2_5_vl"]] if algo == "tgdpo" else []
     metrics, _ = launch(name, "--algo", algo, *extra, "--max_steps", 2, "--per_device_train_batch_size", 4)
     said = capsys.readouterr().out
     tiny = SCRIPTS[name].TINY_BY_ALGO.get(algo, {})
@@ -557,6 +573,136 @@ def test_dpo_steps_are_the_formula(monkeypatch, tmp_path, task, bco_delta):
     logged = [json.loads(line) for line in open("out/metrics.jsonl")]
     assert logged[3]["loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert logged[3]["bco_delta"] == pytest.approx(delta, rel=1e-4)
+
+
+def test_columns_reach_the_losses(monkeypatch, tmp_path, task):
+    """Three steps of a mix of every kind of column loss, weighted by a column: the third step's gradient is that of the
+    formulas with each row's own numbers, LCPO's share moved by the mean of q of the first two steps; then TGDPO with
+    that run's model as guide. A swapped, shifted or unread column would show here."""
+    monkeypatch.chdir(tmp_path)
+    steps, beta = capture(monkeypatch), 0.3
+    pairs = [*map(str, ("--dataset", task / "columns.jsonl", "--image_root", task, "--warmup_steps", 0, "--beta", beta,
+                        "--learning_rate", 1e-4, "--max_steps", 3, "--per_device_train_batch_size", 2,
+                        "--gradient_accumulation_steps", 2, "--max_grad_norm", 1e9, "--weight_column", "trust"))]
+    train_dpo.main([*pairs, "--loss_type", *MIX, "--loss_weights", "1", "0.7", "0.01", "0.4", "2", "0.1", "--output_dir", "out"])
+    train_dpo.main([*pairs, "--loss_type", "tgdpo", "--guide_model", "out/final", "--output_dir", "guided"])
+    guide, _ = model.load_policy("out/final")
+    policy, processor = model.load_policy("out/tiny_vlm")
+    rows = data.read_rows(str(task / "columns.jsonl"), str(task), ())
+    groups = [data.encode_group(policy, processor, rows[i], ("chosen", "rejected")) for i in data.draw_plan(12, 12, 0)]
+    batches = [groups[i:i + 4] for i in range(0, 12, 4)]
+
+    def scored(weights, batch):
+        with_weights(policy, weights)
+        return [[plain_logps(policy, prompt, ids) for ids in both] for prompt, both in batch]
+
+    def log_sigma(x):
+        return torch.log(torch.sigmoid(x))
+
+    with torch.no_grad():
+        ref = [scored(steps[0][0], batch) for batch in batches]
+        eta = 0.9
+        for i in (0, 1):
+            now = scored(steps[i][0], batches[i])
+            ms = [beta * float(w.sum() - rw.sum() - l.sum() + rl.sum()) for (w, l), (rw, rl) in zip(now, ref[i])]
+            ps = [1 / (1 + math.exp(-m)) for m in ms]
+            eta = 0.9 * eta + 0.1 * sum(eta * p / (eta * p + (1 - eta) * (1 - p)) for p in ps) / 4
+    total = 0.0
+    for (prompt, _), (w, l), (rw, rl) in zip(batches[2], scored(steps[2][0], batches[2]), ref[2]):
+        row, r_w, r_l = prompt.row, w.sum() - rw.sum(), l.sum() - rl.sum()
+        m, h = beta * (r_w - r_l), row["margin"]
+        c = 0.5 + 1.5 / (1 + 2 * math.exp(abs(h)) / 999)
+        madpo = (1 + math.exp(-h)) / (1 + math.exp(-c * h))
+        p = torch.sigmoid(m).item()
+        q = eta * p / (eta * p + (1 - eta) * (1 - p))
+        sppo = (r_w - (row["chosen_probs_win"] - 0.5) / beta) ** 2 + (r_l - (row["chosen_probs_lose"] - 0.5) / beta) ** 2
+        labels = row["chosen_probs"]
+        pair = (-log_sigma(m - h) + 0.7 * (-labels * log_sigma(m) - (1 - labels) * log_sigma(-m)) + 0.01 * sppo
+                - 0.4 * madpo * log_sigma(m) + 2 * (-q * log_sigma(m) - (1 - q) * log_sigma(-m)))
+        total = total + (row["trust"] * pair - 0.1 * w.mean()) / 4
+    total.backward()
+    assert_same(steps[2][1], [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters()], 1e-3)
+    logged = [json.loads(line) for line in open("out/metrics.jsonl")]
+    assert logged[3]["loss"] == pytest.approx(total.item(), rel=1e-4)
+    assert logged[3]["lcpo_eta"] == pytest.approx(eta, rel=1e-4) and abs(eta - 0.9) > 1e-3
+
+    total = 0.0  # TGDPO's third step
+    for (prompt, both), (w, l), (rw, rl) in zip(batches[2], scored(steps[5][0], batches[2]), ref[2]):
+        with torch.no_grad():
+            gw, gl = (plain_logps(guide, prompt, ids) for ids in both)
+        w, l = ((1 + 0.5 * beta * (gw - rw)) * (w - rw)).sum(), ((1 - 0.5 * beta * (gl - rl)) * (l - rl)).sum()
+        total = total - prompt.row["trust"] * log_sigma(beta * (w - l)) / 4
+    total.backward()
+    assert_same(steps[5][1], [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters()], 1e-3)
+
+
+def test_lcpo_share_is_in_the_checkpoint(launch, tmp_path, capsys):
+    """A run that goes on from a checkpoint has the share of right labels that it was left with."""
+    extra = ["--algo", "lcpo", "--beta", 1, "--max_steps", 4, "--save_steps", 2, "--per_device_train_batch_size", 4]
+    whole, _ = launch("train_dpo", *extra)
+    rest, _ = launch("train_dpo", *extra, "--resume", tmp_path / "run0" / "checkpoints" / "step_2")
+    assert whole[2]["lcpo_eta"] > 0.9 and rest[-1]["lcpo_eta"] == whole[-1]["lcpo_eta"] > whole[2]["lcpo_eta"]
+
+
+@pytest.mark.parametrize("change, extra, message", [
+    (dict(margin=None), ["--loss_type", "modpo"], r"rows.jsonl:2: --loss_type modpo takes a number .* column margin, got 'None'"),
+    (dict(chosen_probs=1.2), ["--algo", "dno"], "rows.jsonl:2: --loss_type dno takes a number from 0 to 1 .* got '1.2'"),
+    (dict(chosen_probs_win="0.5"), ["--algo", "sppo_soft"], "rows.jsonl:2: .* from the column chosen_probs_win"),
+    (dict(margin=True), ["--algo", "madpo"], "rows.jsonl:2: .* got 'True'"),
+    (dict(trust=-1), ["--algo", "dpo", "--weight_column", "trust"], "rows.jsonl:2: --weight_column takes"),
+    (dict(), ["--algo", "dpo", "--weight_column", "wieght"], "rows.jsonl:1: --weight_column takes .* wieght, got 'None'"),
+    (dict(trust="a"), ["--algo", "dpo", "--sort_by", "trust"], "rows.jsonl:2: --sort_by takes")])
+def test_bad_columns_name_row_and_column(task, tmp_path, monkeypatch, change, extra, message):
+    """A number that a loss needs and a row lacks, or holds as a string, a bool or out of range, in any row of the file:
+    an error that says which, before the model is loaded."""
+    monkeypatch.chdir(tmp_path)
+    rows = [json.loads(line) for line in open(task / "columns.jsonl")][:3]
+    rows[1] |= change
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(data.RowError, match=message):
+        train_dpo.main(["--dataset", "rows.jsonl", "--image_root", str(task), "--max_steps", "1", *extra, "--output_dir", "out"])
+    assert not (tmp_path / "out" / "tiny_vlm").exists()
+
+
+def test_unused_columns_are_warned_of(task, capsys):
+    """A margin that the chosen losses do not take trains nothing: said once a column, not for those that are taken."""
+    rows = [json.loads(line) | {"_source": "rows.jsonl:1"} for line in open(task / "columns.jsonl")][:1]
+    rows[0]["weight"] = 1
+    for extra, unused in (["--algo", "dpo"], 5), (["--algo", "dno"], 4), (["--algo", "madpo", "--weight_column", "weight"], 3):
+        train_dpo.check_columns(train_dpo.parse_args(["--dataset", "rows.jsonl", *extra]), rows, [])
+        said = capsys.readouterr().err
+        assert said.count("warning: rows.jsonl:1: nothing uses the column") == unused, said
+
+
+def test_training_goes_by_a_column(launch, task, monkeypatch):
+    """--sort_by: every step's rows come in the column's order, in each epoch again."""
+    seen, score = [], train_dpo.score_groups
+
+    def spy(args, policy, groups, *rest):
+        seen.extend(prompt.row["trust"] for prompt, _ in groups)
+        return score(args, policy, groups, *rest)
+
+    monkeypatch.setattr(train_dpo, "score_groups", spy)
+    launch("train_dpo", "--algo", "simpo", "--dataset", task / "columns.jsonl", "--sort_by", "trust", "--max_steps", 6,
+           "--per_device_train_batch_size", 4)
+    assert seen == 2 * [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+def test_a_guide_of_another_vocabulary_is_refused(launch, folders):
+    """TGDPO compares the two models token by token: with other ids that would be noise."""
+    with pytest.raises(model.InputError, match="another vocabulary"):
+        launch("train_dpo", "--algo", "tgdpo", "--guide_model", folders["llava"], "--max_steps", 1)
+
+
+def test_a_changed_guide_is_refused(tmp_path):
+    """A run that goes on with other weights behind the same --guide_model path would train on another loss."""
+    (tmp_path / "model.safetensors").write_bytes(b"before")
+    args = train_dpo.parse_args(["--algo", "tgdpo", "--guide_model", str(tmp_path)])
+    before = model.describe_run(args, 1)
+    model.check_unchanged(before, model.describe_run(args, 1), [])
+    (tmp_path / "model.safetensors").write_bytes(b"after")
+    with pytest.raises(model.InputError, match="weights:"):
+        model.check_unchanged(before, model.describe_run(args, 1), [])
 
 
 def plain_entropies(policy, prompt, ids, temperature):
