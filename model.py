@@ -147,7 +147,7 @@ def pack_groups(groups, pad_id: int, one_row: bool = False) -> dict:
             start = end
     completion_mask = torch.arange(T) < torch.tensor(lengths, dtype=torch.long)[:, None]
     return {"input_ids": input_ids, "segment_ids": segment_ids, "group_ids": group_ids,
-            "position_ids": position_ids, "pixels": cat_pixels([groups[g][0] for row in rows for g in row]),
+            "position_ids": position_ids, "pixels": cat_pixels([prompt for prompt, _ in groups]),
             "completion_ids": completion_ids, "completion_mask": completion_mask, "logit_index": logit_index,
             "segments": segments}
 

@@ -210,17 +210,21 @@ EXHIBITS = [
     # images and prompts
     Exhibit("TRL #5785: image markers padded on the other side than the prompt", around(
         model.Policy, "prompt_positions", shifted_markers), PACKED,
-        QWEN | {"batch": test_group_rows.BATCHES["one image"], "row_tokens": None}),
+        QWEN | {"batch": test_group_rows.BATCHES["one image"], "one_row": False}),
     Exhibit("TRL #5283: truncation drops the image tokens, the loss still falls", around(
         data, "encode_prompt", keep_end), "test_group_rows.test_pixels_matter"),
     Exhibit("verl #4999: the length filter popped the images first", around(
         data, "encode_prompt", pops_images), "test_data.test_prompt_is_what_the_processor_makes", QWEN),
     Exhibit("miles #2406, torchtitan #4777: a rank without images does not enter the vision tower", rewrite(
         model.Policy, "pack", "if self.filler is not None and", "if False and"), "every_rank_runs_the_vision_tower"),
-    Exhibit("possible: pictures in the order of groups, while first fit had moved the rows", rewrite(
-        model, "pack_groups", "cat_pixels([groups[g][0] for row in rows for g in row])",
-        "cat_pixels([prompt for prompt, _ in groups])"), PACKED,
-        QWEN | {"batch": test_group_rows.BATCHES["first fit reorders"], "row_tokens": 0}),
+    Exhibit("possible: pictures in another order than their groups", rewrite(
+        model, "pack_groups", "cat_pixels([prompt for prompt, _ in groups])",
+        "cat_pixels([prompt for prompt, _ in groups[::-1]])"), PACKED,
+        QWEN | {"batch": test_group_rows.BATCHES["mixed, uneven, padded"], "one_row": True}),
+    Exhibit("possible: a completion attends to the prompt before its own", rewrite(
+        model, "attend_segments", "at += 1 + len(completions)", "at += len(completions)"),
+        "test_group_rows.test_segments_are_the_dense_mask",
+        {"batch": test_group_rows.BATCHES["mixed, uneven, padded"]}, red=(RuntimeError,)),
     Exhibit("ours: a padding token that attends to nothing", rewrite(
         model, "group_attention_mask", "(causal & same_group & visible)",
         "(causal & same_group & visible & (group_ids >= 0)[:, :, None])"), "test_group_rows.test_attention_mask_rule"),
@@ -259,7 +263,14 @@ EXHIBITS = [
     Exhibit("tiny-grpo: the mask is ids != pad, and pad is EOS", around(
         rollout, "sample", mask_of_pads), "test_sampler.test_eos_ends_and_belongs_to_the_completion"),
     Exhibit("ours: searchsorted without right=True draws an id of probability 0", rewrite(
-        rollout, "sample_tokens", "cdf[:, -1:], right=True)", "cdf[:, -1:])"), "test_sampler.test_uniform_ends"),
+        rollout, "sample_tokens", "searchsorted(within, target, right=True)", "searchsorted(within, target)"),
+        "test_sampler.test_uniform_ends"),
+    Exhibit("possible: a completion that takes the place of one that has ended leaves its keys behind", rewrite(
+        rollout.GroupCache, "move", "buffer[targets, :, :width] = buffer[sources, :, :width]", "pass"), SAMPLER,
+        QWEN | {"temperature": 1.0}),
+    Exhibit("possible: an inverse CDF that loses the rounding between a block's sum and its parts", rewrite(
+        rollout, "sample_tokens", "target = target - (cdf - sums).gather(-1, chosen)", "pass"),
+        "test_sampler.test_blocks_are_one_cdf", {"vocabulary": 1024}),
     Exhibit("possible: a hash that forgets k gives a group of one answer", rewrite(
         rollout, "keyed_uniform", "for word in (draw, k, t):", "for word in (draw, 0 * k, t):"),
         "test_sampler.test_randomness_belongs_to_the_draw"),
