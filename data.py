@@ -226,7 +226,7 @@ def encode_prompt(policy: Policy, processor, row: dict) -> Prompt:
         raise RowError(f"{source}: the processor refused it: {type(error).__name__}: {error}") from error
     tokens, pixels = inputs["input_ids"][0], {k: v for k, v in inputs.items() if k not in TEXT_KEYS}
     positions = policy.prompt_positions(tokens, {k: inputs[k] for k in TEXT_KEYS if k in inputs}, pixels)
-    return Prompt(tokens, positions, pixels, row)
+    return Prompt(tokens, positions, pixels, row, policy.prompt_images(tokens))
 
 
 def encode_completion(policy: Policy, processor, row: dict, column: str) -> torch.Tensor:

@@ -10,6 +10,9 @@ SFT is G=1, a preference pair G=2 (chosen, rejected), GRPO G=num_generations. Th
 
     q may attend to k  iff  k <= q and group[k] == group[q] and (segment[k] == 0 or segment[k] == segment[q])
 
+    In a sliding-window layer k must also be nearer than the window, counted in the completion's own sequence
+    (not in the row); Gemma 3's image tokens see their whole image, so there k may also come after q.
+
 so an image goes through the vision tower once per group, the prompt through the language model once, and only
 completion tokens are scored. Mask and positions are all it takes: the model classes are transformers',
 unchanged. The first token of every completion is predicted by the prompt's last hidden state, all later ones
@@ -50,8 +53,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
+                          AutoProcessor, AutoTokenizer)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import cached_file, is_torchvision_available, logging
 
@@ -75,6 +80,7 @@ class Prompt(NamedTuple):
     positions: torch.Tensor          # (R, P)
     pixels: dict[str, torch.Tensor]  # pixel_values, image_grid_thw, ...: what the family's processor returns
     row: dict                        # the dataset row
+    image_ids: torch.Tensor | None = None  # (P,) number of the image whose tokens see each other, -1: causal
 
 
 def cat_pixels(prompts: list[Prompt]) -> dict[str, torch.Tensor]:
@@ -98,7 +104,8 @@ def pack_groups(groups, pad_id: int, one_row: bool = False) -> dict:
     """[(Prompt, [completion ids (len,), ...]), ...] -> a row for each group, padded to the longest, or one
     for all of them, which needs no padding.
 
-    Returns input_ids, segment_ids, group_ids (B, S), position_ids (R, B, S), pixels {name: tensor}, and, with
+    Returns input_ids, segment_ids, group_ids (B, S), image_ids (B, S) or None (`Prompt`),
+    position_ids (R, B, S), pixels {name: tensor}, and, with
     the completions in the order given: completion_ids, completion_mask, logit_index (N, T), the last being
     the index into the flattened (B * S) hidden states of the one that predicts the token. `segments` says
     what segment_ids and group_ids say in lengths: for each row its groups' (P, [completion length, ...]).
@@ -123,6 +130,7 @@ def pack_groups(groups, pad_id: int, one_row: bool = False) -> dict:
     input_ids, segment_ids = torch.full((B, S), pad_id), torch.full((B, S), -1)
     group_ids, position_ids = torch.full((B, S), -1), torch.zeros(R, B, S, dtype=torch.long)
     completion_ids, logit_index = torch.full((N, T), pad_id), torch.zeros(N, T, dtype=torch.long)
+    image_ids = None if groups[0][0].image_ids is None else torch.full((B, S), -1)
     segments = []
     for b, row in enumerate(rows):
         start = 0
@@ -135,6 +143,8 @@ def pack_groups(groups, pad_id: int, one_row: bool = False) -> dict:
             group_ids[b, start:end] = g
             segment_ids[b, start:start + P] = 0
             position_ids[:, b, start:start + P] = prompt.positions
+            if image_ids is not None:
+                image_ids[b, start:start + P] = prompt.image_ids
             at = start + P
             for k, completion in enumerate(completions):
                 n, length = first_completion[g] + k, len(completion)
@@ -146,7 +156,7 @@ def pack_groups(groups, pad_id: int, one_row: bool = False) -> dict:
                 at += length
             start = end
     completion_mask = torch.arange(T) < torch.tensor(lengths, dtype=torch.long)[:, None]
-    return {"input_ids": input_ids, "segment_ids": segment_ids, "group_ids": group_ids,
+    return {"input_ids": input_ids, "segment_ids": segment_ids, "group_ids": group_ids, "image_ids": image_ids,
             "position_ids": position_ids, "pixels": cat_pixels([prompt for prompt, _ in groups]),
             "completion_ids": completion_ids, "completion_mask": completion_mask, "logit_index": logit_index,
             "segments": segments}
@@ -178,35 +188,57 @@ def to_device(batch: dict, device) -> dict:
             for k, v in batch.items()}
 
 
-def group_attention_mask(segment_ids: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
+def group_attention_mask(segment_ids: torch.Tensor, group_ids: torch.Tensor, image_ids=None) -> torch.Tensor:
     """The rule at the top of this file, as a boolean mask (B, 1, S, S), True = may attend.
 
     Padding carries segment -1 and group -1 and so attends to padding, itself included: no softmax row is
     empty (an empty one is nan, and the gradient of nan spreads), and no real token sees it.
     """
     S = segment_ids.shape[1]
-    causal = torch.ones(S, S, dtype=torch.bool, device=segment_ids.device).tril()
+    ordered = torch.ones(S, S, dtype=torch.bool, device=segment_ids.device).tril()[None]
+    if image_ids is not None:
+        ordered = ordered | (image_ids[:, :, None] == image_ids[:, None, :]) & (image_ids >= 0)[:, None, :]
     same_group = group_ids[:, :, None] == group_ids[:, None, :]                          # (B, q, k)
     visible = (segment_ids[:, None, :] == 0) | (segment_ids[:, :, None] == segment_ids[:, None, :])
-    return (causal & same_group & visible)[:, None]
+    return (ordered & same_group & visible)[:, None]
 
 
-def attention_mask_of(batch: dict):
-    """The mask of a `pack_groups` batch in the form that is fastest on its device (see group_attention)."""
-    segment_ids, group_ids = batch["segment_ids"], batch["group_ids"]
+def attention_mask_of(batch: dict, window: int | None = None):
+    """The mask of a `pack_groups` batch in the form that is fastest on its device (see group_attention).
+
+    mask.within(window) is that of a sliding-window layer, made once for all of them, and mask.longest the
+    longest prompt + completion: no larger window makes a difference.
+    """
+    segment_ids, group_ids, image_ids = batch["segment_ids"], batch["group_ids"], batch["image_ids"]
+    if window is not None:  # each token's place in its own prompt + completion; `position_ids` may be M-RoPE's
+        place = torch.zeros_like(segment_ids)
+        for b, groups in enumerate(batch["segments"]):
+            starts = [(n, at) for P, completions in groups for n, at in ((P, 0), *((n, P) for n in completions))]
+            found = torch.cat([torch.arange(at, at + n) for n, at in starts])
+            place[b, :len(found)] = found
     if segment_ids.is_cuda:
         def may_attend(b, _, q, k):
-            same = group_ids[b, q] == group_ids[b, k]
-            return (q >= k) & same & ((segment_ids[b, k] == 0) | (segment_ids[b, q] == segment_ids[b, k]))
+            ordered, same = q >= k, group_ids[b, q] == group_ids[b, k]
+            if image_ids is not None:
+                ordered = ordered | (image_ids[b, q] == image_ids[b, k]) & (image_ids[b, k] >= 0)
+            if window is not None:
+                ordered = ordered & (place[b, q] - place[b, k] < window)
+            return ordered & same & ((segment_ids[b, k] == 0) | (segment_ids[b, q] == segment_ids[b, k]))
 
         B, S = segment_ids.shape
-        return create_block_mask(may_attend, B, None, S, S, device=segment_ids.device)
-    mask = group_attention_mask(segment_ids, group_ids)
-    mask.segments = batch["segments"]
+        mask = create_block_mask(may_attend, B, None, S, S, device=segment_ids.device)
+    else:
+        mask = group_attention_mask(segment_ids, group_ids, image_ids)
+        if window is not None:
+            mask &= (place[:, :, None] - place[:, None, :] < window)[:, None]
+        elif image_ids is None:
+            mask.segments = batch["segments"]
+    mask.longest = max(P + max(lengths, default=0) for groups in batch["segments"] for P, lengths in groups)
+    mask.within = functools.cache(lambda window: attention_mask_of(batch, window))
     return mask
 
 
-def group_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+def group_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
     """Attention of the language model's layers, registered with transformers as "flatpo", by what comes in:
 
         decoding      the sampler's cache stands where keys would, and attends itself (rollout.GroupCache)
@@ -215,9 +247,12 @@ def group_attention(module, query, key, value, attention_mask, scaling=None, **k
         otherwise     any 4-D mask: scaled_dot_product_attention over the whole row
 
     query (B, heads, S, D), key and value (B, kv, S, D) -> (B, S, heads, D). The last three agree to rounding.
+    A sliding-window layer says its window with every call.
     """
     if hasattr(key, "attend"):
-        return key.attend(value, query, attention_mask, scaling), None
+        return key.attend(value, query, attention_mask, scaling, sliding_window), None
+    if sliding_window is not None and attention_mask.longest > sliding_window:
+        attention_mask = attention_mask.within(sliding_window)
     if isinstance(attention_mask, BlockMask):
         out = compiled_flex_attention()(query, key, value, block_mask=attention_mask, scale=scaling,
                                         enable_gqa=query.shape[1] != key.shape[1])
@@ -319,6 +354,14 @@ class ChunkedLogps(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
+# The families that the tests build, each from transformers' own classes. How one lays out images and positions
+# its own parts say: the processor where image tokens stand, `get_rope_index` M-RoPE's positions, every
+# attention layer its window, `cat_pixels` joins what the processor returns. What none of them says is here.
+TESTED = ("gemma3", "idefics3", "internvl", "llama", "llava", "llava_next", "llava_onevision", "qwen2", "qwen2_5_vl",
+          "qwen2_vl", "qwen3", "qwen3_vl", "qwen3_vl_moe")
+BIDIRECTIONAL_IMAGES = ("gemma3",)  # the tokens of an image see each other both ways
+
+
 class Policy(nn.Module):
     """A transformers vision-language model, and the two things alignment asks of it: log-probs and decoding.
 
@@ -332,8 +375,11 @@ class Policy(nn.Module):
         config, tokenizer = hf.config, getattr(processor, "tokenizer", processor)
         text_config, head = config.get_text_config(), hf.get_output_embeddings()
         family = config.model_type
-        if "sliding_attention" in (getattr(text_config, "layer_types", None) or []):
-            raise InputError(f"{family}: sliding-window attention layers are not supported")
+        other = set(getattr(text_config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+        if other:
+            raise InputError(f"{family}: layers with {', '.join(sorted(other))} are not supported")
+        if getattr(text_config, "attn_logit_softcapping", None):
+            raise InputError(f"{family}: attention with soft-capping is not supported")
         if getattr(text_config, "final_logit_softcapping", None) or getattr(head, "bias", None) is not None:
             raise InputError(f"{family}: an output head with soft-capping or a bias is not supported")
         placeholder = re.compile(r"(image|video|vision|audio|boi|eoi)\w*token\w*(id|index)$")
@@ -346,6 +392,13 @@ class Policy(nn.Module):
             raise InputError(f"{family}: neither generation_config nor the tokenizer names an EOS token")
 
         text_config._attn_implementation = "flatpo"
+        self.notes = [note for note, holds in {
+            "not among the families that the tests cover": family not in TESTED,
+            "a text-only model: a row with images is an error": isinstance(processor, TextProcessor),
+            "on a CPU, attention computes what its mask then hides (windows, images that see themselves)":
+                family in BIDIRECTIONAL_IMAGES or bool(getattr(text_config, "sliding_window", None)),
+            "mixture of experts: the router's auxiliary loss is not added": hasattr(text_config, "router_aux_loss_coef"),
+        }.items() if holds]
         self.hf, self.dtype, self.filler = hf, dtype, None
         self.eos_ids = sorted(eos)
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -397,6 +450,14 @@ class Policy(nn.Module):
         known = inspect.signature(rope_index).parameters
         grids = {k: v for k, v in pixels.items() if k in known}
         return rope_index(input_ids=tokens[None], mm_token_type_ids=types, **grids)[0][:, 0]
+
+    def prompt_images(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """(P,) which image each prompt token belongs to, -1 for text; None where image tokens are causal too."""
+        if self.hf.config.model_type not in BIDIRECTIONAL_IMAGES:
+            return None
+        image = tokens == self.hf.config.image_token_id
+        first = image & ~F.pad(image, (1, 0))[:-1]  # images stand apart: other tokens mark their ends
+        return torch.where(image, first.cumsum(0), -1)
 
     def hidden(self, input_ids, position_ids, attention_mask, pixels=None, cache=None) -> torch.Tensor:
         """Last hidden states (B, S, H) of tokens (B, S), positions (R, B, S), mask (B, 1, S, past + S)."""
@@ -455,13 +516,32 @@ def without_video(processor_class):
     return ImageTextProcessor
 
 
+class TextProcessor:
+    """A text-only model's tokenizer, where a processor is expected. Its chat template wants strings, no blocks."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.chat_template = tokenizer, tokenizer.chat_template
+        self.save_pretrained = tokenizer.save_pretrained
+
+    def apply_chat_template(self, messages: list[dict], **kwargs):
+        if any(block["type"] == "image" for m in messages for block in m["content"]):
+            raise ValueError("a text-only model takes no images")
+        joined = [m | {"content": "".join(block["text"] for block in m["content"])} for m in messages]
+        return self.tokenizer.apply_chat_template(joined, **kwargs)
+
+    def __call__(self, text, images=None, **kwargs):
+        return self.tokenizer(text, **kwargs)
+
+
 def load_processor(path: str):
     """The checkpoint's processor (image processor, tokenizer, chat template), with or without torchvision."""
-    if is_torchvision_available():
-        return AutoProcessor.from_pretrained(path)
     config = AutoConfig.from_pretrained(path)
     if type(config) not in PROCESSOR_MAPPING:
-        raise InputError(f"{path}: {config.model_type} has no processor: not a vision-language model")
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise InputError(f"{path}: {config.model_type} is neither a vision-language nor a language model")
+        return TextProcessor(AutoTokenizer.from_pretrained(path))
+    if is_torchvision_available():
+        return AutoProcessor.from_pretrained(path)
     return without_video(PROCESSOR_MAPPING[type(config)]).from_pretrained(path)
 
 
@@ -497,13 +577,16 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
 
     def load():
         try:
-            hf = AutoModelForImageTextToText.from_pretrained(
+            auto = AutoModelForCausalLM if isinstance(processor, TextProcessor) else AutoModelForImageTextToText
+            hf = auto.from_pretrained(
                 path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True)
         except OSError as error:  # pickled weights (pytorch_model.bin) only, above all
             raise InputError(f"--model_name_or_path {path}: {error} (only safetensors are read)") from error
         if gradient_checkpointing:
             hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if freeze_vision_tower:
+            if isinstance(processor, TextProcessor):
+                raise InputError(f"--freeze_vision_tower: {path} is a text-only model")
             hf.get_encoder(modality="image").requires_grad_(False)
         return Policy(hf, processor, getattr(torch, dtype)).train()
 

@@ -148,7 +148,7 @@ class GroupCache(DynamicCache):
             buffer[self.rows, :, self.t] = new[:, :, 0]
         return self, layer
 
-    def attend(self, layer, query, own_bias, scaling) -> torch.Tensor:
+    def attend(self, layer, query, own_bias, scaling, window: int | None = None) -> torch.Tensor:
         """query (n, heads, 1, D), own_bias (n, 1, 1, W) -> (n, 1, heads, D): one softmax over both regions.
 
         The prompt's part is one matrix product per prompt and kv head, over the (g, r) queries of its g
@@ -165,8 +165,14 @@ class GroupCache(DynamicCache):
         def to_rows(x):  # and back
             return x.view(p, kv, g, r, -1).transpose(1, 2).reshape(p * g, kv, r, -1)[self.place]
 
-        q = query.view(n, kv, r, D)
-        shared = (to_groups(q) @ prefix_k[:p].transpose(2, 3)).float() * scaling + self.prefix_bias[:p]
+        q, prefix_bias = query.view(n, kv, r, D), self.prefix_bias[:p]
+        if window is not None:  # hide what is further back; a group's completions are of one age
+            age = (self.lengths[:p] + self.t[self.places[:, 0]])[:, None]
+            far = age - torch.arange(prefix_k.shape[2], device=q.device) >= window                 # (p, S)
+            prefix_bias = prefix_bias.masked_fill(far[:, None, None], -math.inf)
+            far = self.t[:, None] - torch.arange(W, device=q.device) >= window                     # (n, W)
+            own_bias = own_bias.masked_fill(far[:, None, None], -math.inf)
+        shared = (to_groups(q) @ prefix_k[:p].transpose(2, 3)).float() * scaling + prefix_bias
         own = (q @ own_k[:n, :, :W].transpose(2, 3)).float() * scaling + own_bias              # (n, kv, r, W)
         top = torch.maximum(to_rows(shared.amax(-1, keepdim=True)), own.amax(-1, keepdim=True))
         shared, own = (shared - to_groups(top)).exp_(), (own - top).exp_()
@@ -226,6 +232,7 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
     slots, rows = min(P, 2 * groups), groups * G
     cache, eos = GroupCache(slots, rows, S, T), torch.tensor(policy.eos_ids, device=device)
     cache.prefix_bias = torch.zeros(slots, 1, 1, S, device=device)
+    cache.lengths = torch.zeros(slots, dtype=torch.long, device=device)
     uniforms = None
     if temperature:
         uniforms = keyed_uniform(seed, torch.tensor(draws, device=device).repeat_interleave(G)[:, None],
@@ -261,7 +268,7 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
                                    batch["pixels"], cache)                                      # (p, S, H)
         columns = torch.arange(S, device=device)
         bias = torch.zeros(len(free), S, device=device).masked_fill(columns >= lengths[:, None], -math.inf)
-        cache.prefix_bias[cache.filling] = bias[:, None, None]
+        cache.prefix_bias[cache.filling], cache.lengths[cache.filling] = bias[:, None, None], lengths
         cache.filling, at = None, slice(n, n + len(chosen) * G)
         row[at] = (torch.tensor(chosen)[:, None] * G + torch.arange(G)).view(-1).to(device)
         last = torch.stack([prompts[i].positions.max() for i in chosen]).to(device)

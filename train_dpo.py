@@ -434,7 +434,9 @@ def main(argv=None):
     source = model.start_model(args, output_dir, rank)
     policy, processor = model.load_policy(source, args.dtype, device, args.gradient_checkpointing,
                                           args.freeze_vision_tower, args.shard_size)
-    if world_size > 1:
+    for note in policy.notes if rank == 0 else []:
+        print(f"{policy.hf.config.model_type}: {note}", flush=True)
+    if world_size > 1 and hasattr(processor, "image_processor"):
         policy.filler = data.encode_prompt(policy, processor, data.shapes_rows(1, 0, "train")[0])
 
     def encode(row):

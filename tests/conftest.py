@@ -89,19 +89,174 @@ def build_tiny_llava(folder):
     processor.save_pretrained(folder)
 
 
-BUILDERS = {"qwen2_5_vl": lambda folder: model.build_tiny_vlm(folder), "idefics3": build_tiny_idefics3,
-            "llava": build_tiny_llava}
+def save_tiny(folder, hf_class, config, processor, eos: int):
+    """A random model of that class, and its processor, as save_pretrained writes them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf = hf_class(config)
+    hf.generation_config.eos_token_id = eos
+    hf.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def text_config(tokenizer, **more):
+    return dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.1, bos_token_id=None,
+                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id) | more
+
+
+def tokenizer_with(image: str, **named):
+    """A tokenizer whose `named` special tokens are its attributes, and a chat template that writes `image`."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *named.values()]
+    tokenizer = model.build_tokenizer(model.TINY_CORPUS, specials, eos="<|im_end|>", pad="<|endoftext|>")
+    if named:
+        tokenizer._set_model_specific_special_tokens(named)
+    return tokenizer, model.CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", image)
+
+
+def build_tiny_qwen(folder, family: str):
+    """Qwen2-VL, Qwen3-VL and its mixture of experts: M-RoPE positions, in three layouts, and (patches, D) pixels."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    named = dict(vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>", image_token="<|image_pad|>",
+                 video_token="<|video_pad|>")
+    tokenizer, template = tokenizer_with("<|vision_start|><|image_pad|><|vision_end|>", **named)
+    text = text_config(tokenizer, rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]))
+    vision = dict(depth=2, num_heads=2, patch_size=8, spatial_merge_size=2, temporal_patch_size=2, initializer_range=0.1)
+    if family == "Qwen2VL":
+        vision |= dict(embed_dim=32, hidden_size=32, mlp_ratio=2)
+    else:
+        text |= dict(head_dim=8, rope_parameters=text["rope_parameters"] | dict(mrope_interleaved=True))
+        vision |= dict(hidden_size=32, intermediate_size=48, out_hidden_size=32, num_position_embeddings=36,
+                       deepstack_visual_indexes=[0])
+    if family == "Qwen3VLMoe":
+        text |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+    config = getattr(transformers, f"{family}Config")(
+        text_config=text, vision_config=vision, tie_word_embeddings=family == "Qwen2VL",
+        **{f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in named.items()})
+    processor_class = getattr(transformers, "Qwen2VLProcessor" if family == "Qwen2VL" else "Qwen3VLProcessor")
+    processor = model.without_video(processor_class)(
+        image_processor=Qwen2VLImageProcessorPil(patch_size=8, merge_size=2,
+                                                 size={"shortest_edge": 256, "longest_edge": 48 * 48}),
+        tokenizer=tokenizer, chat_template=template)
+    save_tiny(folder, getattr(transformers, f"{family}ForConditionalGeneration"), config, processor, tokenizer.eos_token_id)
+
+
+def build_tiny_llava_next(folder):
+    """Tiles: as many as the picture's shape asks for, cut and padded again by image_sizes; tokens that end a line."""
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    tokenizer, template = tokenizer_with("<image>", image_token="<image>")
+    pinpoints = [[48, 48], [48, 96], [96, 48]]
+    config = transformers.LlavaNextConfig(
+        text_config=dict(model_type="llama", **text_config(tokenizer)), image_token_id=tokenizer.image_token_id,
+        image_token_index=tokenizer.image_token_id, tie_word_embeddings=False,
+        vision_config=dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                           num_attention_heads=2, image_size=48, patch_size=16, projection_dim=32),
+        vision_feature_layer=-1, vision_feature_select_strategy="default", image_grid_pinpoints=pinpoints)
+    processor = transformers.LlavaNextProcessor(
+        LlavaNextImageProcessorPil(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48},
+                                   image_grid_pinpoints=pinpoints),
+        tokenizer, patch_size=16, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=template)
+    save_tiny(folder, transformers.LlavaNextForConditionalGeneration, config, processor, tokenizer.eos_token_id)
+
+
+def build_tiny_llava_onevision(folder):
+    """LLaVA-NeXT's tiles, with batch_num_images: a picture that is not alone in its row is not cut into tiles."""
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+    tokenizer, template = tokenizer_with("<image>", image_token="<image>", video_token="<video>")
+    pinpoints = [[32, 32], [32, 64], [64, 32]]
+    config = transformers.LlavaOnevisionConfig(
+        text_config=dict(model_type="qwen2", **text_config(tokenizer)), tie_word_embeddings=False,
+        vision_config=dict(model_type="siglip_vision_model", hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                           num_attention_heads=2, image_size=32, patch_size=16, vision_use_head=False),
+        image_token_id=tokenizer.image_token_id, image_token_index=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id, video_token_index=tokenizer.video_token_id,
+        vision_feature_layer=-1, vision_feature_select_strategy="full", image_grid_pinpoints=pinpoints)
+    processor = model.without_video(transformers.LlavaOnevisionProcessor)(
+        image_processor=LlavaOnevisionImageProcessorPil(size={"height": 32, "width": 32}, image_grid_pinpoints=pinpoints),
+        tokenizer=tokenizer, num_image_tokens=4, vision_feature_select_strategy="full", chat_template=template)
+    save_tiny(folder, transformers.LlavaOnevisionForConditionalGeneration, config, processor, tokenizer.eos_token_id)
+
+
+def build_tiny_internvl(folder):
+    """Pictures cut into tiles of one size, and a thumbnail: (tiles, 3, H, W), and nothing says whose they are."""
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    tokenizer, template = tokenizer_with("<IMG_CONTEXT>", start_image_token="<img>", end_image_token="</img>",
+                                         context_image_token="<IMG_CONTEXT>", video_token="<video>")
+    config = transformers.InternVLConfig(
+        text_config=dict(model_type="qwen2", **text_config(tokenizer)), image_seq_length=4, downsample_ratio=0.5,
+        vision_config=dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                           image_size=[32, 32], patch_size=[8, 8]),
+        image_token_id=tokenizer.context_image_token_id, tie_word_embeddings=False)
+    processor = model.without_video(transformers.InternVLProcessor)(
+        image_processor=GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, max_patches=2), tokenizer=tokenizer,
+        image_seq_length=4, chat_template=template)
+    save_tiny(folder, transformers.InternVLForConditionalGeneration, config, processor, tokenizer.eos_token_id)
+
+
+def build_tiny_gemma3(folder):
+    """A sliding-window layer (8 tokens, less than an image has: every row outgrows it) before a full one; an image's 16
+    tokens see each other both ways."""
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    tokenizer, template = tokenizer_with("<start_of_image>", boi_token="<start_of_image>", eoi_token="<end_of_image>",
+                                         image_token="<image_soft_token>")
+    config = transformers.Gemma3Config(
+        text_config=text_config(tokenizer, head_dim=8, query_pre_attn_scalar=8, sliding_window=8,
+                                layer_types=["sliding_attention", "full_attention"]),
+        vision_config=dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=32,
+                           patch_size=8, vision_use_head=False),
+        mm_tokens_per_image=16, boi_token_index=tokenizer.boi_token_id, eoi_token_index=tokenizer.eoi_token_id,
+        image_token_index=tokenizer.image_token_id, eos_token_id=tokenizer.eos_token_id)
+    processor = transformers.Gemma3Processor(
+        image_processor=Gemma3ImageProcessorPil(size={"height": 32, "width": 32}), tokenizer=tokenizer, image_seq_length=16,
+        chat_template=template)
+    save_tiny(folder, transformers.Gemma3ForConditionalGeneration, config, processor, tokenizer.eos_token_id)
+
+
+def build_tiny_text(folder, family: str, **more):
+    """A text-only model. Its template wants strings as content, as Llama's and Qwen's do."""
+    tokenizer, _ = tokenizer_with("")
+    tokenizer.chat_template = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}\
+{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+    config = getattr(transformers, f"{family}Config")(**text_config(tokenizer, head_dim=8, **more), tie_word_embeddings=False)
+    save_tiny(folder, getattr(transformers, f"{family}ForCausalLM"), config, tokenizer, tokenizer.eos_token_id)
+
+
+BUILDERS = {
+    "qwen2_5_vl": lambda folder: model.build_tiny_vlm(folder), "idefics3": build_tiny_idefics3, "llava": build_tiny_llava,
+    "qwen2_vl": lambda folder: build_tiny_qwen(folder, "Qwen2VL"),
+    "qwen3_vl": lambda folder: build_tiny_qwen(folder, "Qwen3VL"),
+    "qwen3_vl_moe": lambda folder: build_tiny_qwen(folder, "Qwen3VLMoe"), "llava_next": build_tiny_llava_next,
+    "llava_onevision": build_tiny_llava_onevision, "internvl": build_tiny_internvl, "gemma3": build_tiny_gemma3,
+    "qwen3": lambda folder: build_tiny_text(folder, "Qwen3"), "llama": lambda folder: build_tiny_text(folder, "Llama"),
+    # Its first layer is full, its second slides, over 8 tokens.
+    "qwen2": lambda folder: build_tiny_text(folder, "Qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1),
+}
 FAMILIES = list(BUILDERS)
+TEXT_ONLY = ["qwen3", "llama", "qwen2"]
+VISION = [family for family in FAMILIES if family not in TEXT_ONLY]
+
+
+class Folders(dict):
+    def __init__(self, root):
+        super().__init__()
+        self.root = root
+
+    def __missing__(self, family):
+        BUILDERS[family](self.root / family)
+        self[family] = self.root / family
+        return self[family]
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """{family: model folder}"""
-    made = {}
-    for name, build in BUILDERS.items():
-        made[name] = tmp_path_factory.mktemp(name)
-        build(made[name])
-    return made
+    """{family: model folder}, built when asked for"""
+    return Folders(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
@@ -129,7 +284,8 @@ def make_row(images: int, seed: int = 0, text: str = "how many shapes are there?
 
 
 def make_group(policy, processor, images: int, lengths, seed: int = 0, text: str = "how many shapes are there?"):
-    """(Prompt, completions of random allowed ids, the last of each an EOS)."""
+    """(Prompt, completions of random allowed ids, the last of each an EOS). Text-only models get no images."""
+    images = images if hasattr(processor, "image_processor") else 0
     prompt = data.encode_prompt(policy, processor, make_row(images, seed, text))
     generator = torch.Generator().manual_seed(seed)
     banned = set(policy.never_sampled.tolist()) | set(policy.eos_ids)
