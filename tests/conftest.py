@@ -94,6 +94,9 @@ def save_tiny(folder, hf_class, config, processor, eos: int):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         hf = hf_class(config)
+        for p in hf.parameters():
+            if p.dim() == 2 and not p.any():  # Gemma 3's projector: with zeros no picture would matter
+                torch.nn.init.normal_(p, std=0.1)
     hf.generation_config.eos_token_id = eos
     hf.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import FAMILIES, make_row
+from conftest import FAMILIES, TEXT_ONLY, VISION, make_row
 from PIL import Image
 
 import data
@@ -135,7 +135,7 @@ def test_odd_prompts_are_refused(prompt):
         kinds({"prompt": prompt, "images": []})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VISION)
 def test_prompt_is_what_the_processor_makes(loaded, family):
     """Ids and pixels are those of transformers' own apply_chat_template(tokenize=True), image tokens included."""
     policy, processor = loaded(family)
@@ -155,7 +155,7 @@ def test_prompt_is_what_the_processor_makes(loaded, family):
 def test_completion_is_the_answer_and_its_eos(loaded, family):
     """T13: the ids decode to the answer exactly, then one EOS; prompt ids + completion ids are the whole's prefix."""
     policy, processor = loaded(family)
-    row = make_row(1, 5) | {"chosen": "<think>i see 4 shapes</think><answer>4</answer>"}
+    row = make_row(int(family in VISION), 5) | {"chosen": "<think>i see 4 shapes</think><answer>4</answer>"}
     ids = data.encode_completion(policy, processor, row, "chosen")
     assert ids[-1] in policy.eos_ids and not set(ids[:-1].tolist()) & set(policy.eos_ids)
     assert processor.tokenizer.decode(ids[:-1]) == row["chosen"]
@@ -171,7 +171,7 @@ def test_a_begun_turn_is_continued(loaded, family):
     policy, processor = loaded(family)
     steps, step = "<think>i see 4 shapes", "</think><answer>4</answer>"
     question = {"role": "user", "content": "how many shapes are there?"}
-    row = make_row(1, 5) | {"prompt": [question, {"role": "assistant", "content": steps}], "chosen": step, "rejected": "</think>"}
+    row = make_row(int(family in VISION), 5) | {"prompt": [question, {"role": "assistant", "content": steps}], "chosen": step, "rejected": "</think>"}
     prompt, (ids, _) = data.encode_group(policy, processor, row, ("chosen", "rejected"))
     plain = data.encode_prompt(policy, processor, row | {"prompt": [question]})
     assert prompt.tokens[:len(plain.tokens)].tolist() == plain.tokens.tolist()  # no second turn
@@ -286,44 +286,51 @@ def test_shapes_task():
     assert a[0]["images"][0].tobytes() != data.shapes_rows(1, 0, "test")[0]["images"][0].tobytes()
 
 
-@pytest.mark.parametrize("family", [f if f == "qwen2_5_vl" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
-def test_export_round_trip(loaded, folders, family, tmp_path):
+@pytest.mark.parametrize("families", [["qwen2_5_vl"], pytest.param(FAMILIES, marks=pytest.mark.slow)], ids=["default", "all"])
+def test_export_round_trip(loaded, folders, families, tmp_path):
     """F18: every tensor, the processor, the chat template and files the processor does not know come back in a clean
-    process; weights through transformers alone, and the processor too where it needs no torchvision (Qwen's does)."""
+    process; weights through transformers alone, and the processor too where it needs no torchvision."""
     import sys
 
     from conftest import run
 
-    policy, processor = loaded(family)
-    with torch.no_grad():
-        kept = [p.clone() for p in policy.parameters()]
-        for i, p in enumerate(policy.parameters()):
-            p += 0.001 * (i + 1)
-    try:
-        model.export(policy, processor, str(folders[family]), tmp_path / "final")
-        torch.save(policy.hf.state_dict(), tmp_path / "expected.pt")
-    finally:
+    for family in families:
+        policy, processor = loaded(family)
         with torch.no_grad():
-            for p, value in zip(policy.parameters(), kept):
-                p.copy_(value)
+            kept = [p.clone() for p in policy.parameters()]
+            for i, p in enumerate(policy.parameters()):
+                p += 0.001 * (i + 1)
+        try:
+            model.export(policy, processor, str(folders[family]), tmp_path / family)
+            torch.save(policy.hf.state_dict(), tmp_path / f"{family}.pt")
+        finally:
+            with torch.no_grad():
+                for p, value in zip(policy.parameters(), kept):
+                    p.copy_(value)
+        assert {f.name for f in folders[family].iterdir()} == {f.name for f in (tmp_path / family).iterdir()}
     check = '''
 import sys, torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
-hf, info = AutoModelForImageTextToText.from_pretrained("final", output_loading_info=True)
-assert not any(info.values()), info
-expected = torch.load("expected.pt", weights_only=True)
-state = hf.state_dict()
-assert state.keys() == expected.keys() and all(torch.equal(state[k], expected[k]) for k in state)
-assert hf.dtype == torch.float32
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, AutoProcessor
 sys.path.insert(0, sys.argv[1])
 import model
-processor = (model.load_processor if "Qwen" in type(hf).__name__ else AutoProcessor.from_pretrained)("final")
-print(processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "hi"}]}],
-                                    add_generation_prompt=True))
+for family in sys.argv[2].split():
+    text_only = family in sys.argv[3]
+    auto = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
+    hf, info = auto.from_pretrained(family, output_loading_info=True)
+    assert not any(info.values()), info
+    expected = torch.load(f"{family}.pt", weights_only=True)
+    state = hf.state_dict()
+    assert state.keys() == expected.keys() and all(torch.equal(state[k], expected[k]) for k in state)
+    assert hf.dtype == torch.float32
+    video = ("Qwen", "Onevision", "InternVL")  # whose AutoProcessor wants torchvision
+    processor = (AutoTokenizer.from_pretrained if text_only else model.load_processor
+                 if any(name in type(hf).__name__ for name in video) else AutoProcessor.from_pretrained)(family)
+    content = "hi" if text_only else [{"type": "image"}, {"type": "text", "text": "hi"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                         add_generation_prompt=True)
+    assert "hi" in text and "assistant" in text.lower(), text
 '''
-    text = run(sys.executable, "-c", check, os.path.dirname(model.__file__), cwd=tmp_path)
-    assert "hi" in text and "assistant" in text.lower()
-    assert {f.name for f in folders[family].iterdir()} == {f.name for f in (tmp_path / "final").iterdir()}
+    run(sys.executable, "-c", check, os.path.dirname(model.__file__), " ".join(families), " ".join(TEXT_ONLY), cwd=tmp_path)
 
 
 def test_bf16_export_is_bf16_and_tied_weights_stay_one(folders, tmp_path):
@@ -361,13 +368,13 @@ def test_export_from_a_hub_id(folders, tmp_path, monkeypatch):
 
 
 def test_wrong_model_paths_are_one_error(tmp_path):
-    """A folder that is not there is not looked up on the hub; a text-only model says so."""
-    from transformers import LlamaConfig
+    """A folder that is not there is not looked up on the hub; a model that neither sees nor writes says so."""
+    from transformers import ViTConfig
 
     with pytest.raises(model.InputError, match="--model_name_or_path ./nowhere: no such folder"):
         model.load_policy("./nowhere")
     with pytest.raises(model.InputError, match="--model_name_or_path runs/nowhere"):
         model.load_policy("runs/nowhere")
-    LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(model.InputError, match="not a vision-language model"):
+    ViTConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(model.InputError, match="vit is neither a vision-language nor a language model"):
         model.load_policy(str(tmp_path))

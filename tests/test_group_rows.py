@@ -1,8 +1,10 @@
 """A packed group is its repeated rows: log-probs, gradients, and what is computed once."""
 
+import inspect
+
 import pytest
 import torch
-from conftest import FAMILIES, make_group
+from conftest import FAMILIES, TEXT_ONLY, VISION, make_group
 
 import model
 
@@ -22,15 +24,18 @@ def groups_of(policy, processor, batch):
 
 def transformers_logps(policy, group, temperature):
     """The oracle: every completion behind its own prompt through transformers' own forward, alone, unpadded, without
-    position_ids or mask, and a plain log_softmax over all logits. -> [(len,), ...]"""
+    position_ids or mask, with its own attention, and a plain log_softmax over all logits. -> [(len,), ...]"""
     prompt, completions = group
-    logps = []
+    logps, text_config = [], policy.hf.config.get_text_config()
     for ids in completions:
         tokens = torch.cat([prompt.tokens, ids])[None]
         inputs = dict(input_ids=tokens, **prompt.pixels)
-        if policy.hf.config.model_type == "qwen2_5_vl":
-            inputs["mm_token_type_ids"] = (tokens == policy.hf.config.image_token_id).int()
+        for name in ("mm_token_type_ids", "token_type_ids"):  # Qwen-VL's, Gemma 3's
+            if prompt.pixels and name in inspect.signature(policy.hf.forward).parameters:
+                inputs[name] = (tokens == policy.hf.config.image_token_id).int()
+        text_config._attn_implementation = "sdpa"
         logits = policy.hf(**inputs).logits[0, len(prompt.tokens) - 1:-1] / temperature
+        text_config._attn_implementation = "flatpo"
         logits[:, policy.never_sampled] = -torch.inf
         logps.append(logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0])
     return logps
@@ -103,7 +108,7 @@ def test_shared_prompt_equals_plain_form(loaded, family):
     torch.testing.assert_close(shared, repeated, atol=5e-6, rtol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", VISION)
 def test_image_is_encoded_once_per_group(loaded, family):
     """Guards the point of the group row: G copies of an image in the vision tower."""
     policy, processor = loaded(family)
@@ -118,16 +123,18 @@ def test_image_is_encoded_once_per_group(loaded, family):
     finally:
         hook.remove()
     assert len(seen) == 1  # one call for the whole batch,
-    single = sum(len(policy_input(family, prompt)) for prompt, _ in groups)
+    single = sum(policy_input(family, prompt) for prompt, _ in groups)
     assert len(seen[0]) == single  # with each of its three pictures in it once
     prompt_tokens = sum(len(p.tokens) for p, _ in groups)
     assert (batch["segment_ids"] == 0).sum() == prompt_tokens
 
 
 def policy_input(family, prompt):
-    """What the vision tower gets for one prompt: patches (Qwen) or pictures."""
+    """How many rows the vision tower gets for one prompt: patches (Qwen), pictures, or tiles, less the padding."""
     pixels = prompt.pixels["pixel_values"]
-    return pixels[0] if family == "idefics3" else pixels
+    if family.startswith("llava_") and len(pixels) == 2:  # of unequal pictures
+        return int(pixels.abs().sum((2, 3, 4)).count_nonzero()) if family == "llava_next" else len(pixels)
+    return pixels[0].shape[0] if family in ("idefics3", "llava_next", "llava_onevision") else len(pixels)
 
 
 def test_pixels_matter(loaded):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, build_tiny_qwen, run
 from safetensors.torch import load_file
 from test_runs import write_task
 
@@ -20,6 +20,7 @@ def folder(tmp_path_factory):
     import model
 
     model.build_tiny_vlm(folder / "start")
+    build_tiny_qwen(folder / "experts", "Qwen3VLMoe")
     return folder
 
 
@@ -41,6 +42,10 @@ def cases(world: int):
         yield (f"{algo}-{world}x{micro}", "train_grpo",
                [*common, *online, "--algo", algo, *extra, "--per_device_train_batch_size", micro,
                 "--gradient_accumulation_steps", 16 // world // micro])
+    if world < 4:
+        yield (f"experts-{world}x4", "train_grpo",
+               [*common, *online, "--model_name_or_path", "experts", "--algo", "gspo", "--per_device_train_batch_size", 4,
+                "--gradient_accumulation_steps", 4 // world])
     if world == 1:
         yield ("grpo-1x16", "train_grpo", [*common, *online, "--beta", "0.1", "--per_device_train_batch_size", 16])
     if world == 2:  # cut by tokens: the ranks' groups differ in length, the number of micro-batches must not
@@ -97,7 +102,7 @@ def assert_equal_runs(ours, theirs):
 def test_ranks_and_micro_batches_change_nothing(results, world):
     """P9, F34, D3: gradients and weights of three SGD steps with 1, 2 and 4 gloo ranks under FSDP2, micro-batches of 1, 2
     and 4, uneven lengths, micro-batches without images, HSDP and recomputation, equal one process's: MPO with its
-    running delta, GRPO with KL, GSPO, RLOO. A hang would show as the launch's time-out."""
+    running delta, GRPO with KL, GSPO (of a mixture of experts too), RLOO. A hang would show as the launch's time-out."""
     one = results(1)
     for name, result in results(world).items():
         algo = name.split("-")[0]

@@ -1,0 +1,120 @@
+"""Model families: what all of them share is tested over FAMILIES in the other files; here each in both scripts, and
+what a family may not have."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import FAMILIES, TEXT_ONLY, make_group, make_row
+from test_group_rows import transformers_logps
+from test_runs import RUNNERS, SCRIPTS, shared_runner, write_task
+
+import data
+import model
+import rollout
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory):
+    """(folder with rows.jsonl of 0, 1 and 2 images and rewards.py, and with texts.jsonl, the same without images)"""
+    folder = tmp_path_factory.mktemp("families")
+    write_task(folder)
+    with open(folder / "texts.jsonl", "w") as file:
+        for line in open(folder / "pairs.jsonl"):
+            file.write(json.dumps(json.loads(line) | {"images": []}) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_scripts_train_and_reload(folders, tasks, monkeypatch, tmp_path, capsys, family):
+    """A step of MPO and one of GRPO from the command line: the losses of step 1, language model and vision tower that
+    both move, and a `final/` that loads with the same weights and trains on."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rollout, "RewardRunner", shared_runner(tasks))
+    source, seen = str(folders[family]), {}
+    rows = tasks / ("texts.jsonl" if family in TEXT_ONLY else "pairs.jsonl")
+    export = model.export
+
+    def keep(policy, *args):
+        seen.update({name: tensor.clone() for name, tensor in policy.hf.state_dict().items()})
+        export(policy, *args)
+
+    monkeypatch.setattr(model, "export", keep)
+    common = ["--dataset", str(rows), "--image_root", str(tasks), "--max_steps", "1", "--warmup_steps", "0",
+              "--learning_rate", "1e-3", "--max_completion_length", "5"]
+    for name, extra in (("train_dpo", ["--algo", "mpo", "--per_device_train_batch_size", "6"]),
+                        ("train_grpo", ["--num_generations", "4", "--per_device_train_batch_size", "24", "--reward_funcs",
+                                        f"{tasks / 'rewards.py'}:spread"])):
+        before = model.load_policy(source)[0].hf
+        SCRIPTS[name].main([*common, *extra, "--model_name_or_path", source, "--output_dir", name])
+        step = [json.loads(line) for line in open(f"{name}/metrics.jsonl")][-1]
+        assert step["grad_norm"] > 0
+        if name == "train_dpo":
+            assert step["loss/sigmoid"] == pytest.approx(0.6931, abs=1e-4)
+            assert step["loss/bco_pair"] == pytest.approx(1.3863, abs=2e-4)
+        else:
+            assert step["ratio"] == 1 and step["sampling/sampling_logp_difference/mean"] < 1e-5
+        source = f"{name}/final"  # GRPO goes on from MPO's
+        after = model.load_policy(source)[0].hf
+        weights = after.state_dict()
+        assert weights.keys() == seen.keys() and all(torch.equal(weights[k], seen[k]) for k in seen)
+        parts = [[hf.get_decoder(), *([] if family in TEXT_ONLY else [hf.get_encoder(modality="image")])]
+                 for hf in (before, after)]
+        for old, new in zip(*parts):
+            assert not torch.equal(torch.cat([p.flatten() for p in old.parameters()]),
+                                   torch.cat([p.flatten() for p in new.parameters()]))
+    out = capsys.readouterr().out
+    for note in model.load_policy(source)[0].notes:
+        assert out.count(f": {note}\n") == 2
+
+
+def test_what_a_family_lacks_is_said(loaded):
+    """One line at the start for what a family cannot have; nothing for those that have all."""
+    assert loaded("qwen2_5_vl")[0].notes == loaded("internvl")[0].notes == []
+    assert "auxiliary loss is not added" in loaded("qwen3_vl_moe")[0].notes[0]
+    assert "row with images is an error" in loaded("llama")[0].notes[0]
+    assert "on a CPU, attention computes what its mask then hides" in loaded("gemma3")[0].notes[0]
+    assert set(model.TESTED) == set(FAMILIES)
+
+
+def test_a_text_only_model_refuses_images(loaded):
+    """Never drop an image: a row that has one names itself."""
+    policy, processor = loaded("llama")
+    with pytest.raises(data.RowError, match="row 3: .*text-only model takes no images"):
+        data.encode_prompt(policy, processor, make_row(1, 3))
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(layer_types=["full_attention", "linear_attention"]), "layers with linear_attention are not supported"),
+    (dict(attn_logit_softcapping=30.0), "attention with soft-capping"),
+    (dict(final_logit_softcapping=30.0), "soft-capping or a bias")])
+def test_what_is_not_supported_is_refused(folders, change, message):
+    """Layers whose attention is another than the mask's, or a head that is no matrix, would train something else."""
+    processor = model.load_processor(str(folders["gemma3"]))
+    hf = model.AutoModelForImageTextToText.from_pretrained(folders["gemma3"])
+    for key, value in change.items():
+        setattr(hf.config.text_config, key, value)
+    with pytest.raises(model.InputError, match=message):
+        model.Policy(hf, processor)
+
+
+def test_windows_count_tokens_not_mrope_positions(folders, tmp_path):
+    """Qwen2.5-VL with sliding layers: an image spans fewer positions than tokens, and the window counts tokens, in
+    training and in decoding."""
+    shutil.copytree(folders["qwen2_5_vl"], tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["text_config"] |= dict(use_sliding_window=True, sliding_window=8, max_window_layers=1,
+                                  layer_types=["full_attention", "sliding_attention"])
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    policy, processor = model.load_policy(str(tmp_path / "model"))
+    groups = [make_group(policy, processor, images, [12, 5], seed=images) for images in (0, 1, 2)]
+    logps, *_ = policy(model.pack_groups(groups, policy.pad_id, True), 0.7)
+    for n, expected in enumerate(x for group in groups for x in transformers_logps(policy, group, 0.7)):
+        torch.testing.assert_close(logps[n, :len(expected)], expected, atol=5e-6, rtol=0)
+    prompts = [prompt for prompt, _ in groups]
+    sampled = rollout.sample(policy, prompts, [0, 1, 2], num_generations=2, max_completion_length=20, temperature=1.0, seed=0)
+    groups = [(p, [sampled.completion_ids[n][sampled.completion_mask[n]] for n in (2 * i, 2 * i + 1)])
+              for i, p in enumerate(prompts)]
+    again = policy(model.pack_groups(groups, policy.pad_id, True))[0]
+    torch.testing.assert_close(sampled.sampling_logps, again, atol=1e-5, rtol=0)
