@@ -156,8 +156,9 @@ def pack_groups(groups, pad_id: int, one_row: bool = False) -> dict:
                 at += length
             start = end
     completion_mask = torch.arange(T) < torch.tensor(lengths, dtype=torch.long)[:, None]
-    return {"input_ids": input_ids, "segment_ids": segment_ids, "group_ids": group_ids, "image_ids": image_ids,
-            "position_ids": position_ids, "pixels": cat_pixels([prompt for prompt, _ in groups]),
+    return {"input_ids": input_ids, "segment_ids": segment_ids, "group_ids": group_ids,
+            "image_ids": image_ids, "position_ids": position_ids,
+            "pixels": cat_pixels([prompt for prompt, _ in groups]),
             "completion_ids": completion_ids, "completion_mask": completion_mask, "logit_index": logit_index,
             "segments": segments}
 
@@ -188,7 +189,7 @@ def to_device(batch: dict, device) -> dict:
             for k, v in batch.items()}
 
 
-def group_attention_mask(segment_ids: torch.Tensor, group_ids: torch.Tensor, image_ids=None) -> torch.Tensor:
+def group_attention_mask(segment_ids, group_ids, image_ids=None) -> torch.Tensor:
     """The rule at the top of this file, as a boolean mask (B, 1, S, S), True = may attend.
 
     Padding carries segment -1 and group -1 and so attends to padding, itself included: no softmax row is
@@ -210,11 +211,11 @@ def attention_mask_of(batch: dict, window: int | None = None):
     longest prompt + completion: no larger window makes a difference.
     """
     segment_ids, group_ids, image_ids = batch["segment_ids"], batch["group_ids"], batch["image_ids"]
-    if window is not None:  # each token's place in its own prompt + completion; `position_ids` may be M-RoPE's
+    if window is not None:  # each token's place in its prompt + completion; `position_ids` may be M-RoPE's
         place = torch.zeros_like(segment_ids)
         for b, groups in enumerate(batch["segments"]):
-            starts = [(n, at) for P, completions in groups for n, at in ((P, 0), *((n, P) for n in completions))]
-            found = torch.cat([torch.arange(at, at + n) for n, at in starts])
+            found = torch.cat([torch.arange(start, start + n) for P, completions in groups
+                               for n, start in ((P, 0), *((n, P) for n in completions))])
             place[b, :len(found)] = found
     if segment_ids.is_cuda:
         def may_attend(b, _, q, k):
@@ -354,11 +355,11 @@ class ChunkedLogps(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
-# The families that the tests build, each from transformers' own classes. How one lays out images and positions
-# its own parts say: the processor where image tokens stand, `get_rope_index` M-RoPE's positions, every
-# attention layer its window, `cat_pixels` joins what the processor returns. What none of them says is here.
-TESTED = ("gemma3", "idefics3", "internvl", "llama", "llava", "llava_next", "llava_onevision", "qwen2", "qwen2_5_vl",
-          "qwen2_vl", "qwen3", "qwen3_vl", "qwen3_vl_moe")
+# The families that the tests build, each from transformers' own classes. How one lays out images and
+# positions its own parts say: the processor where image tokens stand, `get_rope_index` M-RoPE's positions,
+# each layer its window; `cat_pixels` joins what any processor returns. What none of them says stands here.
+TESTED = ("gemma3", "idefics3", "internvl", "llama", "llava", "llava_next", "llava_onevision", "qwen2",
+          "qwen2_5_vl", "qwen2_vl", "qwen3", "qwen3_vl", "qwen3_vl_moe")
 BIDIRECTIONAL_IMAGES = ("gemma3",)  # the tokens of an image see each other both ways
 
 
@@ -392,13 +393,13 @@ class Policy(nn.Module):
             raise InputError(f"{family}: neither generation_config nor the tokenizer names an EOS token")
 
         text_config._attn_implementation = "flatpo"
-        self.notes = [note for note, holds in {
-            "not among the families that the tests cover": family not in TESTED,
-            "a text-only model: a row with images is an error": isinstance(processor, TextProcessor),
-            "on a CPU, attention computes what its mask then hides (windows, images that see themselves)":
-                family in BIDIRECTIONAL_IMAGES or bool(getattr(text_config, "sliding_window", None)),
-            "mixture of experts: the router's auxiliary loss is not added": hasattr(text_config, "router_aux_loss_coef"),
-        }.items() if holds]
+        uneven = family in BIDIRECTIONAL_IMAGES or getattr(text_config, "sliding_window", None)
+        self.notes = [note for holds, note in (
+            (family not in TESTED, "not among the families that the tests cover"),
+            (isinstance(processor, TextProcessor), "a text-only model: a row with images is an error"),
+            (uneven, "windows, or images that see all of themselves: a CPU computes what their mask hides"),
+            (hasattr(text_config, "router_aux_loss_coef"), "the router's auxiliary loss is not added"),
+        ) if holds]
         self.hf, self.dtype, self.filler = hf, dtype, None
         self.eos_ids = sorted(eos)
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -452,7 +453,7 @@ class Policy(nn.Module):
         return rope_index(input_ids=tokens[None], mm_token_type_ids=types, **grids)[0][:, 0]
 
     def prompt_images(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """(P,) which image each prompt token belongs to, -1 for text; None where image tokens are causal too."""
+        """(P,) the image that each prompt token belongs to, -1 for text; None where image tokens are causal."""
         if self.hf.config.model_type not in BIDIRECTIONAL_IMAGES:
             return None
         image = tokens == self.hf.config.image_token_id
@@ -517,7 +518,7 @@ def without_video(processor_class):
 
 
 class TextProcessor:
-    """A text-only model's tokenizer, where a processor is expected. Its chat template wants strings, no blocks."""
+    """A text-only model's tokenizer, where a processor is expected. Its chat template wants strings."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.chat_template = tokenizer, tokenizer.chat_template
@@ -577,8 +578,8 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
 
     def load():
         try:
-            auto = AutoModelForCausalLM if isinstance(processor, TextProcessor) else AutoModelForImageTextToText
-            hf = auto.from_pretrained(
+            text_only = isinstance(processor, TextProcessor)
+            hf = (AutoModelForCausalLM if text_only else AutoModelForImageTextToText).from_pretrained(
                 path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True)
         except OSError as error:  # pickled weights (pytorch_model.bin) only, above all
             raise InputError(f"--model_name_or_path {path}: {error} (only safetensors are read)") from error
