@@ -453,7 +453,7 @@ class Policy(nn.Module):
         return rope_index(input_ids=tokens[None], mm_token_type_ids=types, **grids)[0][:, 0]
 
     def prompt_images(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """(P,) the image that each prompt token belongs to, -1 for text; None where image tokens are causal."""
+        """(P,) the image that each prompt token belongs to, -1: text; None where image tokens are causal."""
         if self.hf.config.model_type not in BIDIRECTIONAL_IMAGES:
             return None
         image = tokens == self.hf.config.image_token_id
