@@ -131,6 +131,12 @@ def build_parser():
     add("--gradient_checkpointing", action=on_off, default=False, help="recompute layers in the backward")
     add("--freeze_vision_tower", action=on_off, default=False, help="train the language model only")
     add("--shard_size", type=int, help="ranks that hold one copy of the weights between them; default: all")
+    add("--lora_r", type=int, help="rank of LoRA adapters, which alone are trained; none: train all weights")
+    add("--lora_alpha", type=int, help="adapters are scaled by lora_alpha / lora_r; default 32")
+    add("--lora_target_modules", nargs="+", help="names of linear layers (q_proj v_proj), or all-linear, "
+        "the default: all but the output head")
+    add("--use_rslora", action=on_off, default=False, help="scale by lora_alpha / sqrt(lora_r)")
+    add("--use_dora", action=on_off, default=False, help="DoRA: train the norm of each row as well")
     add("--share_prompt", action=on_off, default=True,
         help="a pair is one row; --no-share_prompt gives each completion its own")
     add("--cold_start_steps", type=int, help="most SFT steps before the run, on the built-in model and task "
@@ -183,6 +189,7 @@ def parse_args(argv):
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.max_steps < 1 and args.max_steps != -1:
         parser.error(f"--max_steps must be at least 1, or -1 for --num_train_epochs, got {args.max_steps}")
+    model.check_lora(args, parser)
     check_args(args, parser)
     return args
 
@@ -374,7 +381,7 @@ def main(argv=None):
     # --- policy, the rows that it will meet, reference, optimizer
     source = model.start_model(args, output_dir, rank)
     policy, processor = model.load_policy(source, args.dtype, device, args.gradient_checkpointing,
-                                          args.freeze_vision_tower, args.shard_size)
+                                          args.freeze_vision_tower, args.shard_size, lora=args)
     if world_size > 1:
         policy.filler = data.encode_prompt(policy, processor, data.shapes_rows(1, 0, "train")[0])
 
@@ -404,7 +411,7 @@ def main(argv=None):
         reference = ReferenceCache(args.ref_cache, policy)
         visited = {id(row): row for step in range(max_steps) for row in rows_of(step)}.values()
         batched = encoded(list(visited), args.per_device_train_batch_size)
-        with model.gathered(policy), stop.passes():
+        with model.gathered(policy), model.adapter_off(policy), stop.passes():
             computed, found = reference.add(policy, batched, args.share_prompt, stop)
             batched = encoded(eval_rows, args.per_device_eval_batch_size)
             reference.add(policy, batched, args.share_prompt, stop)
