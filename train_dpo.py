@@ -19,7 +19,7 @@ Where this differs from the papers and from TRL:
  3. `sft` in MPO is the paper's per-response mean (--nll_normalization sequence), in --algo sft a token mean.
  4. A completion ends with its first EOS; what the template writes after it is not trained. TRL trains it.
  5. The reference is the starting policy. Its log-probs are computed before the first step and kept on disk,
-    by the content of weights, ids and pixels; there is no second model in memory.
+    by the content of weights, ids and pixels; there is no second model in memory. LoRA has no dropout.
  6. rewards/accuracies counts a tie as 1/2, so it starts at 0.5 (TRL: 0).
  7. --label_smoothing makes sigmoid cDPO (TRL ignores it there); WPO weighs pair losses only.
 """

@@ -17,7 +17,8 @@ Where this differs from the papers and from TRL:
  1. Every loss is a sum over the whole optimizer step divided by its count there, so the gradient depends on
     neither micro-batch size nor number of ranks. TRL averages micro-batch means in `grpo`.
  2. A rollout's groups are cut into updates whole. TRL shuffles completions across the updates of a rollout.
- 3. beta is 0 (TRL's default; the GRPO paper has 0.04): no reference model is kept.
+ 3. beta is 0 (TRL's default; the GRPO paper has 0.04): no reference model is kept. With LoRA there never is
+    one: it is the policy with its adapter off. LoRA has no dropout, since the first ratio must be 1.
  4. With one update per rollout, old log-probs are the training pass's own, detached: the ratio is exactly 1
     also in bf16; with more, one no-grad pass of the same function on the same rows. The sampler's own
     log-probs are compared with them (sampling/sampling_logp_difference/mean), and used for nothing else
