@@ -50,6 +50,8 @@ def test_layer_by_hand(folders, kind, name):
     layer = adapted(folders["qwen2_5_vl"], *KINDS[kind])[0].hf.model.language_model.layers[1].get_submodule(name)
     W, A, B, b = layer.weight, layer.lora_A.detach(), layer.lora_B.detach(), layer.bias
     assert (b is None) == (name == "mlp.down_proj") and A.shape == (4, layer.in_features)
+    if b is not None:
+        b.data.normal_()  # it starts at 0
     s = 6 / 2 if kind == "rslora" else 6 / 4
     x, g = torch.randn(3, 5, layer.in_features), torch.randn(3, 5, layer.out_features)
     y = layer(x)
@@ -100,6 +102,16 @@ def test_frozen_weights_are_kept_in_the_compute_dtype(folders):
     assert policy.hf.model.language_model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
     assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
     assert policy.hf.lm_head.weight.dtype == torch.float32
+
+
+def test_adapters_start_alike_for_one_seed(folders):
+    """--seed alone decides A: ranks that each drew their own would shard different matrices."""
+    starts = []
+    for extra in ([], [], ["--seed", "1"]):
+        policy, _ = adapted(folders["qwen2_5_vl"], *extra, train=False)
+        starts.append(policy.hf.model.language_model.layers[0].self_attn.q_proj.lora_A)
+        torch.rand(1)  # another state of the global generator
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
 
 
 # --- which layers
@@ -330,7 +342,8 @@ def test_four_bit_base(folders, launch, task, tmp_path):  # noqa: F811
     with pytest.raises(model.InputError, match="quantized weights only bitsandbytes' 4-bit .* with --lora_r"):
         model.load_policy(str(small))
     for kind in ("lora", "dora"):
-        policy, processor, final = grow(small, tmp_path, *KINDS[kind])
+        targets = ["all-linear"] if kind == "lora" else ["q_proj"]  # what has no adapter is decoded as well
+        policy, processor, final = grow(small, tmp_path, *KINDS[kind], "--lora_target_modules", *targets)
         assert policy.hf.model.language_model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
         assert "quantization_config" not in json.loads((final / "config.json").read_text())
         plain, _ = model.load_policy(str(final))
