@@ -47,6 +47,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -549,7 +550,7 @@ def add_lora(hf, args):
         peft_type="LORA", r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=0.0, bias="none",
         target_modules=sorted(chosen), use_rslora=args.use_rslora, use_dora=args.use_dora,
         modules_to_save=None, task_type=None, inference_mode=True)
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" and not next(hf.parameters()).is_meta:
         trained = sum(p.numel() for p in hf.parameters() if p.requires_grad)
         experts = {type(m).__name__ for m in hf.modules() if any(p.dim() == 3 for p in m.parameters(False))}
         without = "".join(f"; {name}'s 3-D weights are no linear layers and get none" for name in experts)
@@ -612,9 +613,8 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
 
     Only safetensors are read and no remote code runs. freeze_vision_tower freezes what transformers calls the
     image encoder; Qwen's merger is part of it, LLaVA's and Idefics3's projector is not. lora takes the flags
-    that `add_lora` reads, which then trains adapters alone. With several ranks
-    the policy comes sharded (`shard`); a node's ranks load one after the other, so that its memory holds one
-    whole copy at a time.
+    that `add_lora` reads, which then trains adapters alone. With several ranks the policy comes sharded
+    (`shard`): rank 0 reads the files, once, and the others never hold more than their part of the weights.
     """
     if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise InputError(f"--model_name_or_path {path}: no such folder (and not a hub id like owner/name)")
@@ -629,16 +629,21 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
     if not getattr(processor, "chat_template", None):
         raise InputError(f"{path}: its processor has no chat template")
 
+    def finish(hf):
+        if gradient_checkpointing:
+            hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if freeze_vision_tower:
+            hf.get_encoder(modality="image").requires_grad_(False)
+        if lora is not None and lora.lora_r:
+            add_lora(hf, lora)
+        return Policy(hf, processor, getattr(torch, dtype)).train()
+
     def load():
         try:
             hf = AutoModelForImageTextToText.from_pretrained(
                 path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True)
         except OSError as error:  # pickled weights (pytorch_model.bin) only, above all
             raise InputError(f"--model_name_or_path {path}: {error} (only safetensors are read)") from error
-        if gradient_checkpointing:
-            hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if freeze_vision_tower:
-            hf.get_encoder(modality="image").requires_grad_(False)
         quantized = getattr(hf.config, "quantization_config", None)
         if quantized is not None:
             four_bit = getattr(quantized, "load_in_4bit", False)
@@ -649,17 +654,27 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
             del hf.config.quantization_config
             for module in hf.modules():  # in eval() bitsandbytes packs weights for some CPUs, never to unpack
                 module.support_avx512bf16_for_cpu = False
-        if lora is not None and lora.lora_r:
-            add_lora(hf, lora)
-        return Policy(hf, processor, getattr(torch, dtype)).train()
+        return finish(hf)
 
     if not dist.is_initialized():
         return load().to(device), processor
-    mesh = device_mesh(torch.device(device).type, shard_size)
-    for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
-        if turn == int(os.environ.get("LOCAL_RANK", 0)):
-            policy = shard(load(), mesh)
-        dist.barrier()
+    # The others build the model without weights, shard it, and only then take memory.
+    whole, answer = None, [None]
+    if dist.get_rank() == 0:
+        try:
+            whole = load()
+            answer = [(whole.hf.config, whole.hf.generation_config)]
+        except InputError as error:
+            answer = [error]
+    dist.broadcast_object_list(answer)
+    if isinstance(answer[0], InputError):
+        raise answer[0]
+    config, generation_config = answer[0]
+    with torch.device("meta"):
+        hf = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    hf.generation_config = generation_config
+    policy = shard(finish(hf), device_mesh(torch.device(device).type, shard_size)).to_empty(device=device)
+    copy_from_rank_0(whole, policy)
     # FSDP finds its root in the first forward: it must be this one, and not one of the sampler's.
     token = torch.tensor([policy.eos_ids[0]])
     prompt = Prompt(token, policy.prompt_positions(token, {}, {}), {}, {})
@@ -883,6 +898,24 @@ def shard(policy: Policy, mesh) -> Policy:
     for module in [m for m in policy.modules() if type(m).__name__ in set(policy.hf._no_split_modules)]:
         fully_shard(module, mesh=mesh, mp_policy=mixed)
     return fully_shard(policy, mesh=mesh, mp_policy=mixed)
+
+
+@torch.no_grad()
+def copy_from_rank_0(whole: Policy | None, policy: Policy):
+    """Each rank takes its part of rank 0's unsharded weights and buffers, tensor by tensor. (transformers can
+    have every rank read its own slices, but wants its own model at FSDP's root.)"""
+    def tensors(module):
+        return [*module.named_parameters(), *module.named_buffers()]
+
+    source = {} if whole is None else dict(tensors(whole))
+    for name, x in tensors(policy):
+        complete = torch.empty(x.shape, dtype=x.dtype, device=policy.device)
+        if whole is not None:
+            complete.copy_(source[name])
+            source[name].data = torch.empty(0)  # so that rank 0 does not hold its part twice
+        dist.broadcast(complete, 0)
+        x.copy_(distribute_tensor(complete, x.device_mesh, x.placements, src_data_rank=None)
+                if isinstance(x, DTensor) else complete)
 
 
 @contextmanager
