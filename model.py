@@ -675,6 +675,7 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
     hf.generation_config = generation_config
     policy = shard(finish(hf), device_mesh(torch.device(device).type, shard_size)).to_empty(device=device)
     copy_from_rank_0(whole, policy)
+    whole = None
     # FSDP finds its root in the first forward: it must be this one, and not one of the sampler's.
     token = torch.tensor([policy.eos_ids[0]])
     prompt = Prompt(token, policy.prompt_positions(token, {}, {}), {}, {})
