@@ -47,10 +47,10 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_optimizer_state_dict,
-                                                     set_model_state_dict, set_optimizer_state_dict)
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
 from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
@@ -339,7 +339,9 @@ class ChunkedLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logps, grad_entropy, _):
         hidden, weight, targets, never_sampled, lse, entropy = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        grad_hidden, grad_weight = torch.empty_like(hidden), None
+        if ctx.needs_input_grad[1]:  # not where the head is frozen, as with LoRA
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             W = weight.to(ctx.dtype)
             for i in range(0, len(hidden), ctx.chunk):
@@ -351,8 +353,10 @@ class ChunkedLogps(torch.autograd.Function):
                 grad.scatter_add_(-1, targets[at, None], grad_logps[at, None])
                 grad = (grad / ctx.temperature).to(ctx.dtype)
                 grad_hidden[at] = (grad @ W).to(hidden.dtype)
-                grad_weight += (grad.T @ h).float()
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+                if grad_weight is not None:
+                    grad_weight += (grad.T @ h).float()
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 # The families that the tests build, each from transformers' own classes. How one lays out images and
@@ -424,7 +428,8 @@ class Policy(nn.Module):
     def compute_weights(self):
         """Within it the weights are of the compute dtype, not cast anew by every forward: for the sampler.
         Under FSDP they are so already, once gathered."""
-        masters = [(p, p.data) for p in self.parameters() if p.dtype != self.dtype]
+        masters = [(p, p.data) for p in self.parameters()
+                   if p.is_floating_point() and p.dtype != self.dtype]
         for p, _ in masters:
             p.data = p.data.to(self.dtype)
         try:
@@ -486,6 +491,132 @@ class Policy(nn.Module):
                                            self.never_sampled, temperature, chunk)                # 3 x (M,)
         zeros = torch.zeros(mask.shape, device=mask.device)
         return tuple(zeros.masked_scatter(mask, x) for x in per_token)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# LoRA
+
+
+class LoraLinear:
+    """Mixed by `add_lora` into the class of a linear layer, which is frozen and keeps its place and names.
+
+        y = x W^T + b + s (x A^T) B^T          A (r, in) Kaiming-uniform, B (out, r) zero     LoRA 2106.09685
+        y = m / |V| * (x V^T) + b,  V = W + s B A,  m starts at |W|                           DoRA 2402.09353
+
+    s is alpha / r, or alpha / sqrt(r) (rsLoRA 2312.03732). |V| (out,) are the norms of V's rows, constant in
+    the backward pass (DoRA's section 4.3). `lora_m` holds m - |W|, so that the start is exactly the base, in
+    bf16 too. There is no dropout, which would move the first ratio of an update from 1.
+    """
+
+    adapter_on = True
+
+    def forward(self, x):
+        y = super().forward(x)                                                                # (..., out)
+        if not self.adapter_on:
+            return y
+        update = self.lora_scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        if not hasattr(self, "lora_m"):
+            return y + update
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            W = dense(self)
+            start, norm = W.norm(dim=1), self.added(W, self.lora_A, self.lora_B).norm(dim=1)
+        gain = (start + self.lora_m) / norm                                                   # (out,)
+        plain = y if self.bias is None else y - self.bias
+        return y + ((gain - 1) * plain + gain * update).to(y.dtype)
+
+    def added(self, W, A, B):
+        return W + self.lora_scale * (B.float() @ A.float())
+
+    @torch.no_grad()
+    def merged(self) -> tuple[torch.Tensor, dict]:
+        """The weight (out, in) that computes the same alone; the adapter under PEFT's names. A collective."""
+        W, A, B = dense(self), full(self.lora_A), full(self.lora_B)
+        V, adapter = self.added(W, A, B), {"lora_A.weight": A, "lora_B.weight": B}
+        if hasattr(self, "lora_m"):
+            m = adapter["lora_magnitude_vector"] = W.norm(dim=1) + full(self.lora_m)
+            V *= (m / V.norm(dim=1))[:, None]
+        return V, adapter
+
+
+def dense(layer) -> torch.Tensor:
+    """A linear layer's weight in fp32, whole, and decoded where bitsandbytes holds it in 4 bits."""
+    if hasattr(layer.weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+        return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    return full(layer.weight).float()
+
+
+@contextmanager
+def adapter_off(policy: Policy):
+    """Within it the policy is the model that it started from: the reference. Without LoRA nothing changes."""
+    layers = [m for m in policy.modules() if isinstance(m, LoraLinear)]
+    for layer in layers:
+        layer.adapter_on = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.adapter_on = True
+
+
+def check_lora(args, parser):
+    """Resolve the LoRA flags, of which none may stand without --lora_r."""
+    given = [f"--{name}" for name in ("lora_alpha", "lora_target_modules", "use_rslora", "use_dora")
+             if getattr(args, name)]
+    if args.lora_r is None and given:
+        parser.error(f"{given[0]} needs --lora_r, which turns LoRA on")
+    if args.lora_r is not None:
+        args.lora_alpha = 32 if args.lora_alpha is None else args.lora_alpha
+        names = ",".join(args.lora_target_modules or ["all-linear"]).split(",")
+        args.lora_target_modules = [name for name in names if name]
+        if args.lora_r < 1 or args.lora_alpha < 1:
+            parser.error(f"--lora_r {args.lora_r} and --lora_alpha {args.lora_alpha} must be at least 1")
+        if getattr(args, "sync_ref_model", False):
+            parser.error("--sync_ref_model cannot go with --lora_r: its reference has no weights of its own")
+
+
+def add_lora(hf, args):
+    """Freeze the model, and give the linear layers that --lora_target_modules names an adapter, in place.
+
+    A target is the name of a layer, or the end of it (q_proj, self_attn.q_proj); all-linear is every linear
+    layer but the output head, as in PEFT. A vision tower that --freeze_vision_tower freezes gets none. The
+    weights of these layers are kept in --dtype, which is what they are computed in.
+    """
+    left_out = set(hf.get_encoder(modality="image").modules()) if args.freeze_vision_tower else set()
+    left_out.add(hf.get_output_embeddings())  # the log-probs read its weight, and do not call it
+    linear = {name: m for name, m in hf.named_modules()
+              if type(m).__name__ in ("Linear", "Linear4bit") and m not in left_out}
+    chosen = {}
+    for target in args.lora_target_modules:
+        found = {n: m for n, m in linear.items() if target == "all-linear" or f".{n}".endswith(f".{target}")}
+        if not found:
+            there = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise InputError(f"--lora_target_modules {target}: no such linear layer, or none for an "
+                             f"adapter; {hf.config.model_type} has {there}")
+        chosen |= found
+    hf.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)  # the same on all ranks
+        for name in sorted(chosen):
+            layer, device = chosen[name], chosen[name].weight.device
+            if layer.weight.is_floating_point():
+                layer.weight.data = layer.weight.data.to(getattr(torch, args.dtype))
+            layer.lora_A = nn.Parameter(torch.empty(args.lora_r, layer.in_features, device=device))
+            nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))
+            layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, args.lora_r, device=device))
+            if args.use_dora:
+                layer.lora_m = nn.Parameter(torch.zeros(layer.out_features, device=device))
+            layer.lora_scale = args.lora_alpha / (math.sqrt(args.lora_r) if args.use_rslora else args.lora_r)
+            layer.__class__ = type("LoraLinear", (LoraLinear, type(layer)), {})
+    hf.adapter_config = dict(
+        peft_type="LORA", r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=0.0, bias="none",
+        target_modules=sorted(chosen), use_rslora=args.use_rslora, use_dora=args.use_dora,
+        modules_to_save=None, task_type=None, inference_mode=True)
+    if os.environ.get("RANK", "0") == "0" and not next(hf.parameters()).is_meta:
+        trained = sum(p.numel() for p in hf.parameters() if p.requires_grad)
+        experts = {type(m).__name__ for m in hf.modules() if any(p.dim() == 3 for p in m.parameters(False))}
+        without = "".join(f"; {name}'s 3-D weights are no linear layers and get none" for name in experts)
+        print(f"LoRA: {trained:,} parameters in adapters of {len(chosen)} linear layers{without}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -558,16 +689,19 @@ def refuse_remote_code(path: str):
 
 
 def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkpointing: bool = False,
-                freeze_vision_tower: bool = False, shard_size: int | None = None):
+                freeze_vision_tower: bool = False, shard_size: int | None = None, lora=None):
     """A local folder or a hub id -> (Policy, processor). Weights are held in fp32 whatever the compute dtype.
 
     Only safetensors are read and no remote code runs. freeze_vision_tower freezes what transformers calls the
-    image encoder; Qwen's merger is part of it, LLaVA's and Idefics3's projector is not. With several ranks
-    the policy comes sharded (`shard`); a node's ranks load one after the other, so that its memory holds one
-    whole copy at a time.
+    image encoder; Qwen's merger is part of it, LLaVA's and Idefics3's projector is not. lora takes the flags
+    that `add_lora` reads, which then trains adapters alone. With several ranks the policy comes sharded
+    (`shard`): rank 0 reads the files, once, and the others never hold more than their part of the weights.
     """
     if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise InputError(f"--model_name_or_path {path}: no such folder (and not a hub id like owner/name)")
+    if os.path.isfile(os.path.join(path, "adapter_config.json")):
+        raise InputError(f"--model_name_or_path {path}: a PEFT adapter; pass the whole model (of a run's "
+                         "final/adapter that is final/), or merge it (peft's merge_and_unload)")
     try:
         refuse_remote_code(path)
         processor = load_processor(path)
@@ -575,29 +709,58 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
         raise InputError(f"--model_name_or_path {path}: {error}") from error
     if not getattr(processor, "chat_template", None):
         raise InputError(f"{path}: its processor has no chat template")
+    text_only = isinstance(processor, TextProcessor)
+    auto = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
 
-    def load():
-        try:
-            text_only = isinstance(processor, TextProcessor)
-            hf = (AutoModelForCausalLM if text_only else AutoModelForImageTextToText).from_pretrained(
-                path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True)
-        except OSError as error:  # pickled weights (pytorch_model.bin) only, above all
-            raise InputError(f"--model_name_or_path {path}: {error} (only safetensors are read)") from error
+    def finish(hf):
         if gradient_checkpointing:
             hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if freeze_vision_tower:
-            if isinstance(processor, TextProcessor):
+            if text_only:
                 raise InputError(f"--freeze_vision_tower: {path} is a text-only model")
             hf.get_encoder(modality="image").requires_grad_(False)
+        if lora is not None and lora.lora_r:
+            add_lora(hf, lora)
         return Policy(hf, processor, getattr(torch, dtype)).train()
+
+    def load():
+        try:
+            hf = auto.from_pretrained(
+                path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True)
+        except OSError as error:  # pickled weights (pytorch_model.bin) only, above all
+            raise InputError(f"--model_name_or_path {path}: {error} (only safetensors are read)") from error
+        quantized = getattr(hf.config, "quantization_config", None)
+        if quantized is not None:
+            four_bit = getattr(quantized, "load_in_4bit", False)
+            if not four_bit or lora is None or not lora.lora_r or dist.is_initialized():
+                raise InputError(f"{path}: of quantized weights only bitsandbytes' 4-bit ones can be used, "
+                                 "with --lora_r, on one rank")
+            hf.hf_quantizer = hf._weight_conversions = None  # `final/` is merged, and no longer quantized
+            del hf.config.quantization_config
+            for module in hf.modules():  # in eval() bitsandbytes packs weights for some CPUs, never to unpack
+                module.support_avx512bf16_for_cpu = False
+        return finish(hf)
 
     if not dist.is_initialized():
         return load().to(device), processor
-    mesh = device_mesh(torch.device(device).type, shard_size)
-    for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
-        if turn == int(os.environ.get("LOCAL_RANK", 0)):
-            policy = shard(load(), mesh)
-        dist.barrier()
+    # The others build the model without weights, shard it, and only then take memory.
+    whole, answer = None, [None]
+    if dist.get_rank() == 0:
+        try:
+            whole = load()
+            answer = [(whole.hf.config, whole.hf.generation_config)]
+        except InputError as error:
+            answer = [error]
+    dist.broadcast_object_list(answer)
+    if isinstance(answer[0], InputError):
+        raise answer[0]
+    config, generation_config = answer[0]
+    with torch.device("meta"):
+        hf = auto.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    hf.generation_config = generation_config
+    policy = shard(finish(hf), device_mesh(torch.device(device).type, shard_size)).to_empty(device=device)
+    copy_from_rank_0(whole, policy)
+    whole = None
     # FSDP finds its root in the first forward: it must be this one, and not one of the sampler's.
     token = torch.tensor([policy.eos_ids[0]])
     prompt = Prompt(token, policy.prompt_positions(token, {}, {}), {}, {})
@@ -611,22 +774,30 @@ def export(policy: Policy, processor, source: str, folder: str | Path, rank: int
     """Write a complete Hugging Face folder: weights and config by save_pretrained, all else as in `source`.
 
     The source's processor, tokenizer and chat-template files are copied, not re-saved, so that files unknown
-    to this processor (a video_preprocessor_config.json, say) stay. Weights are in the training dtype. A
+    to this processor (a video_preprocessor_config.json, say) stay. Weights are in the training dtype. With
+    LoRA they are the merged ones, and `adapter/` in it holds the adapter alone, in PEFT's format and fp32. A
     collective: every rank calls it, tensors are gathered one by one, rank 0 alone keeps them (on its CPU).
     """
-    folder, named, state = Path(folder), {}, {}
+    folder, base, named, state = Path(folder), source, {}, {}
+    adapter = {}
     for name, parameter in policy.hf.named_parameters(remove_duplicate=False):
         named.setdefault(id(parameter), []).append(name)  # tied weights have two names, and are written once
     first = {name: names[0] for names in named.values() for name in names}
     for name, tensor in policy.hf.state_dict().items():
-        if first.get(name, name) != name:
+        if first.get(name, name) != name or ".lora_" in name or ".weight." in name:  # 4-bit's tables
             continue
-        tensor = full(tensor)
+        owner, _, kind = name.rpartition(".")
+        layer, parts = policy.hf.get_submodule(owner), {}
+        if kind == "weight" and isinstance(layer, LoraLinear):
+            tensor, parts = layer.merged()
+        else:
+            tensor = dense(layer) if kind == "weight" and isinstance(layer, nn.Linear) else full(tensor)
         if rank == 0:
+            adapter |= {f"base_model.model.{owner}.{key}": part.cpu() for key, part in parts.items()}
             state[name] = (tensor.to(policy.dtype) if tensor.is_floating_point() else tensor).cpu()
     if rank != 0:
         return
-    state |= {name: state[names[0]] for names in named.values() for name in names}
+    state |= {name: state[names[0]] for names in named.values() for name in names if names[0] in state}
     final, folder = folder, folder.with_name(folder.name + ".tmp")  # complete, or not there
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -642,15 +813,22 @@ def export(policy: Policy, processor, source: str, folder: str | Path, rank: int
     for file in Path(source).iterdir():
         if file.suffix in (".json", ".jinja", ".txt", ".model") and file.name not in written:
             shutil.copyfile(file, folder / file.name)
+    if adapter:
+        (folder / "adapter").mkdir()
+        save_file(adapter, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+        text = json.dumps(policy.hf.adapter_config | {"base_model_name_or_path": base}, indent=2)
+        (folder / "adapter" / "adapter_config.json").write_text(text + "\n")
     shutil.rmtree(final, ignore_errors=True)
     folder.rename(final)
 
 
 def weights_fingerprint(policy: Policy) -> str:
-    """sha256 of every parameter and buffer that `state_dict` holds, with names, shapes and dtypes; the same
-    whether sharded or not. A collective."""
+    """sha256 of every parameter and buffer that `state_dict` holds, adapters left out, with names, shapes and
+    dtypes; the same whether sharded or not. A collective."""
     digest = hashlib.sha256()
     for name, tensor in policy.hf.state_dict().items():
+        if ".lora_" in name:
+            continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(full(tensor).detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -806,6 +984,24 @@ def shard(policy: Policy, mesh) -> Policy:
     for module in [m for m in policy.modules() if type(m).__name__ in set(policy.hf._no_split_modules)]:
         fully_shard(module, mesh=mesh, mp_policy=mixed)
     return fully_shard(policy, mesh=mesh, mp_policy=mixed)
+
+
+@torch.no_grad()
+def copy_from_rank_0(whole: Policy | None, policy: Policy):
+    """Each rank takes its part of rank 0's unsharded weights and buffers, tensor by tensor. (transformers can
+    have every rank read its own slices, but wants its own model at FSDP's root.)"""
+    def tensors(module):
+        return [*module.named_parameters(), *module.named_buffers()]
+
+    source = {} if whole is None else dict(tensors(whole))
+    for name, x in tensors(policy):
+        complete = torch.empty(x.shape, dtype=x.dtype, device=policy.device)
+        if whole is not None:
+            complete.copy_(source[name])
+            source[name].data = torch.empty(0)  # so that rank 0 does not hold its part twice
+        dist.broadcast(complete, 0)
+        x.copy_(distribute_tensor(complete, x.device_mesh, x.placements, src_data_rank=None)
+                if isinstance(x, DTensor) else complete)
 
 
 @contextmanager
@@ -1072,10 +1268,15 @@ def all_gather_object(value) -> list:
     return values
 
 
+def trained(policy: Policy) -> dict:
+    """The parameters that a checkpoint holds; what is frozen is read from the start model again."""
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+
 def save_checkpoint(output_dir: Path, policy: Policy, optimizer, state: dict, rows: dict, keep: int,
                     rank: int) -> bool:
-    """checkpoints/step_N: weights and optimizer (sharded), `state` (JSON, with "step", alike on all ranks),
-    and this rank's `rows` {name: tensor}. True if every rank wrote its part; else nothing has changed.
+    """checkpoints/step_N: what is trained and its optimizer (sharded), `state` (JSON, with "step", alike on
+    all ranks), this rank's `rows` {name: tensor}. True if every rank wrote its part; else nothing changed.
 
     It is built as step_N.tmp, fsynced, given a manifest of sizes and checksums, and renamed. Of the others
     the newest `keep - 1` stay; one that goes loses its manifest first.
@@ -1092,7 +1293,7 @@ def save_checkpoint(output_dir: Path, policy: Policy, optimizer, state: dict, ro
     try:
         if error is not None:
             raise OSError(error)
-        parts = {"model": get_model_state_dict(policy)}
+        parts = {"model": trained(policy)}
         if optimizer.state:  # none before the first step: torch would make one up, of one step
             parts["optimizer"] = get_optimizer_state_dict(policy, optimizer)
         dcp.save(parts, checkpoint_id=temporary, no_dist=not dist.is_initialized())
@@ -1193,11 +1394,10 @@ def load_checkpoint(output_dir: Path, policy: Policy, optimizer, rank: int, path
         fault = next((f for f in all_gather_object(fault) if f), None)
         if fault is None:
             state = json.loads((folder / "state.json").read_text())
-            parts = {"model": get_model_state_dict(policy)}
+            parts = {"model": trained(policy)}
             if state.pop("optimizer"):
                 parts["optimizer"] = get_optimizer_state_dict(policy, optimizer)
-            dcp.load(parts, checkpoint_id=folder, no_dist=not dist.is_initialized())
-            set_model_state_dict(policy, parts["model"])
+            dcp.load(parts, checkpoint_id=folder, no_dist=not dist.is_initialized())  # the weights: in place
             if "optimizer" in parts:
                 set_optimizer_state_dict(policy, optimizer, parts["optimizer"])
             optimizer.zero_grad(set_to_none=True)

@@ -19,7 +19,7 @@ Where this differs from the papers and from TRL:
  3. `sft` in MPO is the paper's per-response mean (--nll_normalization sequence), in --algo sft a token mean.
  4. A completion ends with its first EOS; what the template writes after it is not trained. TRL trains it.
  5. The reference is the starting policy. Its log-probs are computed before the first step and kept on disk,
-    by the content of weights, ids and pixels; there is no second model in memory.
+    by the content of weights, ids and pixels; there is no second model in memory. LoRA has no dropout.
  6. rewards/accuracies counts a tie as 1/2, so it starts at 0.5 (TRL: 0).
  7. --label_smoothing makes sigmoid cDPO (TRL ignores it there); WPO weighs pair losses only.
  8. A pair's weight (--weight_column) multiplies its pair losses, whose count stays the number of pairs.
@@ -147,6 +147,12 @@ def build_parser():
     add("--gradient_checkpointing", action=on_off, default=False, help="recompute layers in the backward")
     add("--freeze_vision_tower", action=on_off, default=False, help="train the language model only")
     add("--shard_size", type=int, help="ranks that hold one copy of the weights between them; default: all")
+    add("--lora_r", type=int, help="rank of LoRA adapters, which alone are trained; none: train all weights")
+    add("--lora_alpha", type=int, help="adapters are scaled by lora_alpha / lora_r; default 32")
+    add("--lora_target_modules", nargs="+", help="names of linear layers (q_proj v_proj), or all-linear, "
+        "the default: all but the output head")
+    add("--use_rslora", action=on_off, default=False, help="scale by lora_alpha / sqrt(lora_r)")
+    add("--use_dora", action=on_off, default=False, help="DoRA: train the norm of each row as well")
     add("--share_prompt", action=on_off, default=True,
         help="a pair is one row; --no-share_prompt gives each completion its own")
     add("--cold_start_steps", type=int, help="most SFT steps before the run, on the built-in model and task "
@@ -202,6 +208,7 @@ def parse_args(argv):
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.max_steps < 1 and args.max_steps != -1:
         parser.error(f"--max_steps must be at least 1, or -1 for --num_train_epochs, got {args.max_steps}")
+    model.check_lora(args, parser)
     check_args(args, parser)
     return args
 
@@ -433,7 +440,7 @@ def main(argv=None):
     # --- policy, the rows that it will meet, reference, optimizer
     source = model.start_model(args, output_dir, rank)
     policy, processor = model.load_policy(source, args.dtype, device, args.gradient_checkpointing,
-                                          args.freeze_vision_tower, args.shard_size)
+                                          args.freeze_vision_tower, args.shard_size, lora=args)
     for note in policy.notes if rank == 0 else []:
         print(f"{policy.hf.config.model_type}: {note}", flush=True)
     if world_size > 1 and hasattr(processor, "image_processor"):
@@ -466,7 +473,7 @@ def main(argv=None):
         cache = ReferenceCache(args.ref_cache, scorer)
         visited = {id(row): row for step in range(max_steps) for row in rows_of(step)}.values()
         batched = encoded(list(visited), args.per_device_train_batch_size)
-        with model.gathered(scorer), stop.passes():
+        with model.gathered(scorer), model.adapter_off(scorer), stop.passes():
             computed, found = cache.add(scorer, batched, args.share_prompt, stop)
             batched = encoded(eval_rows, args.per_device_eval_batch_size)
             cache.add(scorer, batched, args.share_prompt, stop)

@@ -17,7 +17,8 @@ Where this differs from the papers and from TRL:
  1. Every loss is a sum over the whole optimizer step divided by its count there, so the gradient depends on
     neither micro-batch size nor number of ranks. TRL averages micro-batch means in `grpo`.
  2. A rollout's groups are cut into updates whole. TRL shuffles completions across the updates of a rollout.
- 3. beta is 0 (TRL's default; the GRPO paper has 0.04): no reference model is kept.
+ 3. beta is 0 (TRL's default; the GRPO paper has 0.04): no reference model is kept. With LoRA there never is
+    one: it is the policy with its adapter off. LoRA has no dropout, since the first ratio must be 1.
  4. With one update per rollout, old log-probs are the training pass's own, detached: the ratio is exactly 1
     also in bf16; with more, one no-grad pass of the same function on the same rows. The sampler's own
     log-probs are compared with them (sampling/sampling_logp_difference/mean), and used for nothing else
@@ -222,6 +223,12 @@ def build_parser():
     add("--gradient_checkpointing", action=on_off, default=False, help="recompute layers in the backward")
     add("--freeze_vision_tower", action=on_off, default=False, help="train the language model only")
     add("--shard_size", type=int, help="ranks that hold one copy of the weights between them; default: all")
+    add("--lora_r", type=int, help="rank of LoRA adapters, which alone are trained; none: train all weights")
+    add("--lora_alpha", type=int, help="adapters are scaled by lora_alpha / lora_r; default 32")
+    add("--lora_target_modules", nargs="+", help="names of linear layers (q_proj v_proj), or all-linear, "
+        "the default: all but the output head")
+    add("--use_rslora", action=on_off, default=False, help="scale by lora_alpha / sqrt(lora_r)")
+    add("--use_dora", action=on_off, default=False, help="DoRA: train the norm of each row as well")
     add("--share_prompt", action=on_off, default=True,
         help="a group is one row; --no-share_prompt gives each completion its own")
     add("--cold_start_steps", type=int, help="most SFT steps before the run, on the built-in model and task "
@@ -275,6 +282,7 @@ def parse_args(argv):
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.max_steps < 1 and args.max_steps != -1:
         parser.error(f"--max_steps must be at least 1, or -1 for --num_train_epochs, got {args.max_steps}")
+    model.check_lora(args, parser)
     check_args(args, parser)
     return args
 
@@ -407,11 +415,13 @@ def main(argv=None):
     # --- policy, the prompts that it will meet, reference, optimizer
     source = model.start_model(args, output_dir, rank)
     policy, processor = model.load_policy(source, args.dtype, device, args.gradient_checkpointing,
-                                          args.freeze_vision_tower, args.shard_size)
+                                          args.freeze_vision_tower, args.shard_size, lora=args)
     for note in policy.notes if rank == 0 else []:
         print(f"{policy.hf.config.model_type}: {note}", flush=True)
     ref = None
-    if args.beta:
+    if args.beta and args.lora_r:
+        ref = policy  # with its adapter off
+    elif args.beta:
         ref, _ = model.load_policy(source, args.dtype, device, shard_size=args.shard_size)
         ref.requires_grad_(False)
     if world_size > 1 and hasattr(processor, "image_processor"):
@@ -567,7 +577,8 @@ def main(argv=None):
                     if steps_per_rollout > 1 or args.kl_in_reward:  # else `old` is the training pass's
                         micro["old_logps"] = policy(batch, args.temperature)[0].cpu()
                     if ref is not None:
-                        micro["ref_logps"] = ref(batch, args.temperature)[0].cpu()
+                        with model.adapter_off(ref):
+                            micro["ref_logps"] = ref(batch, args.temperature)[0].cpu()
                     if args.kl_in_reward:
                         kl = losses.kl_penalty(micro["old_logps"], micro["ref_logps"], args.kl_estimator)
                         penalty.append(args.beta * losses.masked_sum(kl, micro["completion_mask"]))

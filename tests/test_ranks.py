@@ -46,6 +46,15 @@ def cases(world: int):
         yield (f"experts-{world}x4", "train_grpo",
                [*common, *online, "--model_name_or_path", "experts", "--algo", "gspo", "--per_device_train_batch_size", 4,
                 "--gradient_accumulation_steps", 4 // world])
+    lora = ["--lora_r", 4, "--learning_rate", "0.1"]  # SGD: B's first steps are what A's gradient comes from
+    if world < 4:  # with a reference: the gathered policy, its adapter off
+        yield (f"lora-{world}x4", "train_grpo",
+               [*common, *online, *lora, "--beta", "0.1", "--per_device_train_batch_size", 4,
+                "--gradient_accumulation_steps", 4 // world])
+    yield (f"dora-{world}x1", "train_dpo",
+           [*common, *held_out, *lora, "--use_dora", "--freeze_vision_tower", "--gradient_checkpointing",
+            "--shard_size", max(world // 2, 1), "--per_device_train_batch_size", 1,
+            "--gradient_accumulation_steps", 4 // world])
     if world == 1:
         yield ("grpo-1x16", "train_grpo", [*common, *online, "--beta", "0.1", "--per_device_train_batch_size", 16])
     if world == 2:  # cut by tokens: the ranks' groups differ in length, the number of micro-batches must not
@@ -102,11 +111,12 @@ def assert_equal_runs(ours, theirs):
 def test_ranks_and_micro_batches_change_nothing(results, world):
     """P9, F34, D3: gradients and weights of three SGD steps with 1, 2 and 4 gloo ranks under FSDP2, micro-batches of 1, 2
     and 4, uneven lengths, micro-batches without images, HSDP and recomputation, equal one process's: MPO with its
-    running delta, GRPO with KL, GSPO (of a mixture of experts too), RLOO. A hang would show as the launch's time-out."""
+    running delta, GRPO with KL, GSPO (of a mixture of experts too), RLOO, LoRA with KL, DoRA on a frozen vision tower. A
+    hang would show as the launch's time-out."""
     one = results(1)
     for name, result in results(world).items():
         algo = name.split("-")[0]
-        reference = one["grpo-1x16" if algo == "grpo" else f"{algo}-1x4"]
+        reference = one[{"grpo": "grpo-1x16", "dora": "dora-1x1"}.get(algo, f"{algo}-1x4")]
         assert_equal_runs(result, reference)
         assert result[1][1]["grad_norm"] > 0 and any(m.get("bco_delta", 1) != 0 for m in result[1][2:])
 
@@ -124,5 +134,10 @@ def test_export_from_shards_is_the_same_folder(results, folder):
         torch.testing.assert_close(one[name], four[name], rtol=0, atol=2e-6)
     listed = [sorted(p.name for p in (folder / name / "final").iterdir()) for name in ("mpo-1x4", "mpo-4x1")]
     assert listed[0] == listed[1]
+    adapters = [load_file(folder / name / "final" / "adapter" / "adapter_model.safetensors")
+                for name in ("dora-1x1", "dora-4x1")]
+    assert adapters[0].keys() == adapters[1].keys() and any("magnitude" in name for name in adapters[0])
+    for name in adapters[0]:
+        torch.testing.assert_close(adapters[1][name], adapters[0][name], rtol=0, atol=2e-6)
     loaded = AutoModelForImageTextToText.from_pretrained(folder / "mpo-4x1" / "final")
     assert loaded.lm_head.weight.data_ptr() == loaded.model.language_model.embed_tokens.weight.data_ptr()

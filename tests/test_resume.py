@@ -201,7 +201,7 @@ def dead_run(train, monkeypatch, name="train_dpo", step=7):
 
 def signal_at(monkeypatch, phase, n):
     """SIGTERM to this very process the n-th time that a function is reached."""
-    place, function = {"sample": (rollout, "keep_likely"), "score": (losses, "preference_losses"), "save": (model, "crc32"),
+    place, function = {"sample": (rollout, "sample_tokens"), "score": (losses, "preference_losses"), "save": (model, "crc32"),
                        "step": (model, "clip_grad_norm_"), "reference": (train_dpo, "group_key")}[phase]
     original, left = getattr(place, function), [n]
 

@@ -112,19 +112,19 @@ MIX = ("modpo", "dno", "sppo_soft", "madpo", "lcpo", "sft")
 @pytest.mark.parametrize("algo", ["mpo", "sft", "columns"])
 def test_dpo_gradients_do_not_depend_on_micro_batches(launch, task, algo):
     """P9 (open-instruct #1161, TRL #3021): the same gradients with micro-batches of 1, 2 and 4, uneven lengths and
-    images; the same losses at the second step too, where BCO's shift has moved. (Adam makes a full step of a gradient
+    images; the same losses later too, where BCO's shift has moved. (Adam makes a full step of a gradient
     that is rounding alone, so the second step's gradients agree less.)"""
     extra = ["--algo", algo] if algo != "columns" else [
         "--loss_type", *MIX, "--dataset", task / "columns.jsonl", "--weight_column", "trust"]
-    runs = {size: launch("train_dpo", *extra, "--max_steps", 2, "--per_device_train_batch_size", size,
+    runs = {size: launch("train_dpo", *extra, "--max_steps", 3, "--per_device_train_batch_size", size,
                          "--gradient_accumulation_steps", 4 // size) for size in (1, 2, 4)}
     metrics, grads = runs[4]
     for size in (1, 2):
         assert_same(runs[size][1][0], grads[0], 2e-5)
-        for step, tolerance in ((0, 1e-5), (1, 1e-3)):
+        for step, tolerance in ((0, 1e-5), (1, 1e-3), (2, 1e-3)):
             for key in ("loss", "grad_norm", "nll"):
                 assert runs[size][0][step][key] == pytest.approx(metrics[step][key], rel=tolerance)
-    assert algo != "mpo" or metrics[1]["bco_delta"] != 0
+    assert algo != "mpo" or metrics[2]["bco_delta"] != 0
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "luspo", "cispo"])
