@@ -1,13 +1,20 @@
 """Rows -> prompts and completions: readers, chat template, images, keyed order of draws, the `shapes` task.
 
-A dataset is a .jsonl (one object a line) or a .json file (a list of objects). Columns, the first present of:
+A dataset is a .jsonl (one object a line), a .json (a list of objects) or a .parquet file, a folder of such
+shards, or a hub id; `name:test` takes the shards named after that split (`find_files`). A .json that holds
+MMPR's {name: {root, annotation, repeat_time}} stands for those JSONL files. Columns, the first present of:
 
-    prompt    prompt | problem | question | query           a string, or messages [{"role", "content"}, ...]
+    prompt    prompt | problem | query | question           a string, or messages [{"role", "content"}, ...]
                                                             whose content is a string, or a list of blocks
                                                             {"type": "text" | "image"}
-    images    images | image                                paths under --image_root; none in a text-only row
+    images    images | decoded_image | image                paths under --image_root, or what parquet holds,
+                                                            {"bytes", "path"}; none in a text-only row
     solution  solution | answer | answer_gt | ground_truth  what `accuracy` compares with
+              | reward_model["ground_truth"]                (verl)
     chosen    chosen | completion,  rejected                train_dpo.py: strings, or one assistant message
+    conversations | messages                                [{"from", "value"}, ...] (LLaVA, ShareGPT) or
+                                                            [{"role", "content"}, ...]: the prompt; its last
+                                                            answer (alone) is chosen and solution, if missing
 
 Images stand where `<image>` (in strings) or image blocks (in messages) say, else before the first user text;
 any other number of placeholders is an error. If the prompt's last message is the assistant's, the answer goes
@@ -15,10 +22,14 @@ on with it, and it alone is scored (Step-DPO: the right steps there, the next on
 losses.COLUMNS are numbers that some losses take; every other column reaches the reward functions untouched.
 """
 
+import itertools
 import json
 import math
 import os
 import random
+import re
+from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +40,12 @@ from PIL import Image, ImageDraw, ImageOps
 from model import InputError, Policy, Prompt
 
 ALIASES = {
-    "prompt": ("prompt", "problem", "question", "query"),
-    "images": ("images", "image"),
+    "prompt": ("prompt", "problem", "query", "question"),
+    "images": ("images", "decoded_image", "image"),
     "solution": ("solution", "answer", "answer_gt", "ground_truth"),
     "chosen": ("chosen", "completion"),
 }
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # all else: image tensors
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what Pillow may decode: no PSD, EPS, FITS, ...
 MAX_IMAGE_PIXELS = 89_478_485  # looked at before decoding; from here on Pillow warns of decompression bombs
@@ -47,58 +59,233 @@ class RowError(InputError):
 # Reading
 
 
-def read_rows(path: str, image_root: str | None, need: tuple[str, ...]) -> list[dict]:
-    """Every row of a .jsonl or .json file with its columns under their canonical names, checked for `need`.
+SUFFIXES = (".parquet", ".jsonl", ".json")
 
-    Adds `_source` ("file:line", or "file[index]" for .json) and `_image_root`. Images are not opened here.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise RowError(f"--dataset {path}: no such file (expected a .jsonl or .json file)")
-    reject = {"parse_constant": lambda name: (_ for _ in ()).throw(ValueError(f"{name} is not JSON")),
-              "object_pairs_hook": _distinct}
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RowError(f"{path}: not UTF-8: {error}") from None
-    if file.suffix == ".jsonl":
-        raw = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    raw.append((f"{path}:{number}", json.loads(line, **reject)))
-                except (ValueError, RecursionError) as error:
-                    raise RowError(f"{path}:{number}: not valid JSON: {error}") from None
-    elif file.suffix == ".json":
+
+def find_files(name: str, split: str) -> list[Path]:
+    """The files of a dataset: itself, or the shards in a folder or hub dataset (fetched into its cache) whose
+    path names the split, "data/train-00000-of-00002.parquet"; all of them where none names any."""
+    path, given = Path(name), None
+    if not path.exists() and ":" in name:
+        name, _, given = name.rpartition(":")
+        path = Path(name)
+    if path.is_file() and path.suffix in SUFFIXES:
+        return [path]
+    if not path.exists() and path.suffix not in SUFFIXES and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        from huggingface_hub import snapshot_download
+
         try:
-            objects = json.loads(text, **reject)
-        except (ValueError, RecursionError) as error:
-            raise RowError(f"{path}: not valid JSON: {error}") from None
-        if not isinstance(objects, list):
-            raise RowError(f"{path}: expected a list of objects, got {type(objects).__name__}")
-        raw = [(f"{path}[{i}]", value) for i, value in enumerate(objects)]
-    else:
-        raise RowError(f"--dataset {path}: expected a .jsonl or .json file")
-    if not raw:
-        raise RowError(f"{path}: no rows")
+            wanted = ["*" + suffix for suffix in SUFFIXES]
+            path = Path(snapshot_download(name, repo_type="dataset", allow_patterns=wanted))
+        except Exception as error:  # of many kinds: no network, no such dataset, no right to it
+            raise RowError(f"--dataset {name}: no such file or folder, and the hub cannot give a dataset of "
+                           f"that name: {type(error).__name__}: {error}") from None
+    if not path.is_dir():
+        raise RowError(f"--dataset {name}: no such file (expected a .jsonl, .json or .parquet file, a folder "
+                       "of such files, or a hub id)")
+    found = [(f, f.relative_to(path).as_posix().lower()) for f in sorted(path.rglob("*")) if f.is_file()]
+    kind = next((suffix for suffix in SUFFIXES if any(f.suffix == suffix for f, _ in found)), None)
+    found = [(f, text) for f, text in found if f.suffix == kind]  # beside shards, a .json is about them
 
-    rows = []
-    for source, value in raw:
-        if not isinstance(value, dict):
-            raise RowError(f"{source}: expected an object, got {type(value).__name__}")
-        row = value | {"_source": source, "_image_root": image_root}  # ours win: a row cannot move its root
-        for name, aliases in ALIASES.items():
-            found = next((a for a in aliases if value.get(a) is not None), None)
-            if found is not None:  # under both names: a reward function may ask for the dataset's own
-                row[name] = value[found]
-        for name in need:
-            if row.get(name) is None:
-                columns = " or ".join(ALIASES.get(name, (name,)))
-                raise RowError(f"{source}: no {columns} column; it has {', '.join(value)}")
-        images = row.get("images")
-        row["images"] = [] if images is None else images if isinstance(images, list) else [images]
-        rows.append(row)
-    return rows
+    def named(split):
+        return [f for f, text in found if re.search(rf"(^|[^a-z0-9])({split})([^a-z0-9]|$)", text)]
+
+    files, some = named(re.escape((given or split).lower())), ", ".join(text for _, text in found[:20])
+    if not files and given is None and not named("train|test|val|validation|dev"):
+        files = [f for f, _ in found]
+    if not files or len({f.parent for f in files}) > 1:
+        raise RowError(f"--dataset {name}: {len(files)} files named after {given or split!r}, expected some, "
+                       f"in one folder; say {name}:SPLIT or {name}:FOLDER/SPLIT, of: {some or 'no files'}")
+    return files
+
+
+def _parse(text: str, where: str):
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse, object_pairs_hook=_distinct)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"{where}: not valid JSON: {error}") from None
+
+
+class JsonLines:
+    """One object a line; only where lines begin and end is kept. Item: ("file:line", object)."""
+
+    def __init__(self, path: Path):
+        self.path, ends = path, [[-1]]
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == 10) + file.tell() - len(block))
+            ends = np.concatenate([*ends, [file.tell()]])
+            lengths = np.diff(ends) - 1
+            for i in np.flatnonzero((0 < lengths) & (lengths < 9)):  # blank, perhaps, but for spaces or a CR
+                file.seek(ends[i] + 1)
+                lengths[i] *= bool(file.read(lengths[i]).strip())
+        self.number = np.flatnonzero(lengths)
+        self.start, self.end = ends[self.number] + 1, ends[self.number + 1]
+
+    def __len__(self):
+        return len(self.number)
+
+    def __getitem__(self, i):
+        where = f"{self.path}:{self.number[i] + 1}"
+        with open(self.path, "rb") as file:
+            file.seek(self.start[i])
+            line = file.read(self.end[i] - self.start[i])
+        try:
+            return where, _parse(line.decode("utf-8-sig"), where)
+        except UnicodeDecodeError as error:
+            raise RowError(f"{where}: not UTF-8: {error}") from None
+
+
+class Parquet:
+    """The row group that was read last is in memory. Item: ("file[row]", object)."""
+
+    def __init__(self, path: Path):
+        self.path, self.group, self.table = path, None, None
+        about = self.read(lambda file: file.metadata)
+        self.start = np.cumsum([0, *(about.row_group(g).num_rows for g in range(about.num_row_groups))])
+
+    def read(self, what):
+        try:
+            from pyarrow.parquet import ParquetFile
+
+            with ParquetFile(self.path) as file:
+                return what(file)
+        except ImportError:
+            raise RowError(f"{self.path}: parquet takes pyarrow: pip install pyarrow") from None
+        except (OSError, ValueError) as error:  # pyarrow's own are among them
+            raise RowError(f"{self.path}: not a whole parquet file: {error}") from None
+
+    def __len__(self):
+        return int(self.start[-1])
+
+    def __getitem__(self, i):
+        group = int(np.searchsorted(self.start, i, side="right")) - 1
+        if group != self.group:
+            self.group = self.table = None  # never two of them
+            self.table, self.group = self.read(lambda file: file.read_row_group(group)), group
+        return f"{self.path}[{i}]", self.table.slice(i - self.start[group], 1).to_pylist()[0]
+
+
+class Rows(Sequence):
+    """The rows of some files, each read when it is asked for, with its columns under their canonical names.
+
+    parts: (JsonLines | Parquet | list, folder of its images under the root) of each file; shares: how often
+    draws take from each (`draw_shares`), None: every row once an epoch. A slice is such a view, too.
+    """
+
+    def __init__(self, parts, image_root, need, shares=None):
+        self.parts, self.image_root, self.need, self.shares = parts, image_root, need, shares
+        self.sizes = [len(part) for part, _ in parts]
+        self.ends = np.cumsum(self.sizes)
+        self.index = range(int(self.ends[-1]))
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            view = Rows(self.parts, self.image_root, self.need)
+            view.index = self.index[i]
+            return view
+        at = self.index[i]
+        p = int(np.searchsorted(self.ends, at, side="right"))
+        part, folder = self.parts[p]
+        source, value = part[at - int(self.ends[p]) + self.sizes[p]]
+        return canonical(value, source, self.image_root, folder, self.need)
+
+
+def read_rows(names, image_root: str | None, need: tuple[str, ...], split="train", weights=None) -> Rows:
+    """The rows of the named datasets, in order (`find_files`); JSONL and parquet are not held in memory.
+
+    A row is checked for `need` when it is read; images are opened by load_image. weights: one a dataset, its
+    share of the draws; MMPR's repeat_time weighs its files in the same way.
+    """
+    parts, shares = [], []
+    names = [names] if isinstance(names, str) else names
+    for name, weight in zip(names, weights or [None] * len(names), strict=True):
+        new, times = [], []
+        for file in find_files(name, split):
+            for part, folder, repeat in open_file(file):
+                if not len(part):
+                    raise RowError(f"{file}: no rows")
+                new.append((part, folder))
+                times.append(len(part) * repeat)
+        parts += new
+        shares += times if weight is None else [weight * n / sum(times) for n in times]
+    uneven = weights is not None or shares != [len(part) for part, _ in parts]
+    return Rows(parts, image_root, need, shares if uneven else None)
+
+
+def open_file(file: Path):
+    """[(rows, folder of their images under --image_root, how often an epoch takes them), ...]: several for
+    MMPR's meta.json, whose annotation files lie in or beside its folder."""
+    if file.suffix != ".json":
+        return [((JsonLines if file.suffix == ".jsonl" else Parquet)(file), "", 1)]
+    try:
+        content = _parse(file.read_text(encoding="utf-8-sig"), str(file))
+    except UnicodeDecodeError as error:
+        raise RowError(f"{file}: not UTF-8: {error}") from None
+    if isinstance(content, list):
+        return [([(f"{file}[{i}]", value) for i, value in enumerate(content)], "", 1)]
+    parts = []
+    for name, entry in content.items() if isinstance(content, dict) else [("", None)]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("annotation"), str):
+            raise RowError(f"{file}: expected a list of objects, or MMPR's {{name: {{root, annotation}}}}")
+        beside = [base / entry["annotation"] for base in (file.parent, file.parent.parent)]
+        found = next((path for path in beside if path.is_file() and path.suffix == ".jsonl"
+                      and path.resolve().is_relative_to(file.parent.parent.resolve())), None)
+        if found is None:
+            raise RowError(f"{file}: {name}: no annotation {entry['annotation']} in its folder or beside it")
+        parts.append((JsonLines(found), str(entry.get("root", "")), entry.get("repeat_time", 1)))
+    return parts
+
+
+def canonical(value, source: str, image_root: str | None, folder: str, need: tuple[str, ...]) -> dict:
+    """A row as the rest of the program takes it: ALIASES, `images` a list, `_source` and `_image_root`."""
+    if not isinstance(value, dict):
+        raise RowError(f"{source}: expected an object, got {type(value).__name__}")
+    row = value | {"_source": source, "_image_root": image_root}  # ours win: a row cannot move its root
+    for name, aliases in ALIASES.items():
+        found = next((a for a in aliases if value.get(a) not in (None, "")), None)
+        if found is not None:  # under both names: a reward function may ask for the dataset's own
+            row[name] = value[found]
+    turns = value.get("conversations") or value.get("messages")
+    if row.get("prompt") is None and turns:
+        row |= _from_turns(turns, row, source)
+    if row.get("solution") is None and isinstance(value.get("reward_model"), dict):
+        row["solution"] = value["reward_model"].get("ground_truth")
+    for name in need:
+        if row.get(name) in (None, ""):
+            columns = " or ".join(ALIASES.get(name, (name,)))
+            raise RowError(f"{source}: no {columns} column, or an empty one; it has {', '.join(value)}")
+    images = row.get("images")
+    images = [] if images is None else images if isinstance(images, list) else [images]
+    row["images"] = [os.path.join(folder, x) if folder and isinstance(x, str) else x for x in images]
+    for name in ALIASES["images"][1:]:
+        if not isinstance(row.get(name), (str, list)):  # pixels stand in the row once
+            row.pop(name, None)
+    return row
+
+
+def _from_turns(turns, row: dict, source: str) -> dict:
+    """The prompt, and what the turns say of chosen, rejected and solution."""
+    def content(turn):
+        return turn["value"] if "value" in turn else turn["content"]
+
+    try:
+        messages = [{"role": ROLES.get(role, role), "content": content(turn)} for turn in turns
+                    for role in [turn["from"] if "from" in turn else turn["role"]]]
+        new = {name: content(row[name]) for name in ("chosen", "rejected") if isinstance(row.get(name), dict)}
+    except (TypeError, KeyError):
+        raise RowError(f"{source}: expected turns of {{'from', 'value'}}, got {str(turns)[:80]}") from None
+    if messages[-1]["role"] == "assistant" and row.get("chosen") is None:
+        new["chosen"] = messages.pop()["content"]
+        if row.get("solution") is None:
+            new["solution"] = new["chosen"]
+    return new | {"prompt": messages}
 
 
 def _distinct(pairs: list[tuple]) -> dict:
@@ -108,7 +295,7 @@ def _distinct(pairs: list[tuple]) -> dict:
     return dict(pairs)
 
 
-def check_numbers(rows: list[dict], name: str, low: float, high: float, why: str):
+def check_numbers(rows, name: str, low: float, high: float, why: str):
     """RowError unless row[name] is a number from low to high in every row. why: the flag that takes it."""
     for row in rows:
         value = row.get(name)
@@ -118,13 +305,18 @@ def check_numbers(rows: list[dict], name: str, low: float, high: float, why: str
 
 
 def load_image(image, row: dict) -> Image.Image:
-    """A path under the row's image root (or a PIL image) -> RGB as it is shown: turned as its EXIF says, what
-    is transparent over white, 16 bits as 8, the first frame. Refuses URLs and paths out of the root."""
+    """A path under the row's image root, {"bytes", "path"} (or a PIL image) -> RGB as it is shown: turned as
+    its EXIF says, what is transparent over white, 16 bits as 8, the first frame. Refuses URLs and paths out
+    of the root."""
     source = row["_source"]
     if isinstance(image, Image.Image):
         return image.convert("RGB")
+    if isinstance(image, dict) and image.keys() <= {"bytes", "path"}:
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, bytes):
+        return decode_image(BytesIO(image), source, f"of {len(image)} bytes")
     if not isinstance(image, str):
-        raise RowError(f"{source}: an image must be a path, got {type(image).__name__}")
+        raise RowError(f"{source}: an image must be a path or {{bytes, path}}, got {type(image).__name__}")
     if "://" in image or image.startswith("data:"):
         raise RowError(f"{source}: {image[:80]}: URLs are not fetched; download the image and give its path")
     if row["_image_root"] is None:
@@ -133,8 +325,13 @@ def load_image(image, row: dict) -> Image.Image:
     path = os.path.realpath(os.path.join(root, image.replace("\0", "?")))
     if os.path.commonpath([root, path]) != root:
         raise RowError(f"{source}: image {image} lies outside --image_root {row['_image_root']}")
+    return decode_image(path, source, path)
+
+
+def decode_image(file, source: str, name: str) -> Image.Image:
+    """Pillow, with limits on the formats that it may read, and on the pixels that it may make of them."""
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as opened:
+        with Image.open(file, formats=IMAGE_FORMATS) as opened:
             if opened.width * opened.height > MAX_IMAGE_PIXELS:
                 raise ValueError(f"{opened.width} x {opened.height} pixels are more than {MAX_IMAGE_PIXELS}")
             shown = ImageOps.exif_transpose(opened)
@@ -144,9 +341,9 @@ def load_image(image, row: dict) -> Image.Image:
                 shown = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown.convert("RGBA"))
             return shown.convert("RGB")
     except FileNotFoundError:
-        raise RowError(f"{source}: image {path} does not exist") from None
+        raise RowError(f"{source}: image {name} does not exist") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # corrupt, to Pillow
-        raise RowError(f"{source}: image {path} cannot be read: {error}") from None
+        raise RowError(f"{source}: image {name} cannot be read: {error}") from None
 
 
 def to_messages(row: dict) -> list[dict]:
@@ -304,6 +501,27 @@ def draw_plan(num_rows: int, num_draws: int, seed: int, dropped: set[int] = froz
     return plan
 
 
+def draw_shares(sizes: list[int], shares: list[float], num_draws: int, seed: int, dropped=frozenset(),
+                keys: list | None = None) -> list[int]:
+    """`draw_plan` of datasets that stand one after the other, sizes[j] rows each, drawn in these proportions:
+    every draw is of the one that is furthest behind its share, in which rows come as in its own draw_plan.
+
+    >>> [int(i >= 10) for i in draw_shares([10, 2], [3, 1], 8, 0)]
+    [0, 1, 0, 0, 0, 1, 0, 0]
+    """
+    share, count, order = np.array(shares) / sum(shares), np.zeros(len(sizes)), []
+    for n in range(num_draws):
+        order.append(int(np.argmax(share * (n + 1) - count)))
+        count[order[-1]] += 1
+    plans, start = [], 0
+    for j, size in enumerate(sizes):
+        gone = {i - start for i in dropped if start <= i < start + size}
+        own = draw_plan(size, int(count[j]), seed + j, gone, keys and keys[start:start + size])
+        plans.append(iter([start + i for i in own]))
+        start += size
+    return [next(plans[j]) for j in order]
+
+
 def group_length(group) -> int:
     """Tokens of the prompt plus the longest completion: what must fit the context."""
     prompt, completions = group
@@ -334,7 +552,9 @@ def check_rows(rows, num_draws: int, seed: int, overlong: str, limit: int, rank:
     dropped, checked, lengths = set(), set(), {}
     keys = None if sort_by is None else [row[sort_by] for row in rows]
     while True:
-        plan = draw_plan(len(rows), num_draws, seed, dropped, keys)
+        shares = getattr(rows, "shares", None)
+        plan = (draw_plan(len(rows), num_draws, seed, dropped, keys) if shares is None else
+                draw_shares(rows.sizes, shares, num_draws, seed, dropped, keys))
         todo = sorted(set(plan) - checked)
         if not todo:
             break
@@ -358,11 +578,20 @@ def check_rows(rows, num_draws: int, seed: int, overlong: str, limit: int, rank:
     return plan, sorted(set(plan), key=lambda i: (-lengths[i], i))
 
 
+def show_sample(processor, group):
+    """Print what the model is fed for a row, (Prompt, completions), decoded; image tokens are counted."""
+    prompt, completions = group
+    for name, ids in (("prompt", prompt.tokens), *(("completion", c) for c in completions)):
+        text = processor.tokenizer.decode(ids)
+        text = re.sub(r"(<[^<>]+>)\1{2,}", lambda run: f"{run[1]} x {len(run[0]) // len(run[1])}", text)
+        print(f"data: {name} of {prompt.row['_source']}: {text!r}", flush=True)
+
+
 def check_eval_rows(rows, limit: int, rank: int, world_size: int, length_of) -> list[dict]:
     """This rank's held-out rows, each read, encoded and checked; held-out rows are never skipped."""
     if 0 < len(rows) < world_size:
         raise InputError(f"{len(rows)} held-out rows for {world_size} ranks: every rank needs at least one")
-    rows = rows[rank::world_size]
+    rows = rows[rank::world_size]  # of files: a view, whose rows are read anew when they are needed
     for row in rows:
         check_length(row, length_of(row), limit)
     return rows

@@ -1076,7 +1076,10 @@ def digest_of(paths) -> str | None:
 
 def describe_run(args, world_size: int) -> dict:
     """args.json: resolved flags, package versions, and what must not change under a run that is resumed."""
-    given = [path for path in (args.dataset, args.eval_dataset) if path is not None and os.path.isfile(path)]
+    named = [name for name in [*(args.dataset or []), args.eval_dataset] if name is not None]
+    given = [Path(name if os.path.exists(name) else name.rsplit(":", 1)[0]) for name in named]  # less :split
+    given = [file for path in given for file in [path, *sorted(path.rglob("*"))]
+             if file.is_file() and file.suffix in (".parquet", ".jsonl", ".json")]
     rewards = [spec.rpartition(":")[0] for spec in getattr(args, "reward_funcs", [])]
     code = [*sorted(Path(__file__).parent.glob("*.py")), *(path for path in rewards if os.path.isfile(path))]
     kinds = {args.loss_type} if isinstance(args.loss_type, str) else set(args.loss_type)

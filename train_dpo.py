@@ -33,6 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 import argparse
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import socket
@@ -102,7 +103,8 @@ def build_parser():
     # what
     add("--algo", choices=list(PRESETS), default="mpo", help="a preset of the loss flags; a flag given wins")
     add("--model_name_or_path", help="folder or hub id of a vision-language model; none: a tiny one is built")
-    add("--dataset", help=".jsonl or .json of pairs (data.py says the columns); none: the shapes task")
+    add("--dataset", nargs="+", help="files, folders, hub ids of pairs (see data.py); none: shapes")
+    add("--dataset_weights", nargs="+", type=float, help="each one's share of the draws; default: its rows")
     add("--image_root", help="folder that image paths are relative to, and may not leave")
     add("--eval_dataset", help="held-out rows, same columns and --image_root")
     add("--output_dir", help="default: a new runs/<algo>-N")
@@ -208,6 +210,9 @@ def parse_args(argv):
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.max_steps < 1 and args.max_steps != -1:
         parser.error(f"--max_steps must be at least 1, or -1 for --num_train_epochs, got {args.max_steps}")
+    weights = args.dataset_weights
+    if weights is not None and (len(weights) != len(args.dataset or []) or min(weights) <= 0):
+        parser.error(f"--dataset_weights must be one number above 0 for each --dataset, got {weights}")
     model.check_lora(args, parser)
     check_args(args, parser)
     return args
@@ -262,9 +267,10 @@ def check_columns(args, train_rows, eval_rows):
     """The numbers that losses, --weight_column and --sort_by take from the data, in every row of it."""
     needs = {c: f"--loss_type {name}" for name in args.loss_type for c in losses.COLUMNS_OF.get(name, ())}
     for column, why in needs.items():
-        data.check_numbers([*train_rows, *eval_rows], column, *losses.COLUMNS[column], why)
+        data.check_numbers(itertools.chain(train_rows, eval_rows), column, *losses.COLUMNS[column], why)
     if args.weight_column is not None:
-        data.check_numbers([*train_rows, *eval_rows], args.weight_column, 0, 1e6, "--weight_column")
+        rows = itertools.chain(train_rows, eval_rows)
+        data.check_numbers(rows, args.weight_column, 0, 1e6, "--weight_column")
     if args.sort_by is not None:
         data.check_numbers(train_rows, args.sort_by, -1e300, 1e300, "--sort_by")
     used = {*needs, args.weight_column, args.sort_by}
@@ -416,10 +422,11 @@ def main(argv=None):
         train_rows = data.shapes_rows(4096, args.seed, "train")
         eval_rows = data.shapes_rows(256, args.seed, "test")
     else:
-        train_rows = data.read_rows(args.dataset, args.image_root, ("prompt", *columns))
+        train_rows = data.read_rows(args.dataset, args.image_root, ("prompt", *columns),
+                                    weights=args.dataset_weights)
         eval_rows = []
     if args.eval_dataset is not None:
-        eval_rows = data.read_rows(args.eval_dataset, args.image_root, ("prompt", *columns))
+        eval_rows = data.read_rows(args.eval_dataset, args.image_root, ("prompt", *columns), "test")
     check_columns(args, train_rows, eval_rows)
     step_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
     steps = args.num_train_epochs * len(train_rows) / step_rows
@@ -452,6 +459,8 @@ def main(argv=None):
     limit = data.length_limit(policy, args.max_length)
     plan, longest = data.check_rows(train_rows, max_steps * step_rows, args.seed, args.overlong, limit, rank,
                                     world_size, lambda row: data.group_length(encode(row)), args.sort_by)
+    if rank == 0:
+        data.show_sample(processor, encode(train_rows[plan[0]]))
     eval_rows = data.check_eval_rows(eval_rows, limit, rank, world_size,
                                      lambda row: data.group_length(encode(row)))
 

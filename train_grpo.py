@@ -152,7 +152,8 @@ def build_parser():
     # what
     add("--algo", choices=list(PRESETS), default="grpo", help="a preset of the loss flags; a flag given wins")
     add("--model_name_or_path", help="folder or hub id of a vision-language model; none: a tiny one is built")
-    add("--dataset", help=".jsonl or .json of prompts (data.py says the columns); none: the shapes task")
+    add("--dataset", nargs="+", help="files, folders, hub ids of prompts (see data.py); none: shapes")
+    add("--dataset_weights", nargs="+", type=float, help="each one's share of the draws; default: its rows")
     add("--image_root", help="folder that image paths are relative to, and may not leave")
     add("--eval_dataset", help="held-out rows, same columns and --image_root")
     add("--output_dir", help="default: a new runs/<algo>-N")
@@ -282,6 +283,9 @@ def parse_args(argv):
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.max_steps < 1 and args.max_steps != -1:
         parser.error(f"--max_steps must be at least 1, or -1 for --num_train_epochs, got {args.max_steps}")
+    weights = args.dataset_weights
+    if weights is not None and (len(weights) != len(args.dataset or []) or min(weights) <= 0):
+        parser.error(f"--dataset_weights must be one number above 0 for each --dataset, got {weights}")
     model.check_lora(args, parser)
     check_args(args, parser)
     return args
@@ -402,9 +406,10 @@ def main(argv=None):
         train_rows = data.shapes_rows(4096, args.seed, "train")
         eval_rows = data.shapes_rows(256, args.seed, "test")
     else:
-        train_rows, eval_rows = data.read_rows(args.dataset, args.image_root, need), []
+        train_rows = data.read_rows(args.dataset, args.image_root, need, weights=args.dataset_weights)
+        eval_rows = []
     if args.eval_dataset is not None:
-        eval_rows = data.read_rows(args.eval_dataset, args.image_root, need)
+        eval_rows = data.read_rows(args.eval_dataset, args.image_root, need, "test")
     rollouts = args.num_train_epochs * len(train_rows) / prompts_per_rollout
     max_steps = args.max_steps if args.max_steps > 0 else math.ceil(rollouts) * steps_per_rollout
     rollouts = math.ceil(max_steps / steps_per_rollout)
@@ -434,6 +439,8 @@ def main(argv=None):
     limit = limit if args.max_prompt_length is None else min(limit, args.max_prompt_length)
     plan, longest = data.check_rows(train_rows, rollouts * prompts_per_rollout, args.seed, args.overlong,
                                     limit, rank, world_size, lambda row: len(encode(row).tokens))
+    if rank == 0:
+        data.show_sample(processor, (encode(train_rows[plan[0]]), []))
     eval_rows = data.check_eval_rows(eval_rows, limit, rank, world_size, lambda row: len(encode(row).tokens))
     if args.preflight or args.preflight is None and device.type == "cuda":
         answer = torch.full((args.max_completion_length,), policy.pad_id)

@@ -56,11 +56,12 @@ def test_reads_rows_under_canonical_names(tmp_path, root):
     ([GOOD, '{"prompt": "a", "solution": NaN}'], ":2: not valid JSON: NaN"),
     ([GOOD, {"prompt": "a"}], ":2: no solution or answer"),
     ([{"prompt": None, "solution": 1}], ":1: no prompt or problem"),
-    ([""], "no rows")])
+    ([""], "no rows"), ([GOOD, "7"], ":2: expected an object, got int"), (["", "\t \r", "{"], ":3: not valid JSON"),
+    ([{"prompt": "a", "solution": ""}], ":1: no solution or answer.*or an empty one")])
 def test_malformed_rows_name_file_and_line(tmp_path, lines, message):
     """F19: one error with file:line and what was expected."""
     with pytest.raises(data.RowError, match=message) as error:
-        data.read_rows(write(tmp_path, *lines), None, ("prompt", "solution"))
+        list(data.read_rows(write(tmp_path, *lines), None, ("prompt", "solution")))
     assert "rows.jsonl" in str(error.value)
 
 
@@ -73,13 +74,13 @@ def test_a_row_cannot_move_its_root(tmp_path):
 
 def test_missing_or_odd_file(tmp_path):
     """A wrong path or suffix says what was expected."""
-    with pytest.raises(data.RowError, match=r"expected a \.jsonl or \.json"):
+    with pytest.raises(data.RowError, match=r"expected a \.jsonl, \.json or \.parquet"):
         data.read_rows(str(tmp_path / "none.jsonl"), None, ())
-    with pytest.raises(data.RowError, match=r"expected a \.jsonl or \.json"):
+    with pytest.raises(data.RowError, match=r"expected a \.jsonl, \.json or \.parquet"):
         data.read_rows(write(tmp_path, GOOD, name="rows.csv"), None, ())
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
-    with pytest.raises(data.RowError, match="latin.jsonl: not UTF-8"):
-        data.read_rows(str(tmp_path / "latin.jsonl"), None, ())
+    with pytest.raises(data.RowError, match="latin.jsonl:1: not UTF-8"):
+        data.read_rows(str(tmp_path / "latin.jsonl"), None, ())[0]
 
 
 @pytest.mark.parametrize("image, message", [

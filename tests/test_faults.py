@@ -307,7 +307,7 @@ def test_odd_json_is_refused(tmp_path, name, line, message):
     """F19: json itself keeps the last of two equal keys, reads Infinity, and dies of depth."""
     (tmp_path / name).write_text(line + "\n")
     with pytest.raises(data.RowError, match=f"{name}(:1)?: .*{message}"):
-        data.read_rows(str(tmp_path / name), None, ("prompt",))
+        list(data.read_rows(str(tmp_path / name), None, ("prompt",)))
 
 
 def png(width, height, *chunks):
@@ -438,7 +438,7 @@ def test_every_import_is_known():
     known = {"argparse", "collections", "contextlib", "ctypes", "difflib", "hashlib", "importlib", "inspect", "json",
              "functools", "math", "multiprocessing", "os", "pathlib", "random", "re", "resource", "shutil", "signal",
              "socket", "bitsandbytes", "subprocess", "sys", "time", "traceback", "typing", "warnings", "zlib", "numpy", "PIL", "safetensors",
-             "tokenizers", "torch", "tqdm", "transformers", "math_verify", "data", "losses", "model", "rollout"}
+             "io", "itertools", "pyarrow", "huggingface_hub", "tokenizers", "torch", "tqdm", "transformers", "math_verify", "data", "losses", "model", "rollout"}
     for file in ROOT.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)):

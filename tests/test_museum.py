@@ -226,15 +226,15 @@ EXHIBITS = [
         "test_group_rows.test_segments_are_the_dense_mask",
         {"batch": test_group_rows.BATCHES["mixed, uneven, padded"]}, red=(RuntimeError,)),
     Exhibit("ours: a padding token that attends to nothing", rewrite(
-        model, "group_attention_mask", "(causal & same_group & visible)",
-        "(causal & same_group & visible & (group_ids >= 0)[:, :, None])"), "test_group_rows.test_attention_mask_rule"),
+        model, "group_attention_mask", "(ordered & same_group & visible)",
+        "(ordered & same_group & visible & (group_ids >= 0)[:, :, None])"), "test_group_rows.test_attention_mask_rule"),
     Exhibit("ours: a 16-bit picture is white", rewrite(
-        data, "load_image", 'if shown.mode == "I;16":', "if False:"), "test_faults.test_images_are_rgb_as_shown"),
+        data, "decode_image", 'if shown.mode == "I;16":', "if False:"), "test_faults.test_images_are_rgb_as_shown"),
     Exhibit("ours: black on transparent is black on black", rewrite(
-        data, "load_image", "if shown.has_transparency_data:", "if False:"),
+        data, "decode_image", "if shown.has_transparency_data:", "if False:"),
         "test_faults.test_images_are_rgb_as_shown"),
     Exhibit("Pillow only warns of 144 megapixels, and decodes them", rewrite(
-        data, "load_image", "if opened.width * opened.height > MAX_IMAGE_PIXELS:", "if False:"),
+        data, "decode_image", "if opened.width * opened.height > MAX_IMAGE_PIXELS:", "if False:"),
         "test_faults.test_decompression_bombs_are_not_decoded", {"size": (12_000, 12_000)}, red=(TypeError,)),
     Exhibit("torchtitan #4293: an image URL of a row is fetched", rewrite(
         data, "load_image", 'if "://" in image or image.startswith("data:"):', "if False:"), BAD_IMAGE,
@@ -243,7 +243,7 @@ EXHIBITS = [
         data, "load_image", "if os.path.commonpath([root, path]) != root:", "if False:"), BAD_IMAGE,
         {"image": "../outside.png", "message": "outside --image_root"}),
     Exhibit("ours: a row's own _image_root won over the flag", rewrite(
-        data, "read_rows", 'value | {"_source": source, "_image_root": image_root}',
+        data, "canonical", 'value | {"_source": source, "_image_root": image_root}',
         '{"_source": source, "_image_root": image_root} | value'), "test_data.test_a_row_cannot_move_its_root"),
     Exhibit("ours: an answer was cut at an EOS inside it", rewrite(
         data, "encode_completion", '["input_ids"]) & set(policy.eos_ids):', '["input_ids"]) & set():'),

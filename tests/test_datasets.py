@@ -1,0 +1,283 @@
+"""Published datasets, in tiny files of their exact schemas: what a row becomes, folders and splits, mixtures, memory."""
+
+import io
+import json
+from collections import Counter
+
+import pytest
+from conftest import make_row
+from PIL import Image
+from test_runs import RUNNERS, SCRIPTS, shared_runner, task  # noqa: F401
+
+import data
+import model
+import rollout
+
+
+def png(color="red", size=(48, 32)):
+    file = io.BytesIO()
+    Image.new("RGB", size, color).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_parquet(path, rows, group=2):
+    """As the hub's: image columns are struct<bytes: binary, path: string>, or lists of it, with missing fields null."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    arrays = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        kind = {"image": image, "decoded_image": image, "images": pa.list_(image)}.get(name)
+        arrays[name] = pa.array(values, None if isinstance(values[0], str) else kind)
+    pq.write_table(pa.table(arrays), path, row_group_size=group)
+    return path
+
+
+def said(role, text, image=False):
+    """A message as datasets stores it in a struct column: the image block has a null text."""
+    return {"role": role, "content": [*([{"type": "image", "text": None}] if image else []), {"type": "text", "text": text}]}
+
+
+BYTES, REFERENCE = {"bytes": png(), "path": "a.png"}, {"bytes": None, "path": "good.png"}
+# name: (writer, file, rows, what the first row must give: prompt's text around its images, images, solution, chosen, rejected)
+SCHEMAS = {
+    "HuggingFaceH4/rlaif-v_formatted, trl-lib/rlaif-v": (
+        write_parquet, "data/train-00000-of-00001.parquet",
+        [dict(prompt=[said("user", "what?", True)], chosen=[said("assistant", "a cat")], rejected=[said("assistant", "a dog")],
+              images=[BYTES])] * 3,
+        (["IMAGE", "what?"], 1, None, "a cat", "a dog")),
+    "openbmb/RLAIF-V-Dataset": (
+        write_parquet, "RLAIF-V-Dataset_000.parquet",
+        [dict(ds_name="RLAIF-V", image=BYTES, question="what?", chosen="a cat", rejected="a dog", origin_dataset="COCO",
+              origin_split='{"model": "x"}', idx="0", image_path="0.png")] * 3,
+        (["IMAGE", "what?"], 1, None, "a cat", "a dog")),
+    "lmms-lab/multimodal-open-r1-8k-verified": (
+        write_parquet, "data/train-00000-of-00001.parquet",
+        [dict(image=BYTES, problem="what?", solution="<think>so</think>\n\n<answer>B</answer>", original_question="q",
+              original_answer="B")],
+        (["IMAGE", "what?"], 1, "<think>so</think>\n\n<answer>B</answer>", None, None)),
+    "leonardPKU/clevr_cogen_a_train, GEOQA_R1V_Train_8K": (
+        write_parquet, "data/train-00000-of-00001.parquet",
+        [dict(image=BYTES, problem="how many?", solution="<answer> 3 </answer>")],
+        (["IMAGE", "how many?"], 1, "<answer> 3 </answer>", None, None)),
+    "hiyouga/geometry3k": (
+        write_parquet, "data/train-00000-of-00001.parquet",
+        [dict(images=[BYTES, REFERENCE], problem="<image><image>Find x.", answer="3", id="0", choices=["1", "3"],
+              ground_truth="B")],
+        (["IMAGE", "IMAGE", "Find x."], 2, "3", None, None)),
+    "AI4Math/MathVista": (
+        write_parquet, "data/train-00000-of-00001.parquet",
+        [dict(pid="1", question="Is it?", image="images/1.jpg", decoded_image=BYTES, choices=["yes", "no"], unit=None,
+              precision=None, answer="yes", question_type="multi_choice", answer_type="text",
+              metadata=dict(category="general-vqa", skills=["arithmetic"], img_height=32), query="Question: Is it?\nChoices: ...")],
+        (["IMAGE", "Question: Is it?\nChoices: ..."], 1, "yes", None, None)),
+    "verl": (
+        write_parquet, "train.parquet",
+        [dict(data_source="hiyouga/geometry3k", prompt=[{"role": "user", "content": "<image>Find x."}], images=[BYTES],
+              ability="math", reward_model={"style": "rule", "ground_truth": "3"}, extra_info={"split": "train", "index": 0})],
+        (["IMAGE", "Find x."], 1, "3", None, None)),
+    "LLaVA": (
+        lambda path, rows: path.write_text(json.dumps(rows)) and path, "train.json",
+        [dict(id="0", image="good.png", conversations=[
+            {"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a cat"}, {"from": "human", "value": "where?"},
+            {"from": "gpt", "value": "there"}])],
+        (["IMAGE", "\nwhat?", "a cat", "where?"], 1, "there", "there", None)),
+    "ShareGPT, preferences": (
+        write_jsonl, "train.jsonl",
+        [dict(conversations=[{"from": "system", "value": "be brief"}, {"from": "human", "value": "<image>what?"}], images=["good.png"],
+              chosen={"from": "gpt", "value": "a cat"}, rejected={"from": "gpt", "value": "a dog"})],
+        (["be brief", "IMAGE", "what?"], 1, None, "a cat", "a dog")),
+    "OpenAI messages": (
+        write_jsonl, "train.jsonl",
+        [dict(messages=[{"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "a cat"}], images=["good.png"])],
+        (["IMAGE", "what?"], 1, "a cat", "a cat", None)),
+    "VLM-R1": (
+        write_jsonl, "train.jsonl",
+        [dict(id=1, image=["good.png", "good.png"], conversations=[{"from": "human", "value": "<image><image>where?"},
+                                                                   {"from": "gpt", "value": "[1, 2, 3, 4]"}],
+              accu_reward_method="iou")],
+        (["IMAGE", "IMAGE", "where?"], 2, "[1, 2, 3, 4]", "[1, 2, 3, 4]", None)),
+}
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "good.png").write_bytes(png("blue"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_published_schemas(root, loaded, name):
+    """Each becomes a prompt with its pictures where they belong, and what it is scored against; it encodes."""
+    write, file, rows, (texts, images, solution, chosen, rejected) = SCHEMAS[name]
+    path = write(root / "set" / file if file.startswith("data") else root / file, rows)
+    row = data.read_rows(str(root / "set" if file.startswith("data") else path), str(root), ("prompt",))[0]
+    assert [b.get("text", "IMAGE") for m in data.to_messages(row) for b in m["content"]] == texts
+    assert len(row["images"]) == images and data.load_image(row["images"][0], row).mode == "RGB"
+    assert row.get("solution") == solution
+    policy, processor = loaded("qwen2_5_vl")
+    data.encode_prompt(policy, processor, row)
+    for column, text in (("chosen", chosen), ("rejected", rejected)):
+        assert text is None and column not in row or \
+            processor.tokenizer.decode(data.encode_completion(policy, processor, row, column)[:-1]) == text
+    sent = {k: v for k, v in row.items() if k != "images"}
+    assert b"PNG" not in repr(sent).encode(), "pixels stand in a row once: reward functions are sent the other columns"
+
+
+def test_mmpr(root, loaded):
+    """OpenGVLab/MMPR: meta.json names annotation files and their image folders; repeat_time is a share of the draws."""
+    (root / "MMPR" / "images" / "a").mkdir(parents=True)
+    (root / "MMPR" / "images" / "a" / "0.png").write_bytes(png())
+    rows = [dict(image="0.png", question="what?", chosen="a cat", rejected="a dog", answer_gt="cat"),
+            dict(image=["0.png", "0.png"], question="<image>\n<image>\nwhich?", chosen="1", rejected="2")]
+    write_jsonl(root / "MMPR" / "annotations" / "a.jsonl", rows)
+    write_jsonl(root / "MMPR" / "annotations" / "b.jsonl", [dict(question="no picture?", chosen="1", rejected="2")] * 4)
+    meta = {"a": dict(root="MMPR/images/a", annotation="MMPR/annotations/a.jsonl", data_augment=False, repeat_time=3, length=2),
+            "b": dict(root="", annotation="MMPR/annotations/b.jsonl", data_augment=False, repeat_time=1, length=4)}
+    (root / "MMPR" / "meta.json").write_text(json.dumps(meta))
+    found = data.read_rows(str(root / "MMPR" / "meta.json"), str(root), ("prompt", "chosen", "rejected"))
+    assert len(found) == 6 and found.sizes == [2, 4] and found.shares == [6, 4]
+    assert found[0]["images"] == ["MMPR/images/a/0.png"] and found[0]["solution"] == "cat" and found[2]["images"] == []
+    assert data.load_image(found[1]["images"][1], found[1]).size == (48, 32)
+    data.encode_group(*loaded("qwen2_5_vl"), found[1], ("chosen", "rejected"))
+    plan = data.draw_shares(found.sizes, found.shares, 50, 0)
+    assert sum(i < 2 for i in plan) == 30
+    for entry, message in ((dict(annotation="../../secret.jsonl"), "no annotation"), (dict(root="x"), "expected a list of objects")):
+        (root / "MMPR" / "meta.json").write_text(json.dumps({"a": entry}))
+        with pytest.raises(data.RowError, match=message):
+            data.read_rows(str(root / "MMPR" / "meta.json"), str(root), ())
+    outside = meta | {"a": meta["a"] | dict(root="../..")}
+    (root / "MMPR" / "meta.json").write_text(json.dumps(outside))
+    row = data.read_rows(str(root / "MMPR" / "meta.json"), str(root), ())[0]
+    with pytest.raises(data.RowError, match="outside --image_root"):
+        data.load_image(row["images"][0], row)
+
+
+def test_folders_and_splits(root):
+    """The shards of a split, in order; what is no row file is not read; where names decide nothing, an error lists them."""
+    rows = [dict(prompt=str(i)) for i in range(9)]
+    for i in range(3):
+        write_jsonl(root / "set" / "data" / f"train-{i}-of-3.jsonl", rows[2 * i:2 * i + 2])
+    write_jsonl(root / "set" / "data" / "test-0-of-1.jsonl", rows[6:7])
+    write_jsonl(root / "set" / "data" / "testmini-0-of-1.jsonl", rows[7:9])
+    (root / "set" / "dataset_infos.json").write_text("{}")
+
+    def prompts(name, split="train"):
+        return "".join(row["prompt"] for row in data.read_rows(str(root / name), None, ("prompt",), split))
+
+    assert prompts("set") == "012345" and prompts("set", "test") == "6" and prompts("set:testmini") == "78"
+    assert prompts("set/data/train-1-of-3.jsonl") == "23"
+    with pytest.raises(data.RowError, match="0 files named after 'val', expected some, .*set:SPLIT.* of: data/test-0-of-1.jsonl"):
+        prompts("set:val")
+    write_jsonl(root / "plain" / "a.jsonl", rows[:2])
+    write_jsonl(root / "plain" / "b.jsonl", rows[2:3])
+    assert prompts("plain") == prompts("plain", "test") == "012"
+    write_jsonl(root / "two" / "math" / "train.jsonl", rows[:1])
+    write_jsonl(root / "two" / "code" / "train.jsonl", rows[1:2])
+    with pytest.raises(data.RowError, match="2 files named after 'train', expected some, in one folder"):
+        prompts("two")
+    assert prompts("two:math/train") == "0"
+    (root / "empty").mkdir()
+    with pytest.raises(data.RowError, match="of: no files"):
+        prompts("empty")
+    with pytest.raises(data.RowError, match="--dataset owner/name: no such file or folder, and the hub cannot give"):
+        data.read_rows("owner/name", None, ())
+
+
+def test_hub_folder(root, monkeypatch):
+    """A hub id is fetched once, row files only, into the hub's cache, and read as that folder."""
+    import huggingface_hub
+
+    write_jsonl(root / "snapshot" / "train.jsonl", [dict(prompt="a")])
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **k: asked.append((name, k)) or str(root / "snapshot"))
+    assert data.read_rows("owner/name:train", None, ("prompt",))[0]["prompt"] == "a"
+    assert asked == [("owner/name", dict(repo_type="dataset", allow_patterns=["*.parquet", "*.jsonl", "*.json"]))]
+
+
+def test_parquet_faults(root, monkeypatch):
+    """A cut file and a missing pyarrow are one error; a row names its file and number; an image's bytes are checked as
+    a file's are."""
+    path = write_parquet(root / "a.parquet", [dict(prompt=f"{i}", image=BYTES) for i in range(7)], group=3)
+    rows = data.read_rows(str(path), None, ("prompt",))
+    assert [row["prompt"] for row in rows] == list("0123456") and rows[5]["_source"] == f"{path}[5]"
+    assert [rows[i]["prompt"] for i in (6, 0, 3, 2)] == list("6032") and "image" not in rows[0]
+    for image, message in ((b"<html>", "image of 6 bytes cannot be read"), ({"bytes": None, "path": None}, "must be a path"),
+                           ({"bytes": None, "path": "../x.png"}, "outside --image_root"), ({"url": "x"}, "must be a path")):
+        with pytest.raises(data.RowError, match=message):
+            data.load_image(image, rows[0] | {"_image_root": str(root)})
+    (root / "cut.parquet").write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(data.RowError, match="cut.parquet: not a whole parquet file"):
+        data.read_rows(str(root / "cut.parquet"), None, ())
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    with pytest.raises(data.RowError, match="a.parquet: parquet takes pyarrow: pip install pyarrow"):
+        data.read_rows(str(path), None, ())
+
+
+def test_mixtures(root):
+    """Draws keep the given proportions at every moment, each dataset by its own epochs; a longer plan begins with a shorter
+    one, skipped rows leave no gap, and without weights every row comes once an epoch."""
+    for name, n in (("a", 6), ("b", 4), ("c", 2)):
+        write_jsonl(root / f"{name}.jsonl", [dict(prompt=f"{name}{i}") for i in range(n)])
+    names = [str(root / f"{name}.jsonl") for name in "abc"]
+    rows = data.read_rows(names, None, ("prompt",), weights=[1, 2, 1])
+    assert len(rows) == 12 and [rows[i]["prompt"] for i in (0, 5, 6, 9, 10, 11)] == ["a0", "a5", "b0", "b3", "c0", "c1"]
+    assert data.read_rows(names, None, ("prompt",)).shares is None
+    plan = data.draw_shares(rows.sizes, rows.shares, 64, 3)
+    kinds = [rows[i]["prompt"][0] for i in plan]
+    for n in range(1, 65):
+        counts = Counter(kinds[:n])
+        assert all(abs(counts[k] - w * n / 4) <= 1 for k, w in zip("abc", (1, 2, 1)))
+    assert Counter(i for i in plan if 6 <= i < 10) == Counter({i: 8 for i in range(6, 10)})
+    assert data.draw_shares(rows.sizes, rows.shares, 20, 3) == plan[:20] != data.draw_shares(rows.sizes, rows.shares, 20, 4)
+    assert not {6, 7} & set(data.draw_shares(rows.sizes, rows.shares, 64, 3, dropped={6, 7}))
+    keys = [-i for i in range(12)]
+    assert [i for i in data.draw_shares(rows.sizes, rows.shares, 16, 3, keys=keys) if 6 <= i < 10] == [9, 8, 7, 6] * 2
+    checked, _ = data.check_rows(rows, 64, 3, "error", 9, 0, 1, lambda row: 5)
+    assert checked == plan
+    view = rows[1::2]
+    assert [row["prompt"] for row in view] == ["a1", "a3", "a5", "b1", "b3", "c1"] and view[1:3][1]["prompt"] == "a5"
+
+
+def test_lines_are_found_across_blocks(tmp_path):
+    """The index of a file of several blocks of 16 MiB: every line, wherever a block ends, blank ones left out."""
+    path, size = tmp_path / "big.jsonl", 1 << 24
+    first = json.dumps(dict(prompt="x" * (size - 15)))
+    assert len(first) == size - 1, "its newline ends the first block"
+    second, third = json.dumps(dict(prompt="y" * (size - 10))), json.dumps(dict(prompt="z"))
+    path.write_text(f"{first}\n{second}\r\n\n \r\n{third}")
+    rows = data.read_rows(str(path), None, ("prompt",))
+    assert [(row["prompt"][-1], row["_source"].rpartition(":")[2]) for row in rows] == [("x", "1"), ("y", "2"), ("z", "5")]
+
+
+def test_both_scripts_take_a_mixture(task, monkeypatch, tmp_path, capsys):  # noqa: F811
+    """From the command line: a JSONL file and parquet shards with image bytes, weighed; the sample that is printed is the
+    decoded first draw. Refused: weights that do not match."""
+    write_parquet(tmp_path / "set" / "train-0.parquet",
+                  [dict(prompt="how many shapes are there?", images=[{"bytes": png(size=(48, 48)), "path": None}], solution="3",
+                        chosen="<answer>3</answer>", rejected="<answer>4</answer>")] * 5)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rollout, "RewardRunner", shared_runner(task))
+    model.build_tiny_vlm(tmp_path / "tiny")
+    flags = ["--model_name_or_path", "tiny", "--dataset", str(task / "pairs.jsonl"), "set", "--dataset_weights", "1", "3",
+             "--image_root", str(task), "--max_steps", "1", "--max_completion_length", "4"]
+    for name, extra in (("train_dpo", ["--per_device_train_batch_size", "8"]),
+                        ("train_grpo", ["--per_device_train_batch_size", "16", "--num_generations", "2", "--reward_funcs",
+                                        f"{task / 'rewards.py'}:spread"])):
+        SCRIPTS[name].main([*flags, *extra, "--output_dir", name])
+        out = capsys.readouterr().out
+        assert "data: 17 rows, 7 of them in this run, 0 skipped" in out
+        assert "<|image_pad|> x 9<|vision_end|>how many shapes are there?<|im_end|>" in out
+        assert ("data: completion of " in out) == (name == "train_dpo")
+    with pytest.raises(SystemExit):
+        SCRIPTS["train_dpo"].main([*flags, "--dataset_weights", "1"])
+    assert "--dataset_weights must be one number above 0 for each --dataset" in capsys.readouterr().err
