@@ -135,6 +135,8 @@ def test_published_schemas(root, loaded, name):
 
 def test_mmpr(root, loaded):
     """OpenGVLab/MMPR: meta.json names annotation files and their image folders; repeat_time is a share of the draws."""
+    write_jsonl(root / "secret.jsonl", [dict(question="not of this dataset")])
+    root = root / "sets"
     (root / "MMPR" / "images" / "a").mkdir(parents=True)
     (root / "MMPR" / "images" / "a" / "0.png").write_bytes(png())
     rows = [dict(image="0.png", question="what?", chosen="a cat", rejected="a dog", answer_gt="cat"),

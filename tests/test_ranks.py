@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, build_tiny_qwen, run
+from conftest import ROOT, build_tiny_gemma3, build_tiny_qwen, build_tiny_text, run
 from safetensors.torch import load_file
 from test_runs import write_task
 
@@ -21,6 +21,10 @@ def folder(tmp_path_factory):
 
     model.build_tiny_vlm(folder / "start")
     build_tiny_qwen(folder / "experts", "Qwen3VLMoe")
+    build_tiny_gemma3(folder / "gemma")
+    build_tiny_text(folder / "text", "Llama")
+    rows = [json.loads(line) | {"images": []} for line in open(folder / "pairs.jsonl")]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -46,6 +50,9 @@ def cases(world: int):
         yield (f"experts-{world}x4", "train_grpo",
                [*common, *online, "--model_name_or_path", "experts", "--algo", "gspo", "--per_device_train_batch_size", 4,
                 "--gradient_accumulation_steps", 4 // world])
+        for start, rows in (("gemma", "pairs.jsonl"), ("text", "texts.jsonl")):
+            yield (f"{start}-{world}x4", "train_dpo",
+                   [*common, "--model_name_or_path", start, "--dataset", rows, "--per_device_train_batch_size", 4 // world])
     lora = ["--lora_r", 4, "--learning_rate", "0.1"]  # SGD: B's first steps are what A's gradient comes from
     if world < 4:  # with a reference: the gathered policy, its adapter off
         yield (f"lora-{world}x4", "train_grpo",
@@ -111,7 +118,7 @@ def assert_equal_runs(ours, theirs):
 def test_ranks_and_micro_batches_change_nothing(results, world):
     """P9, F34, D3: gradients and weights of three SGD steps with 1, 2 and 4 gloo ranks under FSDP2, micro-batches of 1, 2
     and 4, uneven lengths, micro-batches without images, HSDP and recomputation, equal one process's: MPO with its
-    running delta, GRPO with KL, GSPO (of a mixture of experts too), RLOO, LoRA with KL, DoRA on a frozen vision tower. A
+    running delta, GRPO with KL, GSPO (of a mixture of experts too), RLOO, MPO of Gemma 3 and of a text-only model, LoRA with KL, DoRA on a frozen vision tower. A
     hang would show as the launch's time-out."""
     one = results(1)
     for name, result in results(world).items():
