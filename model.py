@@ -687,7 +687,7 @@ def describe_run(args, world_size: int) -> dict:
     rewards = [spec.rpartition(":")[0] for spec in getattr(args, "reward_funcs", [])]
     code = [*sorted(Path(__file__).parent.glob("*.py")), *(path for path in rewards if os.path.isfile(path))]
     kinds = {args.loss_type} if isinstance(args.loss_type, str) else set(args.loss_type)
-    cut = kinds & {"aot", "aot_unpaired", "bnpo"} or getattr(args, "top_entropy_quantile", 1.0) < 1
+    cut = kinds & {"aot", "aot_unpaired", "bnpo", "disco"} or getattr(args, "top_entropy_quantile", 1.0) < 1
     path = args.model_name_or_path
     weights = sorted(Path(path).glob("*.safetensors")) if path and os.path.isdir(path) else []
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -872,9 +872,10 @@ def all_gather_object(value) -> list:
 
 
 def save_checkpoint(output_dir: Path, policy: Policy, optimizer, state: dict, rows: dict, keep: int,
-                    rank: int) -> bool:
-    """checkpoints/step_N: weights and optimizer (sharded), `state` (JSON, with "step", alike on all ranks),
-    and this rank's `rows` {name: tensor}. True if every rank wrote its part; else nothing has changed.
+                    rank: int, ref: Policy | None = None) -> bool:
+    """checkpoints/step_N: weights, optimizer and a moving reference (sharded), `state` (JSON, with "step",
+    alike on all ranks), and this rank's `rows` {name: tensor}. True if every rank wrote its part; else
+    nothing has changed.
 
     It is built as step_N.tmp, fsynced, given a manifest of sizes and checksums, and renamed. Of the others
     the newest `keep - 1` stay; one that goes loses its manifest first.
@@ -892,6 +893,8 @@ def save_checkpoint(output_dir: Path, policy: Policy, optimizer, state: dict, ro
         if error is not None:
             raise OSError(error)
         parts = {"model": get_model_state_dict(policy)}
+        if ref is not None:
+            parts["ref"] = get_model_state_dict(ref)
         if optimizer.state:  # none before the first step: torch would make one up, of one step
             parts["optimizer"] = get_optimizer_state_dict(policy, optimizer)
         dcp.save(parts, checkpoint_id=temporary, no_dist=not dist.is_initialized())
@@ -934,15 +937,16 @@ def save_checkpoint(output_dir: Path, policy: Policy, optimizer, state: dict, ro
 class Saver:
     """Writes a run's checkpoints; the third failure in a row, or of the last one, ends the run."""
 
-    def __init__(self, keep: int, output_dir: Path, policy, optimizer, scheduler, rank: int, saved: int):
-        self.run, self.scheduler, self.failures = (output_dir, policy, optimizer), scheduler, 0
+    def __init__(self, keep: int, output_dir: Path, policy, optimizer, scheduler, rank: int, saved: int,
+                 ref: Policy | None = None):
+        self.run, self.ref, self.scheduler, self.failures = (output_dir, policy, optimizer), ref, scheduler, 0
         self.keep, self.rank, self.saved = keep, rank, saved or None
 
     def save(self, state: dict, rows: dict, last: bool):
         if self.saved == state["step"]:
             return  # it is there already, written or resumed from: never replaced, so never in danger
         state = state | {"scheduler": self.scheduler.state_dict()}
-        written = save_checkpoint(*self.run, state, rows, self.keep, self.rank)
+        written = save_checkpoint(*self.run, state, rows, self.keep, self.rank, self.ref)
         self.saved = state["step"] if written else self.saved
         self.failures = 0 if written else self.failures + 1
         if not written and (last or self.failures == 3):
@@ -970,7 +974,8 @@ def drop_checkpoint(folder: Path):
         print(f"warning: old checkpoint {folder} cannot be deleted: {reason}", flush=True)
 
 
-def load_checkpoint(output_dir: Path, policy: Policy, optimizer, rank: int, path: str | None = None):
+def load_checkpoint(output_dir: Path, policy: Policy, optimizer, rank: int, path: str | None = None,
+                    ref: Policy | None = None):
     """The newest checkpoint that is whole -> (state, [rows of each rank that wrote it]); (None, []): none.
 
     Weights and optimizer are restored in place, on any number of ranks. A bad one is named and passed over;
@@ -993,10 +998,14 @@ def load_checkpoint(output_dir: Path, policy: Policy, optimizer, rank: int, path
         if fault is None:
             state = json.loads((folder / "state.json").read_text())
             parts = {"model": get_model_state_dict(policy)}
+            if ref is not None:
+                parts["ref"] = get_model_state_dict(ref)
             if state.pop("optimizer"):
                 parts["optimizer"] = get_optimizer_state_dict(policy, optimizer)
             dcp.load(parts, checkpoint_id=folder, no_dist=not dist.is_initialized())
             set_model_state_dict(policy, parts["model"])
+            if ref is not None:
+                set_model_state_dict(ref, parts["ref"])
             if "optimizer" in parts:
                 set_optimizer_state_dict(policy, optimizer, parts["optimizer"])
             optimizer.zero_grad(set_to_none=True)
