@@ -37,6 +37,7 @@ import argparse
 import difflib
 import json
 import math
+import operator
 import re
 import sys
 import time
@@ -90,7 +91,7 @@ def accuracy(completions, solution, **_):
 def numeric(completions, solution, **_):
     """1.0 if the one number in the answer equals that of the solution. Words and units around it do not
     matter, two numbers are wrong; of an equation what follows the last sign. 50% is 50 or 0.5; 1,000 1000."""
-    return compare(read_number, completions, solution)
+    return compare(read_number, completions, solution, same_number)
 
 
 def counting(completions, solution, **_):
@@ -111,18 +112,11 @@ def iou(completions, solution, **_):
     answers in pixels of the resized picture (Qwen2.5-VL), the solution must be in those. No box, or one
     turned inside out, is 0.
     """
-    scores = []
-    for text, gold in zip(completions, solution):
-        box, other = read_box(final_answer(text)), gold if gold is None else read_box(str(gold))
-        if gold is not None and other is None:
-            raise ValueError(f"solution {gold!r}: expected a box, x1 < x2 and y1 < y2")
-        if gold is None or box is None:
-            scores.append(None if gold is None else 0.0)
-            continue
-        sides = [max(0.0, min(box[i + 2], other[i + 2]) - max(box[i], other[i])) for i in (0, 1)]
-        areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (box, other)]
-        scores.append(sides[0] * sides[1] / (sum(areas) - sides[0] * sides[1]))
-    return scores
+    def overlap(a, b):
+        inside = math.prod(max(0.0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
+        return inside / (sum((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a, b)) - inside)
+
+    return compare(read_box, completions, solution, overlap)
 
 
 def cosine(completions, solution, completion_ids, max_completion_length, min_value_wrong=-1.0,
@@ -153,22 +147,19 @@ def soft_overlong(completions, completion_ids, max_completion_length, soft_punis
             for ids, longest, cache in zip(completion_ids, max_completion_length, caches)]
 
 
-def compare(read, completions, solution):
-    """1.0 where read(answer) equals read(solution); None without a solution; one that is not read raises."""
+def compare(read, completions, solution, score=operator.eq):
+    """score(read(answer), read(solution)); 0.0 for an answer that is not read, None without a solution."""
     rewards = []
     for text, gold in zip(completions, solution):
-        known = None if gold is None else read(final_answer(str(gold)))
+        found, known = read(final_answer(text)), None if gold is None else read(final_answer(str(gold)))
         if gold is not None and known is None:
             raise ValueError(f"solution {str(gold)[:100]!r} cannot be read (or is two answers)")
-        found = read(final_answer(text))
-        rewards.append(None if gold is None else float(found is not None and equal(found, known)))
+        rewards.append(None if gold is None else 0.0 if found is None else float(score(found, known)))
     return rewards
 
 
-def equal(a, b):
-    """Strings, ints, or (value, is a percentage)."""
-    if not isinstance(a, tuple):
-        return a == b
+def same_number(a, b):
+    """Two (value, is a percentage): where only one is a percentage, it may be meant either way."""
     (x, x_percent), (y, y_percent) = a, b
     pairs = [(x, y)] + ([] if x_percent == y_percent else [(x / 100, y) if x_percent else (x, y / 100)])
     return any(math.isclose(p, q, rel_tol=1e-9, abs_tol=1e-12) for p, q in pairs)
@@ -245,7 +236,8 @@ def read_choice(text: str, leading_only=False):
     # a letter, but not the article, the pronoun or a unit
     letter = (r"(?<![\w/])(?<!\w')(?<!\d )([B-HJ]|[AI](?! (?!(?:and|or|is|as|so|because|since)\b)[a-z]))"
               r"(?!\w|['.]\w|/| ?[=+^])")
-    named = re.findall(r"(?i:answer|option|choice|choose|pick|select|it is|must be)(?i: is|:| option)* ?\(?" + letter, text)
+    named = re.findall(r"(?i:answer|option|choice|choose|pick|select|it is|must be)(?i: is|:| option)* ?\(?"
+                       + letter, text)
     letters = set(named or re.findall(letter, text))
     return letters.pop() if len(letters) == 1 else None
 
@@ -262,7 +254,7 @@ def same_answer(answer: str, gold: str) -> bool:
     numbers = [re.fullmatch(NUMBER, s) for s in (short, known)]
     if all(numbers):
         numbers = [number_of(match) for match in numbers]
-        return None not in numbers and equal(*numbers)
+        return None not in numbers and same_number(*numbers)
     if re.fullmatch(r"\(?[a-j]\)?", known):  # a choice: "(B)", "B.", "B: a dog"
         return read_choice(answer, leading_only=True) == known.strip("()").upper()
     if len(answer) > 1000:
@@ -493,10 +485,11 @@ def check_loss(args, parser):
         parser.error("--advantage_estimator none goes with --loss_type "
                      f"{', '.join(losses.GROUP_LOSSES)}, and they with it; got {loss}")
     if loss in losses.GROUP_LOSSES:
-        others = ("importance_sampling_level", "importance_sampling_correction", "top_entropy_quantile",
-                  "off_policy_mask_threshold", "mask_truncated_completions", "kl_in_reward")
-        for name in others:
-            if getattr(args, name) != parser.get_default(name):
+        neutral = dict(importance_sampling_level="token", importance_sampling_correction="none",
+                       top_entropy_quantile=1, off_policy_mask_threshold=None,
+                       mask_truncated_completions=False, kl_in_reward=False)
+        for name, value in neutral.items():
+            if getattr(args, name) != value:
                 parser.error(f"--loss_type {loss} compares whole completions: --{name} does not go with it")
         if bool(args.beta) == (loss == "disco"):
             parser.error(f"--loss_type {loss} " + ("has no --beta" if args.beta else "needs --beta above 0"))

@@ -196,7 +196,8 @@ def test_soft_overlong_by_hand():
     """DAPO eq. 13: 0 up to 80 of 100 tokens, then linear to -1 at 100; TRL's example: 90 tokens give -0.5."""
     ids = lengths(0, 80, 81, 90, 100, 120)
     assert train_grpo.soft_overlong([""] * 6, **ids) == pytest.approx([0, 0, -0.05, -0.5, -1, -1])
-    assert train_grpo.soft_overlong([""] * 6, **ids, soft_punish_cache=40) == pytest.approx([-0.0, -0.5, -0.525, -0.75, -1, -1])
+    assert train_grpo.soft_overlong([""] * 6, **ids, soft_punish_cache=40) == pytest.approx(
+        [0, -0.5, -0.525, -0.75, -1, -1])
 
 
 def test_ids_of_a_rollout():

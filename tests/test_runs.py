@@ -379,6 +379,8 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     ("train_grpo", ["--algo", "online_dpo", "--beta", "0"], "--loss_type sigmoid needs --beta above 0"),
     ("train_grpo", ["--algo", "disco", "--beta", "0.1"], "--loss_type disco has no --beta"),
     ("train_grpo", ["--algo", "trpa", "--top_entropy_quantile", "0.2"], "--top_entropy_quantile does not go with it"),
+    ("train_grpo", ["--algo", "dapo", "--loss_type", "copg", "--advantage_estimator", "none", "--beta", "0.1"],
+     "--mask_truncated_completions does not go with it"),
     ("train_grpo", ["--algo", "copg", "--mask_truncated_completions"], "--mask_truncated_completions does not go with it"),
     ("train_grpo", ["--algo", "online_dpo", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"],
      "--per_device_train_batch_size 4 must be a multiple of --num_generations 8"),
