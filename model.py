@@ -995,7 +995,7 @@ def describe_run(args, world_size: int) -> dict:
     rewards = [spec.rpartition(":")[0] for spec in getattr(args, "reward_funcs", [])]
     code = [*sorted(Path(__file__).parent.glob("*.py")), *(path for path in rewards if os.path.isfile(path))]
     kinds = {args.loss_type} if isinstance(args.loss_type, str) else set(args.loss_type)
-    cut = kinds & {"aot", "aot_unpaired", "bnpo"} or getattr(args, "top_entropy_quantile", 1.0) < 1
+    cut = kinds & {"aot", "aot_unpaired", "bnpo", "disco"} or getattr(args, "top_entropy_quantile", 1.0) < 1
     folders = [path for path in (args.model_name_or_path, getattr(args, "guide_model", None)) if path]
     weights = [file for path in folders for file in sorted(Path(path).glob("*.safetensors"))]
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -1189,9 +1189,10 @@ def trained(policy: Policy) -> dict:
 
 
 def save_checkpoint(output_dir: Path, policy: Policy, optimizer, state: dict, rows: dict, keep: int,
-                    rank: int) -> bool:
-    """checkpoints/step_N: what is trained and its optimizer (sharded), `state` (JSON, with "step", alike on
-    all ranks), this rank's `rows` {name: tensor}. True if every rank wrote its part; else nothing changed.
+                    rank: int, ref: Policy | None = None) -> bool:
+    """checkpoints/step_N: what is trained, its optimizer and a moving reference (sharded), `state` (JSON, with
+    "step", alike on all ranks), this rank's `rows` {name: tensor}. True if every rank wrote its part; else
+    nothing changed.
 
     It is built as step_N.tmp, fsynced, given a manifest of sizes and checksums, and renamed. Of the others
     the newest `keep - 1` stay; one that goes loses its manifest first.
@@ -1209,6 +1210,8 @@ def save_checkpoint(output_dir: Path, policy: Policy, optimizer, state: dict, ro
         if error is not None:
             raise OSError(error)
         parts = {"model": trained(policy)}
+        if ref is not None:
+            parts["ref"] = dict(ref.named_parameters())
         if optimizer.state:  # none before the first step: torch would make one up, of one step
             parts["optimizer"] = get_optimizer_state_dict(policy, optimizer)
         dcp.save(parts, checkpoint_id=temporary, no_dist=not dist.is_initialized())
@@ -1251,15 +1254,16 @@ def save_checkpoint(output_dir: Path, policy: Policy, optimizer, state: dict, ro
 class Saver:
     """Writes a run's checkpoints; the third failure in a row, or of the last one, ends the run."""
 
-    def __init__(self, keep: int, output_dir: Path, policy, optimizer, scheduler, rank: int, saved: int):
-        self.run, self.scheduler, self.failures = (output_dir, policy, optimizer), scheduler, 0
+    def __init__(self, keep: int, output_dir: Path, policy, optimizer, scheduler, rank: int, saved: int,
+                 ref: Policy | None = None):
+        self.run, self.ref, self.scheduler, self.failures = (output_dir, policy, optimizer), ref, scheduler, 0
         self.keep, self.rank, self.saved = keep, rank, saved or None
 
     def save(self, state: dict, rows: dict, last: bool):
         if self.saved == state["step"]:
             return  # it is there already, written or resumed from: never replaced, so never in danger
         state = state | {"scheduler": self.scheduler.state_dict()}
-        written = save_checkpoint(*self.run, state, rows, self.keep, self.rank)
+        written = save_checkpoint(*self.run, state, rows, self.keep, self.rank, self.ref)
         self.saved = state["step"] if written else self.saved
         self.failures = 0 if written else self.failures + 1
         if not written and (last or self.failures == 3):
@@ -1287,7 +1291,8 @@ def drop_checkpoint(folder: Path):
         print(f"warning: old checkpoint {folder} cannot be deleted: {reason}", flush=True)
 
 
-def load_checkpoint(output_dir: Path, policy: Policy, optimizer, rank: int, path: str | None = None):
+def load_checkpoint(output_dir: Path, policy: Policy, optimizer, rank: int, path: str | None = None,
+                    ref: Policy | None = None):
     """The newest checkpoint that is whole -> (state, [rows of each rank that wrote it]); (None, []): none.
 
     Weights and optimizer are restored in place, on any number of ranks. A bad one is named and passed over;
@@ -1310,6 +1315,8 @@ def load_checkpoint(output_dir: Path, policy: Policy, optimizer, rank: int, path
         if fault is None:
             state = json.loads((folder / "state.json").read_text())
             parts = {"model": trained(policy)}
+            if ref is not None:
+                parts["ref"] = dict(ref.named_parameters())
             if state.pop("optimizer"):
                 parts["optimizer"] = get_optimizer_state_dict(policy, optimizer)
             dcp.load(parts, checkpoint_id=folder, no_dist=not dist.is_initialized())  # the weights: in place
