@@ -290,19 +290,22 @@ class ChunkedLogps(torch.autograd.Function):
             for i in range(0, len(hidden), chunk):
                 at = slice(i, i + chunk)
                 logits = scaled_logits(hidden[at].to(dtype), W, never_sampled, temperature)       # (chunk, V)
-                lse[at] = logits.logsumexp(-1)
-                logps[at] = logits.gather(-1, targets[at, None]).squeeze(-1) - lse[at]
-                p = (logits - lse[at, None]).exp()
-                entropy[at] = lse[at] - (p * logits).sum(-1)
-                log_sum_sq[at] = p.square().sum(-1).log()
+                log_p, target = logits.log_softmax(-1), targets[at, None]
+                logps[at] = log_p.gather(-1, target).squeeze(-1)
+                lse[at] = logits.gather(-1, target).squeeze(-1) - logps[at]
+                p = torch.exp(log_p, out=logits)
+                entropy[at] = -torch.einsum("nv,nv->n", p, log_p)
+                log_sum_sq[at] = torch.einsum("nv,nv->n", p, p).log()
         ctx.save_for_backward(hidden, weight, targets, never_sampled, lse, entropy)
         ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, dtype
         ctx.mark_non_differentiable(log_sum_sq)
+        ctx.set_materialize_grads(False)  # grad_entropy is None unless the loss has an entropy term
         return logps, entropy, log_sum_sq
 
     @staticmethod
     def backward(ctx, grad_logps, grad_entropy, _):
         hidden, weight, targets, never_sampled, lse, entropy = ctx.saved_tensors
+        grad_logps = torch.zeros_like(lse) if grad_logps is None else grad_logps
         grad_hidden, grad_weight = torch.empty_like(hidden), None
         if ctx.needs_input_grad[1]:  # not where the head is frozen, as with LoRA
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
@@ -310,14 +313,18 @@ class ChunkedLogps(torch.autograd.Function):
             W = weight.to(ctx.dtype)
             for i in range(0, len(hidden), ctx.chunk):
                 at = slice(i, i + ctx.chunk)
-                h = hidden[at].to(ctx.dtype)
-                log_p = scaled_logits(h, W, never_sampled, ctx.temperature) - lse[at, None]       # (chunk, V)
-                p = log_p.exp()
-                grad = -p * (grad_logps[at, None] + grad_entropy[at, None] * (log_p + entropy[at, None]))
-                grad.scatter_add_(-1, targets[at, None], grad_logps[at, None])
-                grad = (grad / ctx.temperature).to(ctx.dtype)
+                h, g = hidden[at].to(ctx.dtype), grad_logps[at, None] / ctx.temperature
+                log_p = scaled_logits(h, W, never_sampled, ctx.temperature).sub_(lse[at, None])   # (chunk, V)
+                if grad_entropy is not None:
+                    g_entropy = grad_entropy[at, None] / ctx.temperature
+                    grad = log_p.exp().mul_(-g - g_entropy * (log_p + entropy[at, None]))
+                else:
+                    grad = log_p.exp_().mul_(-g)
+                grad = grad.scatter_add_(-1, targets[at, None], g).to(ctx.dtype)
                 grad_hidden[at] = (grad @ W).to(hidden.dtype)
-                if grad_weight is not None:
+                if grad_weight is not None and ctx.dtype == torch.float32:
+                    grad_weight.addmm_(grad.T, h)  # spares a (V, H) tensor a chunk
+                elif grad_weight is not None:
                     grad_weight += (grad.T @ h).float()
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None
@@ -1190,8 +1197,8 @@ def trained(policy: Policy) -> dict:
 
 def save_checkpoint(output_dir: Path, policy: Policy, optimizer, state: dict, rows: dict, keep: int,
                     rank: int, ref: Policy | None = None) -> bool:
-    """checkpoints/step_N: what is trained, its optimizer and a moving reference (sharded), `state` (JSON, with
-    "step", alike on all ranks), this rank's `rows` {name: tensor}. True if every rank wrote its part; else
+    """checkpoints/step_N: what is trained, its optimizer and a moving reference (sharded), `state` (JSON,
+    with "step", alike on all ranks), this rank's `rows` {name: tensor}. True if every rank wrote its part; else
     nothing changed.
 
     It is built as step_N.tmp, fsynced, given a manifest of sizes and checksums, and renamed. Of the others

@@ -591,7 +591,7 @@ def main(argv=None):
     rewards = rollout.RewardRunner(specs, args.reward_timeout)  # starts while the model loads
 
     # --- sizes. A rollout serves `updates` optimizer steps, num_iterations times over
-    G, ga = args.num_generations, args.gradient_accumulation_steps
+    G = args.num_generations
     updates = args.steps_per_generation // args.gradient_accumulation_steps
     completions_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps  # per rank
     prompts_per_rank = completions_per_update * updates // G
@@ -849,7 +849,9 @@ def main(argv=None):
             loss, metrics = policy_loss(
                 logps, old_logps, micro["advantages"], mask, ref_logps=micro.get("ref_logps"),
                 **weigh_tokens(args, logps, old_logps, entropies, micro))
-            loss = loss / count - args.entropy_coef * losses.masked_sum(entropies, mask).sum() / tokens
+            loss = loss / count
+            if args.entropy_coef:
+                loss = loss - args.entropy_coef * losses.masked_sum(entropies, mask).sum() / tokens
             (loss * world_size).backward()
             metrics["loss"] = (loss.detach(), 0)
             metrics["entropy"] = (entropies.detach().sum(), mask.sum())

@@ -435,8 +435,8 @@ def test_models_that_are_not_loaded(folders, tmp_path):
 
 def test_every_import_is_known():
     """Nothing can be unpickled, fetched or executed without an import for it: what the program imports is this."""
-    known = {"argparse", "collections", "contextlib", "ctypes", "difflib", "hashlib", "importlib", "inspect", "json",
-             "functools", "math", "multiprocessing", "os", "pathlib", "random", "re", "resource", "shutil", "signal",
+    known = {"argparse", "collections", "contextlib", "ctypes", "difflib", "unicodedata", "hashlib", "importlib", "inspect", "json",
+             "functools", "math", "multiprocessing", "operator", "os", "pathlib", "random", "re", "resource", "shutil", "signal",
              "socket", "bitsandbytes", "subprocess", "sys", "time", "traceback", "typing", "warnings", "zlib", "numpy", "PIL", "safetensors",
              "tokenizers", "torch", "tqdm", "transformers", "math_verify", "data", "losses", "model", "rollout"}
     for file in ROOT.glob("*.py"):

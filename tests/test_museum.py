@@ -312,14 +312,14 @@ EXHIBITS = [
         train_grpo, "format", ", re.DOTALL)", ")"), "test_rewards.test_format",
         {"text": "<think>a\nb</think>\n<answer>4</answer>", "expected": 1}),
     Exhibit("ours: 'A picture' is choice A", rewrite(
-        train_grpo, "same_answer", r"\(?([a-j])(?:\)|[.:]|$)", r"\(?([a-j])\b"), "test_rewards.test_accuracy",
+        train_grpo, "read_choice", r"(?:\)|[.:](?!\w)|\.?$)(?! ?", r"(?:\b)(?! ?"), "test_rewards.test_accuracy",
         {"text": "A picture of two dogs.", "solution": "A", "expected": 0}),
     # losses
     Exhibit("NeMo-RL #2506, TRL #4638: the KL's gradient lacks the sampling term", rewrite(
         losses, "policy_loss", "kl * ratio if use_bias_correction_kl else kl", "kl"),
         "test_exact.test_kl_of_the_whole_completion", {"kind": "k3"}),
     Exhibit("TRL #3144: the clip metric counts the other tokens", rewrite(
-        losses, "policy_loss", "mask & (ratio < 1 - epsilon) & (A < 0)", "mask & (ratio > 1 - epsilon) & (A < 0)"),
+        losses, "policy_loss", "mask & (x < -epsilon) & (A < 0)", "mask & (x > -epsilon) & (A < 0)"),
         "test_losses.test_clip_geometry", {"ratio": 0.5, "A": -1.5}),
     Exhibit("rasbt: the maximum where the advantage is negative", worst_of_both, "test_losses.test_clip_geometry",
             {"ratio": 0.5, "A": -1.5}),
