@@ -333,7 +333,7 @@ EXHIBITS = [
     Exhibit("possible: DiscoPOP's gate of 0 times an overflow", unclamped,
             "test_losses.test_outliers_stay_finite_in_every_pair_loss"),
     Exhibit("possible: a hand-written backward without the temperature", rewrite(
-        model.ChunkedLogps, "backward", "(grad / ctx.temperature).to(ctx.dtype)", "grad.to(ctx.dtype)"),
+        model.ChunkedLogps, "backward", "grad_logps[at, None] / ctx.temperature", "grad_logps[at, None]"),
         "test_group_rows.test_chunked_logps_value_and_gradient", {"tokens": 5}),
     # resume, checkpoints, export
     Exhibit("transformers #40691: every epoch in the order of the first", rewrite(
