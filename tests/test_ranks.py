@@ -9,6 +9,7 @@ from conftest import ROOT, run
 from safetensors.torch import load_file
 from test_runs import write_task
 
+pytestmark = pytest.mark.xdist_group("ranks")
 DRIVER = ROOT / "tests" / "rank_cases.py"
 
 
