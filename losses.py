@@ -12,11 +12,13 @@ optimizer step (all micro-batches and ranks), so neither micro-batch size nor ra
 
     loss = loss_sum / global_count
 
-Four are defined over a micro-batch and keep that: `aot` and `aot_unpaired` (they sort its pairs), `bnpo` (its
-own token mean) and `top_entropy_mask` (its quantile). METHODS.md lists every function, paper and test.
+Five are defined over a micro-batch and keep that: `aot` and `aot_unpaired` (they sort its pairs), `bnpo` (its
+own token mean), `top_entropy_mask` (its quantile) and `disco` (its drift, off policy). METHODS.md lists every
+function, paper and test.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -467,19 +469,52 @@ def gdpo_advantages(scores, weights, num_generations, *, eps=1e-4):
     return torch.where(known, z / (unbiased_std(z, known) + eps), 0.0)
 
 
-def advantages(estimator, scores, weights, num_generations, *, scale_rewards="group", penalty=0.0):
-    """The advantages (N,) that a run trains on, from scores (F, N) and weights (F,): grpo, rloo or gdpo.
+def ngrpo_advantages(rewards, num_generations, reward_max, *, eps=1e-4):
+    """NGRPO (arXiv 2509.18851): mean and std over the group and one virtual completion of the highest reward:
+    a group that is all wrong is pushed down, one that is all right gets 0.   (N,) -> (N,)"""
+    groups = rewards.double().view(-1, num_generations)
+    known = ~groups.isnan()
+    best = torch.where(known.any(-1, keepdim=True), reward_max, math.nan).to(groups)          # (P, 1)
+    A = group_advantages(torch.cat([groups, best], -1).flatten(), num_generations + 1, eps=eps)
+    return A.view(-1, num_generations + 1)[:, :-1].flatten().to(rewards.dtype)
 
-    penalty (N,): taken off each reward first; RLOO's beta * sum_t (log pi_old - log pi_ref).
+
+def dgpo_advantages(rewards, num_generations, reward_max, *, temperature=2.0, eps=1e-4):
+    """DGPO (arXiv 2601.20614): the mean absolute deviation for the std, and harder prompts weigh more.
+
+        A = (r - mean) / (mean |r - mean| + eps) * Q softmax_q(-p_q / temperature)     (N,) -> (N,)
+
+    over the Q groups with spread; p: mean reward of the group, as a share of the highest.
+    """
+    A, known = centred(rewards, num_generations)
+    n = known.sum(-1, keepdim=True).clamp(min=1)                                              # (P, 1)
+    spread = A.ne(0).any(-1, keepdim=True)
+    p = torch.where(known, rewards.double().view_as(A), 0.0).sum(-1, keepdim=True) / n / reward_max
+    weight = (-p / temperature).masked_fill(~spread, -math.inf).softmax(0).nan_to_num(0.0) * spread.sum()
+    return (A * n / (A.abs().sum(-1, keepdim=True) + eps) * weight).flatten().to(rewards.dtype)
+
+
+def advantages(estimator, scores, weights, num_generations, *, scale_rewards="group", penalty=0.0):
+    """The advantages (N,) that a run trains on, from scores (F, N) and weights (F,): grpo, rloo, gdpo, ngrpo,
+    dgpo; or none, for GROUP_LOSSES: the reward itself less the highest (nan: unknown).
+
+    penalty (N,): taken off each reward first; RLOO's beta * sum_t (log pi_old - log pi_ref). The highest
+    reward is the sum of the positive weights: of functions that give at most 1, as the built-in ones do.
     """
     if estimator == "gdpo":
         return gdpo_advantages(scores, weights, num_generations)
-    rewards = weighted_rewards(scores, weights) - penalty
+    rewards, reward_max = weighted_rewards(scores, weights) - penalty, float(weights.clamp(min=0).sum())
     if estimator == "grpo":
         return group_advantages(rewards, num_generations, scale_rewards=scale_rewards)
     if estimator == "rloo":
         return rloo_advantages(rewards, num_generations)
-    raise ValueError(f"advantage estimator must be grpo, rloo or gdpo, got {estimator!r}")
+    if estimator == "ngrpo":
+        return ngrpo_advantages(rewards, num_generations, reward_max)
+    if estimator == "dgpo":
+        return dgpo_advantages(rewards, num_generations, reward_max)
+    if estimator == "none":
+        return rewards - reward_max
+    raise ValueError(f"advantage estimator must be grpo, rloo, gdpo, ngrpo, dgpo or none, got {estimator!r}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -544,6 +579,15 @@ def vespo_term(ratio, A, *, logps, token_log_ratios, log_correction, vespo_k_pos
     return -(lam + k * log_w - lam * log_w.exp()).exp() * A * logps
 
 
+def gmpo_term(ratio, A, *, token_log_ratios, mask, epsilon, epsilon_high, **_):
+    """GMPO (arXiv 2507.20673): -A (prod_t clip(c_t))^(1/|y|), each token's log c clipped on PPO's side only,
+    to [-epsilon, epsilon_high]; the same for each token."""
+    clipped = token_log_ratios.clamp(-epsilon, epsilon_high)
+    side = torch.where(A > 0, torch.min(token_log_ratios, clipped), torch.max(token_log_ratios, clipped))
+    mean = masked_sum(side, mask) / mask.sum(-1).clamp(min=1)                               # (N,)
+    return -mean.clamp(-20, 20).exp()[:, None].expand_as(ratio) * A
+
+
 POLICY_LOSSES = {  # name: (term, mean over tokens)
     "grpo": (clipped_term, "sequence"),          # arXiv 2402.03300
     "bnpo": (clipped_term, "micro_batch"),       # TRL's name; see token_mean
@@ -552,7 +596,8 @@ POLICY_LOSSES = {  # name: (term, mean over tokens)
     "luspo": (clipped_term, "sequence_sum"),     # arXiv 2602.05261
     "cispo": (cispo_term, "token"),
     "sapo": (sapo_term, "sequence"),
-    "vespo": (vespo_term, "token")}
+    "vespo": (vespo_term, "token"),
+    "gmpo": (gmpo_term, "sequence")}             # arXiv 2507.20673
 
 
 def token_mean(x, mask, kind):
@@ -570,10 +615,14 @@ def token_mean(x, mask, kind):
     return x.sum() / mask.sum().clamp(min=1) if kind == "micro_batch" else x.sum()
 
 
-def policy_loss_count(loss_type, mask, max_completion_length) -> float:
-    """The divisor of `policy_loss`'s sum, of one micro-batch: add up over the optimizer step. mask (N, T)."""
+def policy_loss_count(loss_type, mask, max_completion_length, rewards=None, num_generations=None) -> float:
+    """The divisor of `policy_loss`'s sum (with rewards (N,): of `group_loss`'s), of one micro-batch: add up
+    over the optimizer step. mask (N, T)."""
+    if loss_type in GROUP_LOSSES:
+        return float(GROUP_LOSSES[loss_type][1](rewards.view(-1, num_generations)).sum())
     if loss_type not in POLICY_LOSSES:
-        raise ValueError(f"unknown loss_type {loss_type!r}; choose from {', '.join(POLICY_LOSSES)}")
+        raise ValueError(f"unknown loss_type {loss_type!r}; "
+                         f"choose from {', '.join([*POLICY_LOSSES, *GROUP_LOSSES])}")
     N, mean = len(mask), POLICY_LOSSES[loss_type][1]
     return float({"sequence": N, "sequence_sum": N, "token": mask.sum(), "micro_batch": 1,
                   "constant": N * max_completion_length}[mean])
@@ -667,7 +716,7 @@ def policy_loss(logps, old_logps, advantages, mask, *, loss_type, importance_sam
         log_correction = torch.where(mask, correction, 1.0).log().clamp(math.log(1e-8), 20)
         correction = None
     per_token_loss = term(                                                                  # (N, T)
-        ratio, A, logps=logps, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta,
+        ratio, A, logps=logps, mask=mask, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta,
         sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg,
         token_log_ratios=token_log_ratios, log_correction=log_correction, vespo_k_pos=vespo_k_pos,
         vespo_lambda_pos=vespo_lambda_pos, vespo_k_neg=vespo_k_neg, vespo_lambda_neg=vespo_lambda_neg)
@@ -680,11 +729,97 @@ def policy_loss(logps, old_logps, advantages, mask, *, loss_type, importance_sam
         per_token_loss = per_token_loss + beta * (kl * ratio if use_bias_correction_kl else kl)
         metrics["kl"] = torch.where(mask, kl.detach(), 0.0).sum(), tokens
     metrics["ratio"] = torch.where(mask, ratio.detach(), 0.0).sum(), tokens
-    if term is clipped_term:  # a token is clipped where the bound is active: its policy gradient is exactly 0
-        low, high = mask & (ratio < 1 - epsilon) & (A < 0), mask & (ratio > 1 + epsilon_high) & (A > 0)
+    if term in (clipped_term, gmpo_term):  # clipped is where the bound is active: no policy gradient at all
+        x = token_log_ratios if term is gmpo_term else ratio - 1
+        low, high = mask & (x < -epsilon) & (A < 0), mask & (x > epsilon_high) & (A > 0)
         capped = mask & (A < 0) & (ratio > (math.inf if delta is None else delta))
         metrics |= {"clip_ratio/low_mean": (low.sum(), tokens), "clip_ratio/high_mean": (high.sum(), tokens),
                     "clip_ratio/region_mean": ((low | high | capped).sum(), tokens)}
     elif term is cispo_term:
         metrics["cispo_clip_ratio"] = (mask & (ratio > epsilon_high) & (A > 0)).sum(), tokens
     return token_mean(per_token_loss, mask, mean), metrics
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Group losses compare a prompt's completions. All (P, G): rewards r (0: the highest there is, nan: unknown),
+# log-probs s summed over n tokens, u = s - s_ref. Each gives (P,); its count, of r alone, is in GROUP_LOSSES.
+
+
+def better(r):
+    """(P, G) -> (P, G, G), True where r_i > r_j; a difference below 1e-6 is a tie, nan is neither."""
+    return r[:, :, None] - r[:, None, :] > 1e-6
+
+
+def best_against_worst(loss, r, u, s, n, *, beta, **_):
+    """Online DPO (arXiv 2402.04792): a pair loss of the group's best and worst completion; none where they
+    tie. TRL trains on ties."""
+    w = r.nan_to_num(-math.inf).argmax(-1, keepdim=True)                                    # (P, 1)
+    l = r.nan_to_num(math.inf).argmin(-1, keepdim=True)
+    (r_w, r_l), (n_w, n_l) = ([x.gather(-1, i).squeeze(-1) for i in (w, l)] for x in (u, n))
+    return torch.where(has_spread(r), loss(r_w, r_l, beta=beta, n_w=n_w, n_l=n_l), 0.0)
+
+
+def copg_loss(r, u, s, n, *, beta, **_):
+    """CoPG (arXiv 2406.19185): (R_i - R_j)^2 over all pairs, R = r - beta u: the group's variance of R; over
+    2 beta, so that its gradient on policy is that of RLOO with the KL in the reward."""
+    known, k = ~r.isnan(), (~r.isnan()).sum(-1, keepdim=True)
+    R = torch.where(known, r - beta * u, 0.0)
+    squares = torch.where(known, (R - R.sum(-1, keepdim=True) / k.clamp(min=1)) ** 2, 0.0)
+    return squares.sum(-1) / (k - 1).clamp(min=1).squeeze(-1) / (2 * beta)
+
+
+def trpa_loss(r, u, s, n, *, beta, **_):
+    """TRPA (arXiv 2504.04524): -log sigma(c beta (u_i / n_i - u_j / n_j)), summed over pairs of r_i > r_j; c
+    is 2.5 where i has the highest reward there is (the paper's level 1), else 1."""
+    mean, c = u / n, torch.where(r > -1e-6, 2.5, 1.0)[:, :, None]
+    pairs = -F.logsigmoid(c * beta * (mean[:, :, None] - mean[:, None, :]))                 # (P, G, G)
+    return torch.where(better(r), pairs, 0.0).sum((1, 2))
+
+
+def disco_loss(r, u, s, n, *, drift, disco_tau=10.0, disco_delta=1e-4, disco_beta=1e3, **_):
+    """DisCO (arXiv 2505.12366) with the log-likelihood score s / n; right: above the group's mean reward.
+
+        -mean_right(s/n) + tau log mean_wrong exp(s/n / tau) + sg[beta (drift - delta)]_+ drift
+
+    drift: mean log pi_old - log pi over the micro-batch's tokens, the KL that the last term bounds by delta.
+    """
+    mean = r.nanmean(-1, keepdim=True)
+    right, wrong = r - mean > 1e-7, mean - r > 1e-7
+    low = (s / n / disco_tau).masked_fill(~wrong, -1e9).logsumexp(-1) - wrong.sum(-1).clamp(min=1).log()
+    high = masked_sum(s / n, right) / right.sum(-1).clamp(min=1)
+    penalty = (disco_beta * (drift - disco_delta)).clamp(min=0).detach() * drift
+    return torch.where(has_spread(r), disco_tau * low - high + penalty, 0.0)
+
+
+def has_spread(r):
+    return better(r).any(-1).any(-1)
+
+
+GROUP_LOSSES = {  # name: (loss, count of a group)
+    "sigmoid": (partial(best_against_worst, sigmoid_loss), has_spread),
+    "ipo": (partial(best_against_worst, ipo_loss), has_spread),
+    "ipo_sum": (partial(best_against_worst, ipo_sum_loss), has_spread),
+    "copg": (copg_loss, lambda r: (~r.isnan()).sum(-1) > 1),
+    "trpa": (trpa_loss, lambda r: better(r).sum((1, 2))),
+    "disco": (disco_loss, has_spread)}
+
+
+def group_loss(logps, old_logps, rewards, mask, *, loss_type, num_generations, ref_logps=None, beta=0.0,
+               kl_estimator="k3", **_):
+    """A loss of GROUP_LOSSES, as a sum over the groups; divide by the step's `policy_loss_count`.
+
+    As `policy_loss`, with whole groups of num_generations consecutive completions and `advantages` "none".
+    """
+    (loss, count_of), r = GROUP_LOSSES[loss_type], rewards.view(-1, num_generations)
+    s, n = masked_sum(logps, mask).view_as(r), mask.sum(-1).clamp(min=1).view_as(r)
+    u = None if ref_logps is None else masked_sum(logps - ref_logps, mask).view_as(r)
+    drift = masked_sum(old_logps - logps, mask).sum() / mask.sum().clamp(min=1)
+    metrics = {"frac_groups_skipped": ((count_of(r) == 0).sum(), len(r))}
+    if u is not None:
+        wins, margins = better(r), beta * (u[:, :, None] - u[:, None, :]).detach()          # (P, G, G)
+        metrics |= {"rewards/margins": (margins[wins].sum(), wins.sum()),
+                    "rewards/accuracies": ((margins[wins] > 0).sum() + 0.5 * (margins[wins] == 0).sum(),
+                                           wins.sum()),
+                    "kl": (masked_sum(kl_penalty(logps, ref_logps, kl_estimator).detach(), mask).sum(),
+                           mask.sum())}
+    return loss(r, u, s, n, beta=beta, drift=drift).sum(), metrics

@@ -326,19 +326,22 @@ class ChunkedLogps(torch.autograd.Function):
             for i in range(0, len(hidden), chunk):
                 at = slice(i, i + chunk)
                 logits = scaled_logits(hidden[at].to(dtype), W, never_sampled, temperature)       # (chunk, V)
-                lse[at] = logits.logsumexp(-1)
-                logps[at] = logits.gather(-1, targets[at, None]).squeeze(-1) - lse[at]
-                p = (logits - lse[at, None]).exp()
-                entropy[at] = lse[at] - (p * logits).sum(-1)
-                log_sum_sq[at] = p.square().sum(-1).log()
+                log_p, target = logits.log_softmax(-1), targets[at, None]
+                logps[at] = log_p.gather(-1, target).squeeze(-1)
+                lse[at] = logits.gather(-1, target).squeeze(-1) - logps[at]
+                p = torch.exp(log_p, out=logits)
+                entropy[at] = -torch.einsum("nv,nv->n", p, log_p)
+                log_sum_sq[at] = torch.einsum("nv,nv->n", p, p).log()
         ctx.save_for_backward(hidden, weight, targets, never_sampled, lse, entropy)
         ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, dtype
         ctx.mark_non_differentiable(log_sum_sq)
+        ctx.set_materialize_grads(False)  # grad_entropy is None unless the loss has an entropy term
         return logps, entropy, log_sum_sq
 
     @staticmethod
     def backward(ctx, grad_logps, grad_entropy, _):
         hidden, weight, targets, never_sampled, lse, entropy = ctx.saved_tensors
+        grad_logps = torch.zeros_like(lse) if grad_logps is None else grad_logps
         grad_hidden, grad_weight = torch.empty_like(hidden), None
         if ctx.needs_input_grad[1]:  # not where the head is frozen, as with LoRA
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
@@ -346,14 +349,18 @@ class ChunkedLogps(torch.autograd.Function):
             W = weight.to(ctx.dtype)
             for i in range(0, len(hidden), ctx.chunk):
                 at = slice(i, i + ctx.chunk)
-                h = hidden[at].to(ctx.dtype)
-                log_p = scaled_logits(h, W, never_sampled, ctx.temperature) - lse[at, None]       # (chunk, V)
-                p = log_p.exp()
-                grad = -p * (grad_logps[at, None] + grad_entropy[at, None] * (log_p + entropy[at, None]))
-                grad.scatter_add_(-1, targets[at, None], grad_logps[at, None])
-                grad = (grad / ctx.temperature).to(ctx.dtype)
+                h, g = hidden[at].to(ctx.dtype), grad_logps[at, None] / ctx.temperature
+                log_p = scaled_logits(h, W, never_sampled, ctx.temperature).sub_(lse[at, None])   # (chunk, V)
+                if grad_entropy is not None:
+                    g_entropy = grad_entropy[at, None] / ctx.temperature
+                    grad = log_p.exp().mul_(-g - g_entropy * (log_p + entropy[at, None]))
+                else:
+                    grad = log_p.exp_().mul_(-g)
+                grad = grad.scatter_add_(-1, targets[at, None], g).to(ctx.dtype)
                 grad_hidden[at] = (grad @ W).to(hidden.dtype)
-                if grad_weight is not None:
+                if grad_weight is not None and ctx.dtype == torch.float32:
+                    grad_weight.addmm_(grad.T, h)  # spares a (V, H) tensor a chunk
+                elif grad_weight is not None:
                     grad_weight += (grad.T @ h).float()
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None
@@ -1083,7 +1090,7 @@ def describe_run(args, world_size: int) -> dict:
     rewards = [spec.rpartition(":")[0] for spec in getattr(args, "reward_funcs", [])]
     code = [*sorted(Path(__file__).parent.glob("*.py")), *(path for path in rewards if os.path.isfile(path))]
     kinds = {args.loss_type} if isinstance(args.loss_type, str) else set(args.loss_type)
-    cut = kinds & {"aot", "aot_unpaired", "bnpo"} or getattr(args, "top_entropy_quantile", 1.0) < 1
+    cut = kinds & {"aot", "aot_unpaired", "bnpo", "disco"} or getattr(args, "top_entropy_quantile", 1.0) < 1
     folders = [path for path in (args.model_name_or_path, getattr(args, "guide_model", None)) if path]
     weights = [file for path in folders for file in sorted(Path(path).glob("*.safetensors"))]
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -1277,9 +1284,10 @@ def trained(policy: Policy) -> dict:
 
 
 def save_checkpoint(output_dir: Path, policy: Policy, optimizer, state: dict, rows: dict, keep: int,
-                    rank: int) -> bool:
-    """checkpoints/step_N: what is trained and its optimizer (sharded), `state` (JSON, with "step", alike on
-    all ranks), this rank's `rows` {name: tensor}. True if every rank wrote its part; else nothing changed.
+                    rank: int, ref: Policy | None = None) -> bool:
+    """checkpoints/step_N: what is trained, its optimizer and a moving reference (sharded), `state` (JSON,
+    with "step", alike on all ranks), this rank's `rows` {name: tensor}. True if every rank wrote its part; else
+    nothing changed.
 
     It is built as step_N.tmp, fsynced, given a manifest of sizes and checksums, and renamed. Of the others
     the newest `keep - 1` stay; one that goes loses its manifest first.
@@ -1297,6 +1305,8 @@ def save_checkpoint(output_dir: Path, policy: Policy, optimizer, state: dict, ro
         if error is not None:
             raise OSError(error)
         parts = {"model": trained(policy)}
+        if ref is not None:
+            parts["ref"] = dict(ref.named_parameters())
         if optimizer.state:  # none before the first step: torch would make one up, of one step
             parts["optimizer"] = get_optimizer_state_dict(policy, optimizer)
         dcp.save(parts, checkpoint_id=temporary, no_dist=not dist.is_initialized())
@@ -1339,15 +1349,16 @@ def save_checkpoint(output_dir: Path, policy: Policy, optimizer, state: dict, ro
 class Saver:
     """Writes a run's checkpoints; the third failure in a row, or of the last one, ends the run."""
 
-    def __init__(self, keep: int, output_dir: Path, policy, optimizer, scheduler, rank: int, saved: int):
-        self.run, self.scheduler, self.failures = (output_dir, policy, optimizer), scheduler, 0
+    def __init__(self, keep: int, output_dir: Path, policy, optimizer, scheduler, rank: int, saved: int,
+                 ref: Policy | None = None):
+        self.run, self.ref, self.scheduler, self.failures = (output_dir, policy, optimizer), ref, scheduler, 0
         self.keep, self.rank, self.saved = keep, rank, saved or None
 
     def save(self, state: dict, rows: dict, last: bool):
         if self.saved == state["step"]:
             return  # it is there already, written or resumed from: never replaced, so never in danger
         state = state | {"scheduler": self.scheduler.state_dict()}
-        written = save_checkpoint(*self.run, state, rows, self.keep, self.rank)
+        written = save_checkpoint(*self.run, state, rows, self.keep, self.rank, self.ref)
         self.saved = state["step"] if written else self.saved
         self.failures = 0 if written else self.failures + 1
         if not written and (last or self.failures == 3):
@@ -1375,7 +1386,8 @@ def drop_checkpoint(folder: Path):
         print(f"warning: old checkpoint {folder} cannot be deleted: {reason}", flush=True)
 
 
-def load_checkpoint(output_dir: Path, policy: Policy, optimizer, rank: int, path: str | None = None):
+def load_checkpoint(output_dir: Path, policy: Policy, optimizer, rank: int, path: str | None = None,
+                    ref: Policy | None = None):
     """The newest checkpoint that is whole -> (state, [rows of each rank that wrote it]); (None, []): none.
 
     Weights and optimizer are restored in place, on any number of ranks. A bad one is named and passed over;
@@ -1398,6 +1410,8 @@ def load_checkpoint(output_dir: Path, policy: Policy, optimizer, rank: int, path
         if fault is None:
             state = json.loads((folder / "state.json").read_text())
             parts = {"model": trained(policy)}
+            if ref is not None:
+                parts["ref"] = dict(ref.named_parameters())
             if state.pop("optimizer"):
                 parts["optimizer"] = get_optimizer_state_dict(policy, optimizer)
             dcp.load(parts, checkpoint_id=folder, no_dist=not dist.is_initialized())  # the weights: in place

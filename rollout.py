@@ -473,13 +473,15 @@ class RewardRunner:
                 raise RewardError(text.strip())
             self.ready = True
 
-    def score(self, completions: list[str], rows: list[dict], step: int) -> torch.Tensor:
-        """(functions, N) fp64, nan where a function abstained. rows: the dataset row of each completion."""
+    def score(self, completions: list[str], rows: list[dict], step: int, **more) -> torch.Tensor:
+        """(functions, N) fp64, nan where a function abstained. rows: the dataset row of each completion;
+        more: further columns, such as TRL's completion_ids."""
         hidden = {"images", "chosen", "rejected"}  # pixels stay out of the pipe; answers are not prompts
         names = [k for k in dict.fromkeys(k for row in rows for k in row)
                  if k not in hidden and not k.startswith("_")]
         columns = {name: [row.get(name) for row in rows] for name in names}
         columns["prompts"], columns["completions"] = columns.pop("prompt"), completions
+        columns |= more
         self.failed = 0
         return torch.stack([self._score_one(i, columns, rows, step) for i in range(len(self.specs))])
 
@@ -571,17 +573,23 @@ def evaluate(policy: Policy, processor, rows: list[dict], draws: list[int], enco
     draws: the rows' numbers among all ranks' rows, which key the randomness. encode(row) -> Prompt; rows are
     encoded batch by batch, so that never all pixels are in memory at once.
     """
-    texts = []
+    texts, ids = [], []
     for i in range(0, len(rows), batch_size):
         prompts = [encode(row) for row in rows[i:i + batch_size]]
         result = sample(policy, prompts, draws[i:i + batch_size], num_generations=1,
                         temperature=temperature, max_completion_length=max_completion_length, seed=seed,
                         stop=stop)
         texts += decode(processor, result)
-    return texts, rewards.score(texts, rows, step)
+        ids += id_lists(result)
+    return texts, rewards.score(texts, rows, step, completion_ids=ids,
+                                max_completion_length=[max_completion_length] * len(rows))
 
 
 def decode(processor, rollout: Rollout) -> list[str]:
     """The completions as text, special tokens (EOS among them) left out."""
-    return [processor.tokenizer.decode(ids[mask], skip_special_tokens=True)
-            for ids, mask in zip(rollout.completion_ids, rollout.completion_mask)]
+    return [processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in id_lists(rollout)]
+
+
+def id_lists(rollout: Rollout) -> list[list[int]]:
+    """Each completion's token ids, EOS included."""
+    return [ids[mask].tolist() for ids, mask in zip(rollout.completion_ids, rollout.completion_mask)]

@@ -1,4 +1,4 @@
-"""Online reinforcement learning of a vision-language model: GRPO, GSPO, RLOO, GDPO and their relatives.
+"""Online alignment of a vision-language model: GRPO, GSPO, RLOO, GDPO, Online DPO and their relatives.
 
     python train_grpo.py                         # the built-in default: a tiny VLM, CPU, under 3 min
     python train_grpo.py --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --algo gspo --dtype bfloat16 \\
@@ -24,7 +24,8 @@ Where this differs from the papers and from TRL:
     log-probs are compared with them (sampling/sampling_logp_difference/mean), and used for nothing else
     but --importance_sampling_correction and --off_policy_mask_threshold.
  5. Ids that can never be an answer (image placeholders) are left out of the softmax, in sampler and trainer.
- 6. --algo dapo is its loss, clip range and truncation mask; dynamic sampling and overlong penalty are not.
+ 6. --algo dapo is its loss, clip range and truncation mask; --dynamic_sampling N (candidates beyond the batch
+    are not kept: the next rollout draws them anew) and --reward_funcs ... soft_overlong are to be asked for.
  7. The KL is multiplied by the ratio, as in TRL 1.16, so that its gradient is that of KL(pi || ref);
     --no-use_bias_correction_kl is the GRPO paper's. The entropy bonus is a mean over the step's tokens.
 """
@@ -37,10 +38,13 @@ import argparse
 import difflib
 import json
 import math
+import operator
 import re
 import sys
 import time
+import unicodedata
 from collections import defaultdict, deque
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,25 +65,111 @@ import rollout
 # list over the completions. They run in a process of their own, which imports this file.
 
 
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
 def format(completions, **_):
-    """1.0 for <think>...</think><answer>...</answer> and nothing around it (R1-V); both may span lines."""
-    pattern = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
-    return [float(pattern.fullmatch(text[:100_000]) is not None) for text in completions]
+    """1.0 for <think>...</think><answer>...</answer>, each tag once, nothing around it (R1-V); both may span
+    lines."""
+    pattern = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
+    return [float(all(text.count(tag) == 1 for tag in TAGS) and pattern.fullmatch(text) is not None)
+            for text in completions]
+
+
+def tag_count(completions, **_):
+    """0.25 for each of the four tags of `format` that stands exactly once (open-r1, without its newlines)."""
+    return [sum(text.count(tag) == 1 for tag in TAGS) / 4 for text in completions]
 
 
 def accuracy(completions, solution, **_):
     """1.0 if the answer equals the row's solution: as text, as a number, as a choice letter, or, where
-    math-verify is installed, as mathematics. The answer is the last <answer>, else the last \\boxed{}, else
-    the whole text. None (abstain) if the row has no solution."""
+    math-verify is installed, as mathematics. The answer is the last <answer>, in it or else in the whole text
+    the last \\boxed{}, else the whole; words around it count as wrong. None if the row has no solution."""
     return [None if gold is None else float(same_answer(final_answer(text), final_answer(str(gold))))
             for text, gold in zip(completions, solution)]
 
 
+def numeric(completions, solution, **_):
+    """1.0 if the one number in the answer equals that of the solution. Words and units around it do not
+    matter, two numbers are wrong; of an equation what follows the last sign. 50% is 50 or 0.5; 1,000 1000."""
+    return compare(read_number, completions, solution, same_number)
+
+
+def counting(completions, solution, **_):
+    """1.0 if the one count in the answer, in digits or as a word from zero to twenty, is the solution's."""
+    return compare(read_count, completions, solution)
+
+
+def choice(completions, solution, **_):
+    """1.0 if the answer names the solution's choice, A to J: alone, "(B) a dog", "the answer is B"."""
+    return compare(read_choice, completions, solution)
+
+
+def iou(completions, solution, **_):
+    """Intersection over union of the answer's box and the solution's, [x1, y1, x2, y2] in the same pixels.
+
+    Coordinates are edges: width = x2 - x1, without the + 1 of older detection code, which moves the IoU of
+    boxes w by h by up to about 1/w + 1/h; so does rounding to whole pixels. Not rescaled: where the model
+    answers in pixels of the resized picture (Qwen2.5-VL), the solution must be in those. No box, or one
+    turned inside out, is 0.
+    """
+    def overlap(a, b):
+        inside = math.prod(max(0.0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
+        return inside / (sum((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a, b)) - inside)
+
+    return compare(read_box, completions, solution, overlap)
+
+
+def cosine(completions, solution, completion_ids, max_completion_length, min_value_wrong=-1.0,
+           max_value_wrong=-0.5, min_value_correct=0.5, max_value_correct=1.0, **_):
+    """`accuracy`, right answers worth more when short, wrong ones when long (arXiv 2502.03373, app. C.1):
+    far + (near - far) (1 + cos(pi |y| / max length)) / 2, lengths in tokens; numbers and names are TRL's."""
+    rewards = []
+    for right, ids, longest in zip(accuracy(completions, solution), completion_ids, max_completion_length):
+        near, far = (max_value_correct, min_value_correct) if right else (min_value_wrong, max_value_wrong)
+        share = min(len(ids) / longest, 1.0)
+        rewards.append(None if right is None else far + (near - far) * (1 + math.cos(math.pi * share)) / 2)
+    return rewards
+
+
+def repetition_penalty(completions, completion_ids, ngram_size=3, max_penalty=-1.0, **_):
+    """max_penalty times the share of token n-grams that occurred before (arXiv 2502.03373, app. C.2)."""
+    counts = [max(len(ids) - ngram_size + 1, 0) for ids in completion_ids]
+    unique = [len(set(zip(*(ids[i:] for i in range(ngram_size))))) for ids in completion_ids]
+    return [max_penalty * (1 - m / n) if n else 0.0 for m, n in zip(unique, counts)]
+
+
+def soft_overlong(completions, completion_ids, max_completion_length, soft_punish_cache=0.2, **_):
+    """0 up to max length - cache, then falling linearly to -1 at max length (DAPO, arXiv 2503.14476 eq. 13).
+    soft_punish_cache: tokens, or below 1 a share of the max length; the paper has 4096 of 20480."""
+    caches = [c * soft_punish_cache if soft_punish_cache < 1 else soft_punish_cache
+              for c in max_completion_length]
+    return [-min(max(len(ids) - longest + cache, 0) / cache, 1.0)
+            for ids, longest, cache in zip(completion_ids, max_completion_length, caches)]
+
+
+def compare(read, completions, solution, score=operator.eq):
+    """score(read(answer), read(solution)); 0.0 for an answer that is not read, None without a solution."""
+    rewards = []
+    for text, gold in zip(completions, solution):
+        found, known = read(final_answer(text)), None if gold is None else read(final_answer(str(gold)))
+        if gold is not None and known is None:
+            raise ValueError(f"solution {str(gold)[:100]!r} cannot be read (or is two answers)")
+        rewards.append(None if gold is None else 0.0 if found is None else float(score(found, known)))
+    return rewards
+
+
+def same_number(a, b):
+    """Two (value, is a percentage): where only one is a percentage, it may be meant either way."""
+    (x, x_percent), (y, y_percent) = a, b
+    pairs = [(x, y)] + ([] if x_percent == y_percent else [(x / 100, y) if x_percent else (x, y / 100)])
+    return any(math.isclose(p, q, rel_tol=1e-9, abs_tol=1e-12) for p, q in pairs)
+
+
 def final_answer(text: str) -> str:
-    text = text[-100_000:]
-    start = text.rfind("<answer>")
-    if start >= 0:
-        return text[start + len("<answer>"):].split("</answer>")[0].strip()
+    opened = list(re.finditer("<answer>", text, re.IGNORECASE))
+    if opened:
+        text = re.split("</answer>", text[opened[-1].end():], maxsplit=1, flags=re.IGNORECASE)[0]
     start = text.rfind("\\boxed{")
     if start >= 0:
         depth, begin = 1, start + len("\\boxed{")
@@ -87,20 +177,89 @@ def final_answer(text: str) -> str:
             depth += (text[i] == "{") - (text[i] == "}")
             if depth == 0:
                 return text[begin:i].strip()
+        return ""  # cut off: what is there may be half an answer
     return text.strip()
 
 
+def plain(text: str) -> str:
+    """One spelling of digits (any script's), minus signs, spaces, fractions; casefolded, without $ and **."""
+    text = "".join(str(unicodedata.decimal(c, c)) for c in unicodedata.normalize("NFC", text))
+    for pattern, to in (("[\u2010-\u2015\u2212\uff0d]", "-"), (r"\\text\{([^{}]*)\}", r"\1"),
+                        (r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2"), (r"\{,\}", ","),
+                        (r"\\[,;!()\[\]]|\\?\$|\*\*", ""), ("\\\\%|\uff05", "%")):
+        text = re.sub(pattern, to, text)
+    return " ".join(text.casefold().split())
+
+
+NUMBER = (r"([-+]?(?:\d{1,3}(?:[, ]\d{3})+(?!\d)|\d+)(?:\.\d*)?(?:e[-+]?\d+)?|[-+]?\.\d+)"
+          r"(?: ?/ ?(\d+(?:\.\d+)?))? ?(%|percent\b)?")  # number, what it is divided by, percent sign
+
+
+def number_of(match):
+    """A match of NUMBER -> (value, is a percentage); None for one that is infinite or divided by 0."""
+    below = float(match[2] or 1)
+    value = float(re.sub("[, ]", "", match[1])) / below if below else math.inf
+    return (value, match[3] is not None) if math.isfinite(value) else None
+
+
+def numbers_in(text: str) -> list:
+    """[(value, is a percentage)]; [] where something is computed, bounded or not to be read as a number."""
+    text = re.sub(r"\b(?:minus|negative) (?=[\d.])", "-", text)
+    number = r"(?<![a-z0-9_.^/,])" + NUMBER
+    if re.search(r"[\\^*/<>\u2264\u2265\u00b1\u221a\u00d7\u00f7\u03c0]|(?<![a-z0-9_])[-+,.]?\d",
+                 re.sub(number, " ", text)):
+        return []
+    return [number_of(match) for match in re.finditer(number, text)]
+
+
+def read_number(text: str):
+    found = numbers_in(re.split("[=\u2248]", plain(text))[-1])
+    return found[0] if len(found) == 1 else None
+
+
+COUNTS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+          "sixteen seventeen eighteen nineteen twenty").split()
+
+
+def read_count(text: str):
+    text = re.sub(rf"\b(?:{'|'.join(COUNTS)})\b", lambda word: str(COUNTS.index(word[0])), plain(text))
+    found = set(numbers_in(text))
+    value, percent = found.pop() or (-1, True) if len(found) == 1 else (-1, True)
+    return None if percent or value < 0 or value % 1 else int(value)
+
+
+def read_choice(text: str, leading_only=False):
+    text = " ".join(unicodedata.normalize("NFKC", text).replace("*", "").strip("$ \n").split())
+    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
+    first = re.match(r"\(?([A-Ja-j])(?:\)|[.:](?!\w)|\.?$)(?! ?(?:and\b|or\b|[,/(]))", text)
+    if first or leading_only:
+        return first and first[1].upper()
+    # a letter, but not the article, the pronoun or a unit
+    letter = (r"(?<![\w/])(?<!\w')(?<!\d )([B-HJ]|[AI](?! (?!(?:and|or|is|as|so|because|since)\b)[a-z]))"
+              r"(?!\w|['.]\w|/| ?[=+^])")
+    named = re.findall(r"(?i:answer|option|choice|choose|pick|select|it is|must be)(?i: is|:| option)* ?\(?"
+                       + letter, text)
+    letters = set(named or re.findall(letter, text))
+    return letters.pop() if len(letters) == 1 else None
+
+
+def read_box(text: str):
+    found = [float(n) for n in re.findall(r"(?<![\w.])[-+]?\d+(?:\.\d+)?", plain(text)[:1000])]
+    return found if len(found) == 4 and found[0] < found[2] and found[1] < found[3] else None
+
+
 def same_answer(answer: str, gold: str) -> bool:
-    answer, gold = (" ".join(s.strip("$ \n").casefold().split()).rstrip(".") for s in (answer, gold))
-    if answer == gold:
-        return gold != ""
-    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?")
-    plain = [s.replace(",", "").removesuffix("%") for s in (answer, gold)]
-    if all(number.fullmatch(s) for s in plain):
-        return math.isclose(float(plain[0]), float(plain[1]), rel_tol=1e-9, abs_tol=1e-12)
-    if re.fullmatch(r"\(?[a-j]\)?", gold):  # a choice: "(B)", "B.", "B: a dog"
-        chosen = re.match(r"\(?([a-j])(?:\)|[.:]|$)", answer)
-        return chosen is not None and chosen[1] == gold.strip("()")
+    short, known = (plain(s).rstrip(".") for s in (answer, gold))
+    if short == known:
+        return known != ""
+    numbers = [re.fullmatch(NUMBER, s) for s in (short, known)]
+    if all(numbers):
+        numbers = [number_of(match) for match in numbers]
+        return None not in numbers and same_number(*numbers)
+    if re.fullmatch(r"\(?[a-j]\)?", known):  # a choice: "(B)", "B.", "B: a dog"
+        return read_choice(answer, leading_only=True) == known.strip("()").upper()
+    if len(answer) > 1000:
+        return False  # too long for math-verify
     try:
         from math_verify import parse, verify
     except ImportError:
@@ -109,7 +268,9 @@ def same_answer(answer: str, gold: str) -> bool:
                   timeout_seconds=None)  # gold first; the reward process has its own time limit
 
 
-REWARDS = ("accuracy", "format")
+REWARDS = ("accuracy", "format", "tag_count", "numeric", "counting", "choice", "iou", "cosine",
+           "repetition_penalty", "soft_overlong")
+NEED_SOLUTION = {"accuracy", "numeric", "counting", "choice", "iou", "cosine"}
 
 # ------------------------------------------------------------------------------------------------------------
 
@@ -131,10 +292,19 @@ PRESETS = {
     "rloo": dict(loss_type=["grpo"], importance_sampling_level="sequence_sum", advantage_estimator="rloo",
                  kl_in_reward=True, kl_estimator="k1", beta=0.03),  # arXiv 2402.14740
     "gdpo": dict(loss_type=["grpo"], advantage_estimator="gdpo"),  # arXiv 2601.05242
+    "ngrpo": dict(loss_type=["grpo"], advantage_estimator="ngrpo", epsilon=0.16,
+                  epsilon_high=0.24),  # arXiv 2509.18851
+    "dgpo": dict(loss_type=["dapo"], advantage_estimator="dgpo"),  # arXiv 2601.20614
+    "gmpo": dict(loss_type=["gmpo"], epsilon=0.4),  # arXiv 2507.20673
+    "online_dpo": dict(loss_type=["sigmoid"], advantage_estimator="none", beta=0.1),  # arXiv 2402.04792
+    "copg": dict(loss_type=["copg"], advantage_estimator="none", beta=0.1),  # arXiv 2406.19185, beta is ours
+    "trpa": dict(loss_type=["trpa"], advantage_estimator="none", beta=0.1),  # arXiv 2504.04524
+    "disco": dict(loss_type=["disco"], advantage_estimator="none"),  # arXiv 2505.12366
 }
 # Updates that a rollout is cut into: GSPO's paper has four; what else corrects for old samples gets as many
 # here, the other presets take one.
-UPDATES_PER_ROLLOUT = {"gspo": 4, "gspo_token": 4, "sapo": 4, "luspo": 4, "vespo": 4}
+UPDATES_PER_ROLLOUT = dict.fromkeys(
+    ("gspo", "gspo_token", "sapo", "luspo", "vespo", "ngrpo", "gmpo", "disco"), 4)
 # For the tiny model, used when no --model_name_or_path is given. At temperature 1 one seed of three ceased to
 # try one of the six answers, and stayed at 0.85; at 1.25 none did.
 TINY_DEFAULTS = dict(learning_rate=3e-4, temperature=1.25, per_device_train_batch_size=256, max_steps=75,
@@ -163,12 +333,15 @@ def build_parser():
     add("--reward_weights", nargs="+", type=float, help="one per reward; default 1, 0.1 for format")
     add("--reward_timeout", type=float, default=60.0, help="seconds for one call of one reward function; a "
         "completion that it hangs on, also alone, gets no reward")
-    add("--advantage_estimator", choices=["grpo", "rloo", "gdpo"], default="grpo",
-        help="baseline: the group's mean (grpo), its other completions (rloo), per reward function (gdpo)")
+    add("--missing_eos_penalty", type=float, default=0.0, help="off the reward of answers cut at the limit")
+    add("--advantage_estimator", choices=["grpo", "rloo", "gdpo", "ngrpo", "dgpo", "none"], default="grpo",
+        help="baseline: the group's mean (grpo), its other completions (rloo), per reward function (gdpo), "
+        "with a virtual best (ngrpo), by difficulty (dgpo); none: the reward, for losses of a group")
     add("--scale_rewards", choices=["group", "batch", "none"], help="whose std divides grpo's advantages; "
         "default group")
     # loss
-    add("--loss_type", nargs=1, help=f"the loss of a token, and the mean: {', '.join(losses.POLICY_LOSSES)}")
+    add("--loss_type", nargs=1, help="the loss of a token, and the mean: "
+        f"{', '.join(losses.POLICY_LOSSES)}; of a group: {', '.join(losses.GROUP_LOSSES)}")
     add("--importance_sampling_level", choices=losses.RATIO_LEVELS, default="token",
         help="the ratio: GRPO's, GSPO's, GSPO-token's, RLOO's")
     add("--epsilon", type=float, default=0.2, help="ratio clipped below at 1 - epsilon")
@@ -177,6 +350,9 @@ def build_parser():
     add("--delta", type=float, help="upper bound of the ratio also for negative advantages")
     add("--beta", type=float, default=0.0, help="weight of the KL to the starting policy; 0: no reference")
     add("--kl_estimator", choices=["k1", "k2", "k3"], default="k3", help="of the KL per token")
+    add("--sync_ref_model", action=on_off, default=False, help="let the reference follow the policy")
+    add("--ref_model_mixup_alpha", type=float, default=0.6, help="a sync: alpha * policy + rest * reference")
+    add("--ref_model_sync_steps", type=int, default=512, help="optimizer steps between syncs")
     add("--use_bias_correction_kl", action=on_off, default=True,
         help="multiply the KL by the ratio, so that its gradient is the KL's")
     add("--kl_in_reward", action=on_off, default=False, help="take beta * KL off the rewards, as RLOO does")
@@ -190,6 +366,8 @@ def build_parser():
         choices=["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
     add("--importance_sampling_clip_max", type=float, default=3.0, help="largest such weight: cut, or 0")
     # sampling
+    add("--dynamic_sampling", type=int, default=0, metavar="N", help="at most N more rounds of prompts until "
+        "each group of the batch has rewards that differ (DAPO); costs a rollout a round")
     add("--num_generations", type=int, default=8, help="G, completions per prompt")
     add("--max_completion_length", type=int, default=256, help="tokens sampled at most")
     add("--temperature", type=float, default=1.0, help="of sampling; every log-prob is taken at it")
@@ -306,7 +484,8 @@ def make_optimizer(args, policy, max_steps: int):
 
 def check_loss(args, parser):
     """Combinations that contradict each other are refused; that change what is optimised, warned of."""
-    loss, level, reductions = args.loss_type, args.importance_sampling_level, losses.POLICY_LOSSES
+    loss, level = args.loss_type, args.importance_sampling_level
+    reductions = losses.POLICY_LOSSES | dict.fromkeys(losses.GROUP_LOSSES, (None, "group"))
 
     def warn(text):
         if os.environ.get("RANK", "0") == "0":
@@ -319,12 +498,30 @@ def check_loss(args, parser):
                      f"{args.advantage_estimator} has its own")
     if args.kl_in_reward and not args.beta:
         parser.error("--kl_in_reward needs --beta above 0, its weight")
-    if args.kl_in_reward and args.advantage_estimator == "gdpo":
-        parser.error("--kl_in_reward cannot go with gdpo, which never sums the rewards it would be taken off")
+    for name in ("kl_in_reward", "missing_eos_penalty"):
+        if getattr(args, name) and args.advantage_estimator == "gdpo":
+            parser.error(f"--{name} cannot go with gdpo, which never sums the rewards it would be taken off")
+    if (loss in losses.GROUP_LOSSES) != (args.advantage_estimator == "none"):
+        parser.error("--advantage_estimator none goes with --loss_type "
+                     f"{', '.join(losses.GROUP_LOSSES)}, and they with it; got {loss}")
+    if loss in losses.GROUP_LOSSES:
+        neutral = dict(importance_sampling_level="token", importance_sampling_correction="none",
+                       top_entropy_quantile=1, off_policy_mask_threshold=None,
+                       mask_truncated_completions=False, kl_in_reward=False)
+        for name, value in neutral.items():
+            if getattr(args, name) != value:
+                parser.error(f"--loss_type {loss} compares whole completions: --{name} does not go with it")
+        if bool(args.beta) == (loss == "disco"):
+            parser.error(f"--loss_type {loss} " + ("has no --beta" if args.beta else "needs --beta above 0"))
+    if args.sync_ref_model and (not args.beta or args.ref_model_sync_steps < 1):
+        parser.error("--sync_ref_model needs --beta above 0, and --ref_model_sync_steps of at least 1")
     if args.delta is not None and (reductions[loss][0] is not losses.clipped_term
                                    or args.delta <= 1 + args.epsilon_high):
         clipped = ", ".join(n for n, (term, _) in reductions.items() if term is losses.clipped_term)
         parser.error(f"--delta must be above 1 + epsilon_high, and is for --loss_type {clipped}")
+    if loss == "gmpo" and level != "token":
+        parser.error("gmpo builds the ratio of the whole sequence itself: it takes "
+                     "--importance_sampling_level token")
     if loss == "vespo" and (level != "token" or args.importance_sampling_correction.startswith("sequence")):
         parser.error("vespo builds the ratio of the whole sequence itself: it takes "
                      "--importance_sampling_level token, --importance_sampling_correction none or token_*")
@@ -346,9 +543,9 @@ def check_loss(args, parser):
 
 
 def check_args(args, parser):
-    if args.loss_type[0] not in losses.POLICY_LOSSES or len(args.loss_type) != 1:
-        parser.error(f"unknown --loss_type {' '.join(args.loss_type)}; "
-                     f"choose one of {', '.join(losses.POLICY_LOSSES)}")
+    known = [*losses.POLICY_LOSSES, *losses.GROUP_LOSSES]
+    if args.loss_type[0] not in known or len(args.loss_type) != 1:
+        parser.error(f"unknown --loss_type {' '.join(args.loss_type)}; choose one of {', '.join(known)}")
     args.loss_type = args.loss_type[0]
     args.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     check_loss(args, parser)
@@ -380,6 +577,11 @@ def check_args(args, parser):
         parser.error(f"an update of {size} x {ga} completions (per_device_train_batch_size x "
                      f"gradient_accumulation_steps) must hold whole groups of --num_generations {G}; "
                      f"{math.ceil(size * ga / G) * G} completions would")
+    if args.loss_type in losses.GROUP_LOSSES and size % G:
+        parser.error(f"--loss_type {args.loss_type} compares the completions of a group: "
+                     f"--per_device_train_batch_size {size} must be a multiple of --num_generations {G}")
+    if args.dynamic_sampling < 0:
+        parser.error(f"--dynamic_sampling must be at least 0, got {args.dynamic_sampling}")
 
 
 def main(argv=None):
@@ -393,7 +595,7 @@ def main(argv=None):
     rewards = rollout.RewardRunner(specs, args.reward_timeout)  # starts while the model loads
 
     # --- sizes. A rollout serves `updates` optimizer steps, num_iterations times over
-    G, ga = args.num_generations, args.gradient_accumulation_steps
+    G = args.num_generations
     updates = args.steps_per_generation // args.gradient_accumulation_steps
     completions_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps  # per rank
     prompts_per_rank = completions_per_update * updates // G
@@ -401,7 +603,7 @@ def main(argv=None):
     steps_per_rollout = updates * args.num_iterations
 
     # --- data
-    need = ("prompt", "solution") if "accuracy" in names else ("prompt",)
+    need = ("prompt", "solution") if NEED_SOLUTION & set(args.reward_funcs) else ("prompt",)
     if args.dataset is None:
         train_rows = data.shapes_rows(4096, args.seed, "train")
         eval_rows = data.shapes_rows(256, args.seed, "test")
@@ -437,7 +639,8 @@ def main(argv=None):
 
     limit = data.length_limit(policy, None) - args.max_completion_length
     limit = limit if args.max_prompt_length is None else min(limit, args.max_prompt_length)
-    plan, longest = data.check_rows(train_rows, rollouts * prompts_per_rollout, args.seed, args.overlong,
+    most_draws = rollouts * prompts_per_rollout * (1 + args.dynamic_sampling)
+    plan, longest = data.check_rows(train_rows, most_draws, args.seed, args.overlong,
                                     limit, rank, world_size, lambda row: len(encode(row).tokens))
     if rank == 0:
         data.show_sample(processor, (encode(train_rows[plan[0]]), []))
@@ -454,11 +657,14 @@ def main(argv=None):
     optimizer, scheduler, parameters = make_optimizer(args, policy, max_steps)
     rewards.wait_until_ready()
     weights = torch.tensor(args.reward_weights, dtype=torch.float64)                          # (functions,)
-    policy_options = dict(
-        loss_type=args.loss_type, importance_sampling_level=args.importance_sampling_level,
-        epsilon=args.epsilon, epsilon_high=args.epsilon_high, delta=args.delta,
+    policy_loss = partial(
+        losses.policy_loss, loss_type=args.loss_type, epsilon=args.epsilon, epsilon_high=args.epsilon_high,
+        importance_sampling_level=args.importance_sampling_level, delta=args.delta,
         beta=0.0 if args.kl_in_reward else args.beta, kl_estimator=args.kl_estimator,
         use_bias_correction_kl=args.use_bias_correction_kl)
+    if args.loss_type in losses.GROUP_LOSSES:
+        policy_loss = partial(losses.group_loss, loss_type=args.loss_type, num_generations=G, beta=args.beta,
+                              kl_estimator=args.kl_estimator)
 
     def evaluate(step):
         """Means over the held-out rows; None if the run is asked to stop meanwhile."""
@@ -483,18 +689,21 @@ def main(argv=None):
         return means
 
     # --- what a checkpoint holds besides weights and optimizer. Data order and randomness follow from step.
-    #     pending: metrics of `step` that still wait for their evaluation; rows: the rollout being used
-    state = {"step": 0, "pending": {"step": 0}, "start": {}, "end": {}, "skipped": 0}
+    #     pending: metrics of `step` that still wait for their evaluation; rows: the rollout being used;
+    #     draws: its prompts' draw numbers, of all ranks; next_draw: the first of the next rollout
+    state = {"step": 0, "pending": {"step": 0}, "start": {}, "end": {}, "skipped": 0,
+             "draws": [], "next_draw": 0}
     stop, parts, rows = model.Stop(args.max_hours), [], {}
+    moving_ref = ref if args.sync_ref_model else None
     if resumed or args.resume not in ("auto", "never"):
         path = None if args.resume in ("auto", "never") else args.resume
-        found, parts = model.load_checkpoint(output_dir, policy, optimizer, rank, path)
+        found, parts = model.load_checkpoint(output_dir, policy, optimizer, rank, path, moving_ref)
         state = found or state
         model.forget_after(output_dir, rank, state["step"] - (state["pending"] is not None))
     if "scheduler" in state:
         scheduler.load_state_dict(state["scheduler"])
     saver = model.Saver(args.save_total_limit, output_dir, policy, optimizer, scheduler, rank,
-                        saved=state["step"] if args.resume == "auto" else 0)
+                        saved=state["step"] if args.resume == "auto" else 0, ref=moving_ref)
 
     def close_step(metrics) -> bool:
         """Held-out rows, the log, a checkpoint, each when it is due. True if the run was asked to stop."""
@@ -516,11 +725,11 @@ def main(argv=None):
             saver.save(state | {"pending": None}, unfinished, last=stopping)
         return stopping
 
-    def prompts_of(number):
-        """(draw numbers, prompts) of this rank in a rollout: its slice of every update, so that the ranks
-        together make the updates of one rank."""
+    def prompts_of(draws):
+        """(draw numbers, prompts) of this rank among a rollout's: its slice of every update, so that the
+        ranks together make the updates of one rank."""
         share = completions_per_update // G
-        draws = [number * prompts_per_rollout + (update * world_size + rank) * share + i
+        draws = [draws[(update * world_size + rank) * share + i]
                  for update in range(updates) for i in range(share)]
         return draws, [encode(train_rows[plan[d]]) for d in draws]
 
@@ -541,10 +750,11 @@ def main(argv=None):
         raise model.InputError(f"the checkpoint of step {state['step']} holds no rollout, but must here; "
                                "it is of another algorithm, or of other --steps_per_generation")
     if parts:  # in the middle of a rollout
-        draws, prompts = prompts_of(state["step"] // steps_per_rollout)
+        draws, prompts = prompts_of(state["draws"])
         rows, rollout_sums = rows_of_draws(parts, draws, G), sums_of(parts, rank)
         rows |= {f"sum:{key}": torch.tensor(pair, dtype=torch.float64) for key, pair in rollout_sums.items()}
         updates_of_rollout = cut(prompts, rows)
+    candidates = []  # dynamic sampling: the groups drawn so far for this rollout, of all ranks
     stopped = state["pending"] is not None and close_step(state["pending"])
     recent, silent_until = deque(maxlen=20), {}  # metrics of the latest steps; no warning twice in 100 steps
     progress = tqdm(total=max_steps, initial=state["step"], desc=args.algo,
@@ -554,11 +764,15 @@ def main(argv=None):
     # ----------------------------------------------------------------------------------------------- the loop
     while state["step"] < max_steps and not stopped:
         number, update = divmod(state["step"], steps_per_rollout)
-        began, rollout_time = time.perf_counter(), 0.0
+        if not candidates:
+            began, rollout_time = time.perf_counter(), 0.0
         if update == 0:
             # 1. sample G completions for each of this rank's P prompts of the rollout, N = P * G in all
             #    and score them
-            draws, prompts = prompts_of(number)
+            first = state["next_draw"] + sum(len(part["draws"]) for part in candidates)
+            following = first + prompts_per_rollout
+            drawn = range(first, following)
+            draws, prompts = prompts_of(drawn)
             with stop.passes():
                 with model.gathered(policy):
                     sampled = rollout.sample(
@@ -567,15 +781,30 @@ def main(argv=None):
                         top_p=args.top_p, min_p=args.min_p, rollout_tokens=args.rollout_tokens, stop=stop)
                 texts = rollout.decode(processor, sampled)
                 rollout_time = time.perf_counter() - began
-                scores = rewards.score(texts, [p.row for p in prompts for _ in range(G)],
-                                       state["step"] + 1)                                 # (functions, N)
+                scores = rewards.score(
+                    texts, [p.row for p in prompts for _ in range(G)], state["step"] + 1,
+                    completion_ids=rollout.id_lists(sampled),
+                    max_completion_length=[args.max_completion_length] * len(texts))      # (functions, N)
             if stop.agreed():  # the rollout is dropped: drawn again, it will be the same
                 saver.save(state | {"pending": None}, {}, last=True)
                 stopped = True
                 break
 
-            # 2. group rows, and the log-probs that the loss compares with
             rows = sampled._asdict() | {"draws": torch.tensor(draws)}
+            if args.dynamic_sampling:
+                columns = rows | {f"score {k}": row for k, row in enumerate(scores)}
+                candidates += model.all_gather_object(columns)
+                drawn, accepted, following = choose_groups(candidates, weights, G, prompts_per_rollout)
+                if accepted < prompts_per_rollout and len(candidates) <= args.dynamic_sampling * world_size:
+                    continue  # another round
+                draws, prompts, tried = *prompts_of(drawn), following - state["next_draw"]
+                rows, candidates = rows_of_draws(candidates, draws, G), []
+                scores = torch.stack([rows.pop(f"score {k}") for k in range(len(names))])
+                sampled = rollout.Rollout(*(rows[field] for field in rollout.Rollout._fields))
+                texts = rollout.decode(processor, sampled)
+            state |= {"draws": list(drawn), "next_draw": following}
+
+            # 2. group rows, and the log-probs that the loss compares with
             updates_of_rollout = cut(prompts, rows)
             micro_batches, penalty = [micro for update in updates_of_rollout for micro in update], []
             with torch.no_grad():
@@ -594,7 +823,8 @@ def main(argv=None):
 
             # 3. advantages come from the whole rollout, that of all ranks
             penalty = torch.cat(penalty).double() if penalty else torch.zeros(len(texts), dtype=torch.float64)
-            everyone = model.all_gather(torch.cat([scores, penalty[None]]), device)  # (functions+1, ranks*N)
+            minus = penalty + args.missing_eos_penalty * sampled.truncated
+            everyone = model.all_gather(torch.cat([scores, minus[None]]), device)    # (functions+1, ranks*N)
             advantages = losses.advantages(args.advantage_estimator, everyone[:-1], weights, G,
                                            scale_rewards=args.scale_rewards, penalty=everyone[-1])
             rows["advantages"] = advantages[rank * len(texts):][:len(texts)].float()      # (N,)
@@ -602,6 +832,8 @@ def main(argv=None):
                 micro["advantages"] = rows["advantages"][micro["rows"]]
             rollout_sums = rollout_metrics(names, scores, weights, sampled, G)
             rollout_sums["rewards/failed"] = (float(rewards.failed), float(scores.numel()))
+            if args.dynamic_sampling:
+                rollout_sums["frac_groups_accepted"] = (accepted * (rank == 0), tried * (rank == 0))
             if args.kl_in_reward:
                 tokens = sum(int(m["completion_mask"].sum()) for m in micro_batches)
                 rollout_sums["kl"] = (float(penalty.sum()) / args.beta, float(tokens))
@@ -612,9 +844,9 @@ def main(argv=None):
         mine = updates_of_rollout[update % updates]
 
         # 4. what the loss, and the entropy bonus, are divided by, over all micro-batches and ranks
-        masks, longest = [m["completion_mask"] for m in mine], args.max_completion_length
-        counts = (sum(losses.policy_loss_count(args.loss_type, mask, longest) for mask in masks),
-                  sum(int(mask.sum()) for mask in masks))
+        counts = (sum(losses.policy_loss_count(args.loss_type, m["completion_mask"],
+                                               args.max_completion_length, m["advantages"], G) for m in mine),
+                  sum(int(m["completion_mask"].sum()) for m in mine))
         count, tokens = (max(n, 1) for n in model.all_reduce_sums({"n": counts}, device)["n"])
 
         # 5. gradients, step
@@ -623,10 +855,12 @@ def main(argv=None):
             micro = model.to_device(micro, device)
             logps, entropies, _ = policy(micro, args.temperature)                         # (n, T), (n, T)
             mask, old_logps = micro["completion_mask"], micro.get("old_logps", logps.detach())
-            loss, metrics = losses.policy_loss(
+            loss, metrics = policy_loss(
                 logps, old_logps, micro["advantages"], mask, ref_logps=micro.get("ref_logps"),
-                **weigh_tokens(args, logps, old_logps, entropies, micro), **policy_options)
-            loss = loss / count - args.entropy_coef * losses.masked_sum(entropies, mask).sum() / tokens
+                **weigh_tokens(args, logps, old_logps, entropies, micro))
+            loss = loss / count
+            if args.entropy_coef:
+                loss = loss - args.entropy_coef * losses.masked_sum(entropies, mask).sum() / tokens
             (loss * world_size).backward()
             metrics["loss"] = (loss.detach(), 0)
             metrics["entropy"] = (entropies.detach().sum(), mask.sum())
@@ -640,6 +874,11 @@ def main(argv=None):
         if math.isfinite(grad_norm):  # else skipped, on all ranks
             optimizer.step()
         state["step"] = step = state["step"] + 1
+        if args.sync_ref_model and step % args.ref_model_sync_steps == 0:
+            alpha = args.ref_model_mixup_alpha
+            with torch.no_grad():
+                for theirs, ours in zip(ref.parameters(), policy.parameters(), strict=True):
+                    theirs.mul_(1 - alpha).add_(ours, alpha=alpha)
         state["skipped"] = model.count_skipped(grad_norm, state["skipped"], output_dir, rank, step,
                                                [prompt.row for prompt in prompts])
         scheduler.step()
@@ -648,7 +887,7 @@ def main(argv=None):
         # 6. everything below is diagnostics
         sums = model.all_reduce_sums(sums, device)
         loss = sums.pop("loss")[0]
-        metrics = {"step": step, "epoch": (number + 1) * prompts_per_rollout / len(train_rows),
+        metrics = {"step": step, "epoch": state["next_draw"] / len(train_rows),
                    "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate,
                    "update_skipped": float(not math.isfinite(grad_norm)),
                    **{k: s / n for k, (s, n) in sums.items() if n}}
@@ -732,6 +971,22 @@ def sums_of(parts, rank) -> dict:
     return {name.removeprefix("sum:"): tuple((pair * (rank == 0)).tolist()) for name, pair in totals.items()}
 
 
+def choose_groups(parts, weights, G, count):
+    """Dynamic sampling: (draw numbers of the `count` groups to train on, how many of the candidates' groups
+    have rewards that differ, the next rollout's first draw). The first that differ, in the order of draws,
+    whichever rank drew them; if they are too few, the first of the others fill up."""
+    differ = {}
+    for part in parts:
+        scores = torch.stack([part[name] for name in part if name.startswith("score ")])
+        spread = losses.centred(losses.weighted_rewards(scores, weights), G)[0].ne(0).any(-1)     # (P,)
+        differ |= dict(zip(part["draws"].tolist(), spread.tolist()))
+    accepted = sorted(d for d in differ if differ[d])
+    if len(accepted) >= count:
+        return accepted[:count], count, accepted[count - 1] + 1
+    others = sorted(d for d in differ if not differ[d])
+    return sorted(accepted + others[:count - len(accepted)]), len(accepted), max(differ) + 1
+
+
 def weigh_tokens(args, logps, old_logps, entropies, micro) -> dict:
     """`keep` and `correction` of losses.policy_loss, (n, T), by the flags that ask for them; {} without."""
     mask, weighing = micro["completion_mask"], {}
@@ -793,7 +1048,7 @@ def save_completions(output_dir, rank, step, prompts, texts, names, scores, adva
             for n, text in enumerate(texts):
                 values = {name: None if r[n].isnan() else r[n].item() for name, r in zip(names, scores)}
                 line = dict(row=prompts[n // G].row["_source"], completion=text,
-                            advantage=advantages[n].item(), **values)
+                            advantage=None if advantages[n].isnan() else advantages[n].item(), **values)
                 file.write(json.dumps(line) + "\n")
 
 

@@ -6,15 +6,16 @@
     python benchmarks/bench.py head                            # against log_softmax over (tokens, vocabulary)
     python benchmarks/bench.py step --trl_python T/bin/python  # a whole GRPO step against TRL 1.16's
     python benchmarks/bench.py dpo  --trl_python T/bin/python  # an MPO step with images against TRL's DPOTrainer
-    python benchmarks/bench.py rollout --curve G               # G, new, image, vocab; --curve vocab also for head
+    python benchmarks/bench.py rollout --curve G               # G, new, side (of the image), vocab
+    python benchmarks/bench.py floor --preset h200 --device cuda      # one GRPO step of 64 x 8 against the hardware
     ... --out results.jsonl, then: python benchmarks/bench.py plot --out results.jsonl      # needs matplotlib
 
 Sides alternate, repetition by repetition, in one process tree and on one thread; a number is the median over
 --repeats of CPU seconds (on a GPU: of seconds between two synchronisations). Every point is one JSON line.
 The first peer runs twice, as two sides: `aa` is the ratio of the two, and outside 0.9 to 1.1 a point says
 nothing. Lengths are scripted (normal around 0.6 of the longest), the same for every side. The model is
-Qwen2.5-VL's classes with random weights: --preset cpu 45 M parameters (hidden 512, 8 layers, vocabulary 32k),
---preset h200 Qwen2.5-VL-3B's own configuration.
+Qwen2.5-VL's classes with random weights: --preset cpu 43 M parameters (hidden 512, 8 layers, vocabulary 32k),
+--preset h200 Qwen2.5-VL-3B's own configuration. `step` and `dpo` take 25 M (6 layers, vocabulary 8k).
 
 What a side gets: flatpo and transformers get pixel tensors; vLLM gets pictures, whose preprocessing it
 includes. `hf` repeats the prompt and its images G times, as TRL calls generate; `hf_nrs` is
@@ -30,12 +31,13 @@ import argparse
 import json
 import math
 import random
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,12 +52,23 @@ TRAIN = [dict(G=8, new=96, side=224), dict(G=8, new=96, side=448), dict(G=8, new
 STEPS = [dict(P=2, G=8, new=96, side=448), dict(P=1, G=16, new=48, side=672)]
 
 
+QWEN_3B = dict(  # Qwen2.5-VL-3B-Instruct's config.json
+    text=dict(vocab_size=151_936, hidden_size=2048, intermediate_size=11_008, num_hidden_layers=36,
+              num_attention_heads=16, num_key_value_heads=2, max_position_embeddings=128_000,
+              rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])),
+    tower=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, window_size=112,
+               out_hidden_size=2048, fullatt_block_indexes=[7, 15, 23, 31]))
+FLOOR = {"cpu": dict(P=4, G=8, new=48, mean=24, side=224, flops=None, peak_flops=None, bandwidth=None),
+         # bf16 matrix products as measured and as specified, bytes per second
+         "h200": dict(P=64, G=8, new=512, mean=256, side=560, flops=790e12, peak_flops=989e12, bandwidth=4.8e12)}
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The model and the work
 
 
-def build_model(folder: Path, vocab: int = 32_000, tokenizer_size: int | None = None, **text) -> Path:
-    """A random Qwen2.5-VL and its processor; `text` overrides its language model's configuration."""
+def build_model(folder: Path, vocab: int = 32_000, tower=(), **text) -> Path:
+    """A random Qwen2.5-VL and its processor; `text` and `tower` override its configurations."""
     import torch
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
     from transformers import Qwen2_5_VLProcessor
@@ -75,7 +88,7 @@ def build_model(folder: Path, vocab: int = 32_000, tokenizer_size: int | None = 
                     num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=4096,
                     rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[8, 12, 12])) | text
     tower = dict(depth=4, hidden_size=256, intermediate_size=688, num_heads=4, patch_size=14, window_size=112,
-                 out_hidden_size=language["hidden_size"], fullatt_block_indexes=[1, 3])
+                 out_hidden_size=language["hidden_size"], fullatt_block_indexes=[1, 3]) | dict(tower)
     config = Qwen2_5_VLConfig(
         text_config=language | dict(bos_token_id=None, eos_token_id=ids["<|im_end|>"],
                                     pad_token_id=ids["<|endoftext|>"]),
@@ -399,15 +412,17 @@ def bench_train(args, work: Path):
 
 
 def head_memory(args):
-    """In a process of its own, for the peak: one side once, {"seconds": its extra peak bytes}."""
-    import torch
+    """In a process of its own: how far one side rises above what it starts from, {"seconds": in bytes}."""
     sys.stdin.readline()
     hidden, weight, targets = head_inputs(args.tokens, args.vocab, args.hidden)
-    hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
-    head_side(args.side_name, hidden[:8].detach().requires_grad_(), weight, targets[:8])()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    hidden.sum().backward(), weight.sum().backward()  # the gradients are there already, as in training
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now what is in use
+
+    def peak():
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    before = peak()
     head_side(args.side_name, hidden, weight, targets)()
-    print(json.dumps({"seconds": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024}), flush=True)
+    print(json.dumps({"seconds": peak() - before}), flush=True)
 
 
 def head_inputs(N, V, H):
@@ -501,7 +516,9 @@ def trl_steps(args):
     no length limit on the prompt, the batch in one piece."""
     import torch
     from datasets import Dataset, Features, Image, List, Value
-    from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+    from transformers import AutoModelForImageTextToText, TrainerCallback
+    sys.path.insert(0, str(ROOT))
+    import model  # its processor needs no torchvision
     torch.set_num_threads(1)
     rows = [json.loads(line) for line in open(args.rows)]
     folder = Path(args.rows).parent
@@ -527,7 +544,7 @@ def trl_steps(args):
             gate()
 
     hf = AutoModelForImageTextToText.from_pretrained(args.folder, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(args.folder)
+    processor = model.load_processor(args.folder)
     if args.side_name == "grpo":
         from trl import GRPOConfig, GRPOTrainer
         config = GRPOConfig(**common, per_device_train_batch_size=args.P * args.G, num_generations=args.G,
@@ -566,6 +583,72 @@ def bench_steps(args, work: Path, kind: str):
 # ------------------------------------------------------------------------------------------------------------
 
 
+def bench_floor(args, work: Path):
+    """One on-policy GRPO step of the program's own functions, part by part, beside what the hardware allows."""
+    import torch
+    point, device, gpu = FLOOR[args.preset], args.device, args.device == "cuda"
+    P, G, new, dtype = point["P"], point["G"], point["new"], "bfloat16" if gpu else "float32"
+    big = args.preset == "h200"
+    folder = build_model(work / "model", 151_936, QWEN_3B["tower"], **QWEN_3B["text"]) if big else \
+        build_model(work / "model")
+    policy, processor = model.load_policy(str(folder), dtype, device)
+    prompts = [data.encode_prompt(policy, processor, row) for row in make_rows(P, point["side"], 0, work)]
+    rng = random.Random(0)
+    lengths = [min(new, max(2, round(rng.gauss(point["mean"], 0.3 * point["mean"])))) for _ in range(P * G)]
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, fused=gpu)
+    found, syncs = {}, []
+    micro = G if big else P * G
+
+    def sample():
+        with scripted(lengths, policy.eos_ids[0]):
+            found["rollout"] = rollout.sample(policy, prompts, list(range(P)), num_generations=G,
+                                              max_completion_length=new, temperature=1.0, seed=0)
+
+    def train():
+        ids, mask = found["rollout"].completion_ids, found["rollout"].completion_mask
+        for i in range(0, P * G, micro):
+            groups = [(prompts[j // G], [ids[n][mask[n]] for n in range(j, j + G)]) for j in range(i, i + micro, G)]
+            policy(model.to_device(policy.pack(groups), device))[0].sum().mul(1e-6).backward()
+
+    def update():
+        optimizer.step()
+        optimizer.zero_grad()
+
+    times = {name: [] for name in ("rollout", "train", "optimizer")}
+    for repetition in range(args.repeats + 1):
+        for name, part in zip(times, (sample, train, update)):
+            took = seconds(part)
+            times[name] += [took] if repetition else []
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    line = {"bench": "floor", "preset": args.preset, "device": torch.cuda.get_device_name() if gpu else "cpu",
+            **{k: point[k] for k in ("P", "G", "new", "side")}, "prompt_tokens": len(prompts[0].tokens),
+            "tokens": sum(lengths), "seconds": {k: round(v, 3) for k, v in medians.items()},
+            "step": round(sum(medians.values()), 3), "decoded_per_second": round(sum(lengths) / medians["rollout"])}
+    head = policy.hf.get_output_embeddings().weight.numel()
+    layers = sum(p.numel() for p in policy.hf.get_decoder().layers.parameters())
+    tower = sum(p.numel() for p in policy.hf.get_encoder(modality="image").parameters())
+    L = len(prompts[0].tokens)
+    patches = sum(len(p.pixels.get("pixel_values", ())) for p in prompts)
+    useful = 6 * (layers * (P * L + sum(lengths)) + head * sum(lengths) + tower * patches)
+    line["useful_tflops_per_second"] = round(useful / medians["train"] / 1e12, 3)
+    if gpu:
+        rows = [sum(n > t for n in lengths) for t in range(new)]  # alive at step t
+        weights, config = layers + head, policy.hf.config.get_text_config()
+        kv = 4 * config.num_hidden_layers * config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+        decode = sum(max(2 * weights * b / point["flops"], 2 * weights / point["bandwidth"])
+                     + kv * (P * L + b * t) / point["bandwidth"] for t, b in enumerate(rows) if b)
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as syncs:
+            warnings.simplefilter("always")
+            sample()
+        torch.cuda.set_sync_debug_mode("default")
+        line |= {"mfu": round(useful / medians["train"] / point["peak_flops"], 3), "floor_decode": round(decode, 3),
+                 "floor_train": round(useful / point["flops"], 3), "host_syncs": len(syncs),
+                 "host_syncs_per_token_step": round(len(syncs) / new, 3),
+                 "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1)}
+    print(json.dumps(line), flush=True)
+
+
 def plot(args):
     import matplotlib
     matplotlib.use("Agg")
@@ -585,12 +668,13 @@ def plot(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("bench", choices=["rollout", "train", "head", "step", "dpo", "plot", "_vllm", "_head", "_ours", "_trl"])
+    add("bench", choices=["rollout", "train", "head", "step", "dpo", "floor", "plot", "_vllm", "_head", "_ours", "_trl"])
     add("--points", nargs="+", default=list(POINTS), choices=list(POINTS), help="of the rollout")
     add("--curve", choices=list(CURVES), help="of the rollout, instead of --points")
     add("--repeats", type=int, default=5)
     add("--dtype", choices=["bfloat16", "float32"], help="of the rollout; default bfloat16")
-    add("--device", default="cpu")
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--preset", choices=list(FLOOR), default="cpu", help="sizes of floor")
     add("--vllm_python", help="a Python that has vLLM")
     add("--trl_python", help="a Python that has TRL 1.16")
     add("--out", help="append the JSON lines to this file; what plot reads")
@@ -615,7 +699,8 @@ def main():
     with tempfile.TemporaryDirectory() as work:
         if args.bench in ("step", "dpo"):
             return bench_steps(args, Path(work), {"step": "grpo"}.get(args.bench, args.bench))
-        {"rollout": bench_rollout, "train": bench_train, "head": bench_head}[args.bench](args, Path(work))
+        {"rollout": bench_rollout, "train": bench_train, "head": bench_head, "floor": bench_floor}[args.bench](
+            args, Path(work))
 
 
 if __name__ == "__main__":

@@ -435,10 +435,13 @@ def test_models_that_are_not_loaded(folders, tmp_path):
 
 def test_every_import_is_known():
     """Nothing can be unpickled, fetched or executed without an import for it: what the program imports is this."""
-    known = {"argparse", "collections", "contextlib", "ctypes", "difflib", "hashlib", "importlib", "inspect", "json",
-             "functools", "math", "multiprocessing", "os", "pathlib", "random", "re", "resource", "shutil", "signal",
-             "socket", "bitsandbytes", "subprocess", "sys", "time", "traceback", "typing", "warnings", "zlib", "numpy", "PIL", "safetensors",
-             "io", "itertools", "pyarrow", "huggingface_hub", "tokenizers", "torch", "tqdm", "transformers", "math_verify", "data", "losses", "model", "rollout"}
+    known = {"PIL", "argparse", "bitsandbytes", "collections", "contextlib", "ctypes", "data", "difflib",
+             "functools", "hashlib", "huggingface_hub", "importlib", "inspect", "io", "itertools",
+             "json", "losses", "math", "math_verify",
+             "model", "multiprocessing", "numpy", "operator", "os", "pathlib", "pyarrow", "random", "re", "resource",
+             "rollout", "safetensors", "shutil", "signal", "socket", "subprocess", "sys", "time",
+             "tokenizers", "torch", "tqdm", "traceback", "transformers", "typing", "unicodedata",
+             "warnings", "zlib"}
     for file in ROOT.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)):

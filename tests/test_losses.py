@@ -514,6 +514,47 @@ def test_gdpo_by_hand():
     assert grpo[2] == pytest.approx(-grpo[3].item()) and (grpo[:2].abs() - A[:2].abs()).abs().max() > 0.01
 
 
+def test_ngrpo_by_hand():
+    """NGRPO: mean and std of the group and a virtual completion of reward 1.5 (the weights' sum). All wrong: all negative,
+    where GRPO has 0; all right: exactly 0; nan stays out, and a group of nan is 0."""
+    nan = math.nan
+    scores = torch.tensor([[1.0, 0, 0, 0, 1, 1, 1, nan], [1.0, 0, 0, 0, 1, 1, 0, nan]], **F64)
+    A = losses.advantages("ngrpo", scores, torch.tensor([1.0, 0.5], **F64), 2)
+    for i, group in ((0, [1.5, 0.0, 1.5]), (2, [0.0, 0.0, 1.5])):
+        mean = sum(group) / 3
+        std = math.sqrt(sum((r - mean) ** 2 for r in group) / 2)
+        for k in (0, 1):
+            assert A[i + k].item() == pytest.approx((group[k] - mean) / (std + 1e-4))
+    assert (A[2:4] < 0).all() and (A[4:6] == 0).all()
+    assert A[6].item() == pytest.approx(-0.25 / (math.sqrt(0.125) + 1e-4)) and A[7] == 0
+    assert (losses.advantages("ngrpo", torch.full((1, 4), nan, **F64), torch.ones(1, **F64), 2) == 0).all()
+
+
+def test_dgpo_by_hand():
+    """DGPO: the mean absolute deviation divides, and a softmax of -p/2 over the groups with spread weighs, times their
+    number: harder prompts more, groups without spread not at all; one group alone has weight 1."""
+    rewards = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0], **F64)
+    A = losses.dgpo_advantages(rewards, 4, 1.0)
+    hard, easy = exp(-0.25 / 2), exp(-0.75 / 2)
+    weights = [2 * hard / (hard + easy), 2 * easy / (hard + easy)]
+    mad = 2 * 0.75 / 4
+    expected = torch.tensor([[0.75, -0.25, -0.25, -0.25], [0.25, 0.25, 0.25, -0.75]], **F64) / mad
+    for g in (0, 1):
+        torch.testing.assert_close(A[4 * g:4 * g + 4], expected[g] * weights[g], rtol=1e-3, atol=0)
+    assert (A[8:] == 0).all() and weights[0] > 1 > weights[1]
+    torch.testing.assert_close(losses.dgpo_advantages(rewards[:4], 4, 1.0), expected[0], rtol=1e-3, atol=0)
+    halved = losses.dgpo_advantages(rewards / 2, 4, 0.5)  # p is a share of the highest reward
+    torch.testing.assert_close(halved, A, rtol=1e-3, atol=0)
+
+
+def test_no_estimator_is_the_reward_below_the_highest():
+    """`none`: what GROUP_LOSSES compare; 0 is full marks, nan stays unknown, the penalty comes off."""
+    scores = torch.tensor([[1.0, 0.0, math.nan], [1.0, 1.0, math.nan]], **F64)
+    penalty = torch.tensor([0.0, 0.2, 0.0], **F64)
+    got = losses.advantages("none", scores, torch.tensor([1.0, 0.5], **F64), 3, penalty=penalty)
+    torch.testing.assert_close(got, torch.tensor([0.0, -1.2, math.nan], **F64), equal_nan=True)
+
+
 def test_weighted_rewards_skip_who_abstained():
     """None of one function leaves the sum of the others; None of all is nan, not 0."""
     nan = math.nan
@@ -523,7 +564,7 @@ def test_weighted_rewards_skip_who_abstained():
 
 
 @pytest.mark.parametrize("estimator, scale", [("grpo", "group"), ("grpo", "batch"), ("grpo", "none"), ("rloo", None),
-                                              ("gdpo", None)])
+                                              ("gdpo", None), ("dgpo", None)])
 def test_every_estimator_keeps_the_promises(estimator, scale):
     """A group without spread is exactly 0 (0.1 seven times has a mean that is not 0.1); an abstention is 0; permuting
     completions permutes advantages; each group of known rewards sums to 0; inputs stay; the dtype stays."""
@@ -689,6 +730,24 @@ def test_soft_policy_terms_by_hand(ratio, A):
         assert loss.item() == pytest.approx(value) and grad.item() == pytest.approx(derivative) and derivative != 0
 
 
+@pytest.mark.parametrize("A", [1.5, -1.5])
+def test_gmpo_by_hand(A):
+    """GMPO: exp of the mean of the log-ratios, each clipped to 0.4 before the mean and on PPO's side only; a clipped token
+    counts in the mean and has no gradient. Clipping the mean instead, or both sides, would show."""
+    log_ratios = [0.5, -0.5, 0.1]
+    logps = torch.tensor([[*log_ratios, math.nan]], **F64, requires_grad=True)
+    mask = torch.tensor([[True, True, True, False]])
+    loss, metrics = policy(logps, torch.zeros(1, 4, **F64), torch.tensor([A], **F64), mask, loss_type="gmpo", epsilon=0.4,
+                           epsilon_high=0.4)
+    kept = [min(x, 0.4) if A > 0 else max(x, -0.4) for x in log_ratios]
+    value = -A * exp(sum(kept) / 3)
+    assert loss.item() == pytest.approx(value)
+    (grad,) = torch.autograd.grad(loss, logps)
+    expected = [value / 3 * (k == x) for k, x in zip(kept, log_ratios)]
+    assert grad[0].tolist() == pytest.approx([*expected, 0.0])
+    assert metrics["clip_ratio/high_mean"][0] == (A > 0) and metrics["clip_ratio/low_mean"][0] == (A < 0)
+
+
 def test_vespo_weighs_the_whole_sequence():
     """VESPO's weight is that of the product of all ratios, and of the sampler's correction where there is one."""
     logps, old, A, mask = policy_batch()
@@ -737,7 +796,7 @@ def test_every_choice_has_a_gradient(loss_type, level):
     (grad,) = torch.autograd.grad(loss, logps)
     lengths = mask.sum(-1, keepdim=True)
     weight = {"sequence": 1 / lengths, "micro_batch": torch.tensor(1 / 7)}.get(losses.POLICY_LOSSES[loss_type][1], 1.0)
-    if level == "sequence_sum" and loss_type not in ("cispo", "vespo"):
+    if level == "sequence_sum" and loss_type not in ("cispo", "vespo", "gmpo"):
         weight = weight * lengths  # the ratio of the whole sequence stands at each of its tokens
     torch.testing.assert_close(grad, torch.where(mask, -A[:, None] * weight, 0.0))
 
@@ -854,3 +913,143 @@ def test_sum_over_count_is_split_invariant(parts):
     cut = sum(policy(logps[i:i + parts], old[i:i + parts], A[i:i + parts], mask[i:i + parts])[0]
               for i in range(0, 3, parts))
     torch.testing.assert_close(whole, cut)
+
+
+# --- losses of a group
+
+
+def group_batch(seed=0):
+    """Two groups of three completions of uneven length, nan padding: (logps, old, ref, mask), rewards below the highest."""
+    torch.manual_seed(seed)
+    mask = torch.arange(4) < torch.tensor([4, 2, 1, 3, 3, 2])[:, None]
+    logps = (torch.randn(6, 4, **F64) * 0.3 - 1).masked_fill(~mask, math.nan)
+    old, ref = (logps + 0.2 * torch.randn(6, 4, **F64) for _ in range(2))
+    return logps.requires_grad_(), old, ref, mask, torch.tensor([0.0, -1.0, -0.4, -0.3, -1.1, -0.3], **F64)
+
+
+def grouped(loss_type, logps, old, ref, mask, r, beta=0.3, G=3):
+    loss, metrics = losses.group_loss(logps, old, r, mask, loss_type=loss_type, num_generations=G, ref_logps=ref, beta=beta)
+    return loss, losses.policy_loss_count(loss_type, mask, 99, r, G), metrics
+
+
+def summed(x, mask):
+    return torch.where(mask, x, 0.0).sum(-1)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "ipo_sum"])
+def test_online_dpo_by_hand(loss_type):
+    """The group's best (the first of equals) against its worst, by the pair loss of that name; the others have no gradient.
+    OAIF, and unlike TRL a tie is no pair: it adds neither loss nor count, and is counted as skipped."""
+    logps, old, ref, mask, r = group_batch()
+    loss, count, metrics = grouped(loss_type, logps, old, ref, mask, r)
+    u, n = summed(logps - ref, mask), mask.sum(-1)
+    pairs = [(0, 1), (3, 4)]
+    expected = 0
+    for w, l in pairs:
+        m = 0.3 * (u[w] - u[l])
+        expected = expected + {"sigmoid": -torch.log(torch.sigmoid(m)), "ipo": (u[w] / n[w] - u[l] / n[l] - 1 / 0.6) ** 2,
+                               "ipo_sum": (u[w] - u[l] - 1 / 0.6) ** 2}[loss_type]
+    assert count == 2 and metrics["frac_groups_skipped"] == (0, 2)
+    torch.testing.assert_close(loss, expected)
+    (grad,), (theirs,) = torch.autograd.grad(loss, logps, retain_graph=True), torch.autograd.grad(expected, logps)
+    torch.testing.assert_close(grad, theirs)
+    assert (grad[[2, 5]] == 0).all() and (grad[[0, 1, 3, 4]][mask[[0, 1, 3, 4]]] != 0).all()
+    tied = torch.tensor([-1.0, -1.0, -1.0 + 1e-9, math.nan, math.nan, -1.0], **F64)
+    loss, count, metrics = grouped(loss_type, logps, old, ref, mask, tied)
+    assert loss == 0 and count == 0 and metrics["frac_groups_skipped"] == (2, 2)
+    (grad,) = torch.autograd.grad(loss, logps)
+    assert (grad == 0).all()
+    known = torch.tensor([math.nan, -1.0, -0.5, math.nan, -1.0, math.nan], **F64)  # an abstention is neither best nor worst
+    loss, count, _ = grouped("sigmoid", logps, old, ref, mask, known)
+    torch.testing.assert_close(loss, -torch.log(torch.sigmoid(0.3 * (u[2] - u[1]))))
+    assert count == 1
+
+
+def test_online_dpo_metrics():
+    """rewards/margins and accuracies are over all pairs of different reward, a margin of 0 counts half."""
+    logps, old, ref, mask, r = group_batch()
+    *_, metrics = grouped("sigmoid", logps, old, ref, mask, r)
+    u = 0.3 * summed(logps - ref, mask)
+    margins = torch.stack([u[i] - u[j] for i, j in ((0, 1), (0, 2), (2, 1), (3, 4), (5, 4))])
+    torch.testing.assert_close(metrics["rewards/margins"][0], margins.sum().detach())
+    assert metrics["rewards/margins"][1] == 5 and metrics["rewards/accuracies"] == ((margins > 0).sum(), 5)
+    *_, start = grouped("sigmoid", logps, old, logps.detach(), mask, r)
+    assert start["rewards/accuracies"] == (2.5, 5) and start["kl"][0] == 0
+
+
+def test_copg_is_rloo_on_policy_and_a_squared_difference_in_pairs():
+    """CoPG: sum_{i<j} (R_i - R_j)^2 / (2 beta k (k - 1)), R = r - beta u; its gradient is that of RLOO with the KL in the
+    reward, at any log-probs (the policy term at ratio 1). An abstention is left out of both."""
+    logps, old, ref, mask, r = group_batch()
+    beta = 0.3
+    loss, count, _ = grouped("copg", logps, old, ref, mask, r, beta)
+    R = (r - beta * summed(logps - ref, mask)).view(2, 3)
+    pairs = sum((R[g, i] - R[g, j]) ** 2 for g in (0, 1) for i, j in ((0, 1), (0, 2), (1, 2))) / (2 * beta * 6)
+    torch.testing.assert_close(loss, pairs)
+    (grad,) = torch.autograd.grad(loss / count, logps)
+    A = losses.rloo_advantages(R.detach().flatten(), 3)
+    rloo, _ = policy(logps, logps.detach(), A, mask, "sequence_sum")
+    (theirs,) = torch.autograd.grad(rloo / 6, logps)
+    torch.testing.assert_close(grad, theirs)
+    r[[2, 3, 4]] = math.nan
+    loss, count, _ = grouped("copg", logps, old, ref, mask, r, beta)
+    torch.testing.assert_close(loss, (R[0, 0] - R[0, 1]) ** 2 / (4 * beta))
+    assert count == 1
+
+
+def test_trpa_by_hand():
+    """TRPA: every pair of different reward, log-ratios averaged over tokens, 2.5 beta where the better one has full marks;
+    the mean is over pairs, so groups of many levels weigh more, as in the authors' code."""
+    logps, old, ref, mask, r = group_batch()
+    u = summed(logps - ref, mask) / mask.sum(-1)
+    expected = sum(-torch.log(torch.sigmoid((2.5 if i == 0 else 1.0) * 0.3 * (u[i] - u[j])))
+                   for i, j in ((0, 1), (0, 2), (2, 1), (3, 4), (5, 4)))
+    loss, count, metrics = grouped("trpa", logps, old, ref, mask, r)
+    torch.testing.assert_close(loss, expected)
+    (grad,), (theirs,) = torch.autograd.grad(loss, logps, retain_graph=True), torch.autograd.grad(expected, logps)
+    torch.testing.assert_close(grad, theirs)
+    assert count == 5 and metrics["frac_groups_skipped"] == (0, 2)
+    assert grouped("trpa", logps, old, ref, mask, torch.zeros(6, **F64))[:2] == (0, 0)
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.01])
+def test_disco_by_hand(drift):
+    """DisCO: mean log-prob per token of the right ones against tau log-mean-exp of the wrong ones; a step that drifted by
+    more than delta pays beta (KL - delta) KL, whose gradient has the first factor as a constant."""
+    logps, _, _, mask, r = group_batch()
+    old, r[2] = logps.detach() + drift, -0.8
+    s = summed(logps, mask) / mask.sum(-1)
+    right, wrong = [(0,), (3, 5)], [(1, 2), (4,)]
+    expected = sum(10 * torch.log(sum(torch.exp(s[i] / 10) for i in w) / len(w)) - sum(s[i] for i in p) / len(p)
+                   for p, w in zip(right, wrong))
+    kl = summed(old - logps, mask).sum() / mask.sum()
+    expected = expected + 2 * max(0.0, 1e3 * (drift - 1e-4)) * kl
+    loss, count, _ = grouped("disco", logps, old, None, mask, r, beta=0.0)
+    torch.testing.assert_close(loss, expected)
+    (grad,), (theirs,) = torch.autograd.grad(loss, logps, retain_graph=True), torch.autograd.grad(expected, logps)
+    torch.testing.assert_close(grad, theirs)
+    assert count == 2
+    loss, count, _ = grouped("disco", logps, old, None, mask, torch.zeros(6, **F64), beta=0.0)
+    assert (loss, count) == (0, 0) and (torch.autograd.grad(loss, logps)[0] == 0).all()
+
+
+@pytest.mark.parametrize("loss_type", losses.GROUP_LOSSES)
+def test_gradcheck_group(loss_type):
+    """Finite differences, off policy (disco within its bound: its penalty's gradient is not its value's)."""
+    logps, old, ref, mask, r = group_batch()
+    logps = logps.detach().nan_to_num(-1.0).requires_grad_()
+    old = logps.detach() if loss_type == "disco" else old
+    assert torch.autograd.gradcheck(lambda x: grouped(loss_type, x, old, ref, mask, r)[0], logps)
+
+
+@pytest.mark.parametrize("loss_type", losses.GROUP_LOSSES)
+def test_group_sums_and_counts_add_up(loss_type):
+    """P9: two micro-batches of one group have the sum and the count of one of two groups; order within a group is free."""
+    logps, old, ref, mask, r = group_batch()
+    old = logps.detach() if loss_type == "disco" else old
+    whole = grouped(loss_type, logps, old, ref, mask, r)
+    halves = [grouped(loss_type, logps[i:i + 3], old[i:i + 3], ref[i:i + 3], mask[i:i + 3], r[i:i + 3]) for i in (0, 3)]
+    torch.testing.assert_close(whole[0], halves[0][0] + halves[1][0])
+    assert whole[1] == halves[0][1] + halves[1][1]
+    order = torch.tensor([2, 0, 1, 4, 3, 5])
+    torch.testing.assert_close(grouped(loss_type, *(x[order] for x in (logps, old, ref, mask, r)))[0], whole[0])

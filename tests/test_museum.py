@@ -312,14 +312,14 @@ EXHIBITS = [
         train_grpo, "format", ", re.DOTALL)", ")"), "test_rewards.test_format",
         {"text": "<think>a\nb</think>\n<answer>4</answer>", "expected": 1}),
     Exhibit("ours: 'A picture' is choice A", rewrite(
-        train_grpo, "same_answer", r"\(?([a-j])(?:\)|[.:]|$)", r"\(?([a-j])\b"), "test_rewards.test_accuracy",
+        train_grpo, "read_choice", r"(?:\)|[.:](?!\w)|\.?$)(?! ?", r"(?:\b)(?! ?"), "test_rewards.test_accuracy",
         {"text": "A picture of two dogs.", "solution": "A", "expected": 0}),
     # losses
     Exhibit("NeMo-RL #2506, TRL #4638: the KL's gradient lacks the sampling term", rewrite(
         losses, "policy_loss", "kl * ratio if use_bias_correction_kl else kl", "kl"),
         "test_exact.test_kl_of_the_whole_completion", {"kind": "k3"}),
     Exhibit("TRL #3144: the clip metric counts the other tokens", rewrite(
-        losses, "policy_loss", "mask & (ratio < 1 - epsilon) & (A < 0)", "mask & (ratio > 1 - epsilon) & (A < 0)"),
+        losses, "policy_loss", "mask & (x < -epsilon) & (A < 0)", "mask & (x > -epsilon) & (A < 0)"),
         "test_losses.test_clip_geometry", {"ratio": 0.5, "A": -1.5}),
     Exhibit("rasbt: the maximum where the advantage is negative", worst_of_both, "test_losses.test_clip_geometry",
             {"ratio": 0.5, "A": -1.5}),
@@ -333,7 +333,7 @@ EXHIBITS = [
     Exhibit("possible: DiscoPOP's gate of 0 times an overflow", unclamped,
             "test_losses.test_outliers_stay_finite_in_every_pair_loss"),
     Exhibit("possible: a hand-written backward without the temperature", rewrite(
-        model.ChunkedLogps, "backward", "(grad / ctx.temperature).to(ctx.dtype)", "grad.to(ctx.dtype)"),
+        model.ChunkedLogps, "backward", "grad_logps[at, None] / ctx.temperature", "grad_logps[at, None]"),
         "test_group_rows.test_chunked_logps_value_and_gradient", {"tokens": 5}),
     # resume, checkpoints, export
     Exhibit("transformers #40691: every epoch in the order of the first", rewrite(

@@ -9,6 +9,7 @@ from conftest import ROOT, build_tiny_gemma3, build_tiny_qwen, build_tiny_text, 
 from safetensors.torch import load_file
 from test_runs import write_task
 
+pytestmark = pytest.mark.xdist_group("ranks")
 DRIVER = ROOT / "tests" / "rank_cases.py"
 
 
@@ -62,6 +63,11 @@ def cases(world: int):
            [*common, *held_out, *lora, "--use_dora", "--freeze_vision_tower", "--gradient_checkpointing",
             "--shard_size", max(world // 2, 1), "--per_device_train_batch_size", 1,
             "--gradient_accumulation_steps", 4 // world])
+    if world < 4:  # groups without spread among the candidates; a reference that moves
+        yield (f"online_dpo-{world}x4", "train_grpo",
+               [*common, *online, "--reward_funcs", "rewards.py:rare", "--algo", "online_dpo", "--dynamic_sampling", 2,
+                "--sync_ref_model", "--ref_model_sync_steps", 2, "--per_device_train_batch_size", 4,
+                "--gradient_accumulation_steps", 4 // world])
     if world == 1:
         yield ("grpo-1x16", "train_grpo", [*common, *online, "--beta", "0.1", "--per_device_train_batch_size", 16])
     if world == 2:  # cut by tokens: the ranks' groups differ in length, the number of micro-batches must not

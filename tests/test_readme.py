@@ -4,7 +4,6 @@ import inspect
 import re
 import shlex
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import train_dpo
@@ -65,7 +64,8 @@ def test_methods_page_is_complete():
     assert {*losses.PREFERENCE_LOSSES, *losses.POLICY_LOSSES, *losses.RATIO_LEVELS, *train_dpo.PRESETS,
             *train_grpo.PRESETS} <= named
     public = {name for name, value in vars(losses).items() if inspect.isfunction(value) and value.__module__ == "losses"}
-    unlisted = {"masked_sum", "weighted_rewards", "centred", "unbiased_std", "log_ratios", "preference_losses"}
+    unlisted = {"masked_sum", "weighted_rewards", "centred", "unbiased_std", "log_ratios", "preference_losses",
+                "better", "has_spread"}
     assert public - named == unlisted, (public - named) ^ unlisted
     tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
     for name in named:
@@ -89,20 +89,11 @@ def test_flags_of_every_command_exist(line):
     PARSERS[name](flags)
 
 
-@pytest.fixture(scope="module")
-def default_runs(tmp_path_factory):
-    """name -> (folder, output) of the two scripts without any flag, run side by side."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("train_grpo", "train_dpo")}
-    with ThreadPoolExecutor(2) as pool:
-        outputs = pool.map(lambda name: script(f"{name}.py", cwd=folders[name]), folders)
-        return {name: (folders[name], output) for name, output in zip(folders, outputs)}
-
-
 @pytest.mark.slow
-def test_main_job_learns_from_the_picture(default_runs):
+def test_main_job_learns_from_the_picture(tmp_path):
     """The first command: accuracy climbs past 0.8, and the answers need the image: with blank or with another row's
     picture the trained model is at chance (1/6)."""
-    folder, output = default_runs["train_grpo"]
+    folder, output = tmp_path, script("train_grpo.py", cwd=tmp_path)
     before, after = map(float, re.search(r"eval/accuracy: ([\d.]+) before, ([\d.]+) after\neval/reward", output).groups())
     assert after > 0.8 and after > before + 0.2
     assert "step 1 must start at: ratio 1 (expected 1), clip_ratio/region_mean 0 (expected 0), grad_norm" in output
@@ -123,9 +114,9 @@ def test_main_job_learns_from_the_picture(default_runs):
 
 
 @pytest.mark.slow
-def test_mpo_default_raises_accuracy_and_margins(default_runs):
+def test_mpo_default_raises_accuracy_and_margins(tmp_path):
     """`python train_dpo.py`: held-out pairs and held-out answers both improve."""
-    _, output = default_runs["train_dpo"]
+    output = script("train_dpo.py", cwd=tmp_path)
     found = {k: (float(a), float(b)) for k, a, b in re.findall(r"(eval/\S+): (\S+) before, (\S+) after", output)}
     assert found["eval/accuracy"][1] > max(0.8, found["eval/accuracy"][0] + 0.1)
     assert found["eval/rewards/accuracies"][1] > 0.9 and found["eval/rewards/margins"][1] > 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, run
 from safetensors.torch import load_file
-from test_runs import SCRIPTS, grpo, shared_runner, write_task
+from test_runs import REWARD, SCRIPTS, grpo, shared_runner, write_task
 
 import losses
 import model
@@ -231,6 +231,25 @@ def test_sigterm_is_a_checkpoint(trained, whole_here, monkeypatch, tmp_path, nam
     undo()
     trained(name)
     assert_bit_equal(results(tmp_path / "r"), expected)
+
+
+@pytest.mark.slow
+def test_dynamic_sampling_and_a_moving_reference_resume(trained, monkeypatch, tmp_path):
+    """Dynamic sampling's draw numbers and --sync_ref_model's reference belong to the state: dead inside the rollout of step
+    5, after a sync, and started again, the numbers are those of a run that was left alone."""
+    extra = ["--reward_funcs", tmp_path / "rare.py:rare", "--dynamic_sampling", 3, "--sync_ref_model",
+             "--ref_model_sync_steps", 3, "--save_steps", 4]
+    (tmp_path / "rare.py").write_text(REWARD)
+    trained("train_grpo", *extra)
+    (tmp_path / "r").rename(tmp_path / "whole")
+    original = die_at(monkeypatch, 5)
+    with pytest.raises(Dead):
+        trained("train_grpo", *extra)
+    monkeypatch.setattr(model, "log_step", original)
+    state = json.loads((tmp_path / "r" / "checkpoints" / "step_4" / "state.json").read_text())
+    assert len(state["draws"]) == 6 and state["next_draw"] > 12 and sorted(state["draws"]) == state["draws"]
+    trained("train_grpo", *extra)
+    assert_bit_equal(results(tmp_path / "r"), results(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("damage", ["flip", *(pytest.param(damage, marks=pytest.mark.slow) for damage in (

@@ -1,8 +1,12 @@
 """The built-in rewards on hand-labelled strings, and the process that runs reward functions."""
 
+import json
+import re
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
 import rollout
 import train_grpo
@@ -21,7 +25,7 @@ ACCURACY = [  # completion, solution, reward
     ("<answer> 4 </answer>", 4, 1), ("<answer>4.0</answer>", "4", 1), ("<answer>1,000</answer>", "1000", 1),
     ("<answer>0.25</answer>", ".25", 1), ("<answer>-3</answer>", "3", 0), ("<answer>1e3</answer>", "1000", 1),
     ("<answer>4</answer> no <answer>5</answer>", "5", 1), ("<answer>4</answer> no <answer>5</answer>", "4", 0),
-    ("<answer>4", "4", 1), ("4", "4", 1), ("the answer is 4", "4", 0), ("", "4", 0), ("<answer></answer>", "4", 0),
+    ("<answer>4", "4", 1), ("4", "4", 1), ("", "4", 0), ("<answer></answer>", "4", 0),
     ("<answer>B</answer>", "B", 1), ("<answer>(b)</answer>", "B", 1), ("<answer>B. a dog</answer>", "(B)", 1),
     ("A picture of two dogs.", "A", 0), ("<answer>a red ball</answer>", "A", 0), ("I do not know", "I", 0),
     ("<answer>e - 3</answer>", "E", 0), ("<answer>b: yes</answer>", "B", 1), ("<answer>b)</answer>", "B", 1),
@@ -45,13 +49,174 @@ def test_accuracy(text, solution, expected):
     assert train_grpo.accuracy([text], solution=[solution]) == [expected]
 
 
+LABELS = [json.loads(line) for line in open(Path(__file__).parent / "data" / "rewards.jsonl")]
+TEXT_REWARDS = ("format", "tag_count", "accuracy", "numeric", "counting", "choice")
+
+
+def has_math_verify():
+    try:
+        import math_verify  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", TEXT_REWARDS)
+def test_hand_labelled_strings(name):
+    """P19: at least 200 strings a reward (newlines in tags, two boxes, nested and open braces, unicode digits, minus signs
+    and spaces, thousands, percent, fractions, choice letters in prose, tags twice, upper case, empty), labelled by hand:
+    what a sensible reader says, not what the code did. Where readers differ, the policy is:
+
+    format, tag_count  each of the four tags exactly once, also counting a tag that is only mentioned; empty reasoning or
+        answers are well formed; white space (no zero-width space) may stand around and between; tags are lower case
+    accuracy  the last <answer>, else the last box, in capitals too, and nothing but the answer in it; an unclosed box is
+        no answer; 1/2 = 0.5 = 50%, and 50% = 50; no rounding; a decimal comma is none; words, units and equations around
+        it are wrong without math-verify and right with it (`accuracy_math_verify`; null: it is wrong there)
+    numeric  the one number in the answer, whatever the words; two numbers, bounds, powers, roots, products are wrong
+    counting  the one count, in digits or English words to twenty; two different counts are wrong, "none" is none
+    choice  a letter alone, one followed by ")", "." or ":", "answer is B", or the only letter; "A" and "I" in a sentence
+        are article and pronoun; two letters are wrong
+    """
+    rows = [row for row in LABELS if name in row]
+    assert len(rows) >= 200 and len({(row["text"], row.get("solution")) for row in rows}) == len(rows)
+    for row in rows:
+        label = row[name]
+        if name == "accuracy" and has_math_verify():
+            label = row.get("accuracy_math_verify", label)
+        got = getattr(train_grpo, name)([row["text"]], solution=[row.get("solution")])
+        assert label is None or got == [label], (row, got)
+
+
+LONG = "so " * 33_334
+LONG_LABELS = [  # text of 100,000 characters and more, solution, {reward: label}
+    (f"<think>{LONG}</think><answer>4</answer>", "4", dict(format=1, tag_count=1, accuracy=1, numeric=1, counting=1)),
+    (f"<think>{LONG}</think><answer>(B)</answer>", "B", dict(format=1, tag_count=1, accuracy=1, choice=1)),
+    (f"<think>a</think><answer>{LONG}</answer>", "4", dict(format=1, tag_count=1, accuracy=0, numeric=0, counting=0)),
+    (f"<think>{LONG}", "B", dict(format=0, tag_count=0.25, accuracy=0, choice=0)),
+    (f"<answer>{LONG} 4</answer>", "4", dict(format=0, tag_count=0.5, accuracy=0, numeric=1, counting=1)),
+    ("4" * 100_000, "4", dict(format=0, tag_count=0, accuracy=0, numeric=0, counting=0))]
+
+
+@pytest.mark.parametrize("text, solution, labels", LONG_LABELS, ids=range(len(LONG_LABELS)))
+def test_long_strings(text, solution, labels):
+    """A reasoning of 100,000 characters is well formed (format once cut its text there, and found no end)."""
+    assert len(text) >= 100_000
+    for name, label in labels.items():
+        assert getattr(train_grpo, name)([text], solution=[solution]) == [label], name
+
+
 def test_rewards_take_long_and_nasty_text_quickly():
     """No pattern of ours is worse than linear."""
     began = time.perf_counter()
-    for text in ("<think>" * 20_000, "<think>" + "</think><answer>" * 5_000, "\\boxed{" * 20_000, "{" * 100_000):
-        train_grpo.format([text])
-        train_grpo.accuracy([text], solution=["4"])
+    for text in ("<think>" * 20_000, "<think>" + "</think><answer>" * 5_000, "\\boxed{" * 20_000, "{" * 100_000,
+                 "1," * 50_000, "111," * 25_000 + "1", "\\frac{" * 15_000, "minus " * 16_000, "answer is " * 10_000,
+                 "(A) " * 25_000, "-" * 100_000, " " * 100_000, "<answer>" + "\\text{1" * 15_000, "\ufdfa" * 100_000):
+        for name in TEXT_REWARDS:
+            getattr(train_grpo, name)([text], solution=["B" if name == "choice" else "4"])
     assert time.perf_counter() - began < 10
+
+
+def test_the_blogs_rewards_fail_our_labels():
+    """The regex of TRL's blog (and open-r1's first) lacks DOTALL: every reasoning of two lines scores 0. Ours has it; the
+    labels tell the two apart."""
+
+    def blog(text):
+        return float(re.match(r"^<think>.*?</think>\s*<answer>.*?</answer>$", text) is not None)
+
+    wrong = [row["text"] for row in LABELS if "format" in row and blog(row["text"]) != row["format"]]
+    assert "<think>a\nb</think>\n<answer>4</answer>" in wrong and sum("\n" in text for text in wrong) > 10
+
+
+def test_math_verify_gets_the_gold_first():
+    """The blog calls verify(answer, gold), and gives 1 where the gold cannot be parsed. math-verify takes gold first: an
+    interval for a gold inequality is right, the swapped call says wrong."""
+    math_verify = pytest.importorskip("math_verify")
+    gold, answer = r"x<3", r"(-\infty,3)"
+    assert train_grpo.accuracy([rf"so \boxed{{{answer}}}"], solution=[gold]) == [1.0]
+    parsed = [math_verify.parse(f"${s}$", parsing_timeout=None) for s in (answer, gold)]
+    assert not math_verify.verify(*parsed, timeout_seconds=None)
+    assert train_grpo.accuracy([r"\boxed{7}"], solution=["no mathematics at all"]) == [0.0]
+
+
+def test_rewards_abstain_without_a_solution_and_refuse_one_that_cannot_be_read():
+    """A row without solution is None, never 0; a solution that no answer could equal is an error of the data."""
+    for name, bad in (("numeric", "3 or 4"), ("counting", "-1"), ("choice", "a dog"), ("iou", "[3, 1, 2, 4]")):
+        reward = getattr(train_grpo, name)
+        assert reward(["<answer>x</answer>"], solution=[None]) == [None]
+        with pytest.raises(ValueError, match="solution"):
+            reward(["<answer>x</answer>"], solution=[bad])
+
+
+@pytest.mark.parametrize("answer, expected", [
+    ("[0, 0, 10, 10]", 1.0), ("0 0 10 10", 1.0), ('{"bbox_2d": [0, 0, 10.0, 10]}', None), ("[0, 0, 10, 5]", 0.5),
+    ("[5, 0, 15, 10]", 50 / 150), ("[5, 5, 15, 15]", 25 / 175), ("[10, 0, 20, 10]", 0.0), ("[20, 20, 30, 30]", 0.0),
+    ("[10, 10, 0, 0]", 0.0), ("[0, 0, 0, 10]", 0.0), ("[0, 0, 10]", 0.0), ("[0, 0, 10, 10, 1]", 0.0), ("no box", 0.0),
+    ("[-5, 0, 5, 10]", 50 / 150), ("(0, 0), (10, 10)", 1.0), ("[1, 1, 9, 9]", 0.64), ("", 0.0)])
+def test_iou_by_hand(answer, expected):
+    """VLM-R1's helper adds 1 to one side and takes it off another. Ours: edges, no + 1; touching boxes do not overlap; a box
+    turned inside out is none. A key with a digit is a fifth number only if it stands alone."""
+    expected = 1.0 if expected is None else expected
+    for gold in ("[0, 0, 10, 10]", [0, 0, 10, 10], "<answer>[0, 0, 10, 10]</answer>"):
+        assert train_grpo.iou([f"<answer>{answer}</answer>"], solution=[gold]) == [pytest.approx(expected)]
+
+
+@pytest.mark.parametrize("w, h", [(5, 8), (20, 30), (100, 40)])
+def test_iou_error_of_the_other_convention_and_of_rounding(w, h):
+    """What the docstring says of the + 1 convention and of whole pixels: at most about 1/w + 1/h."""
+    gold = [10.5, 20.5, 10.5 + w, 20.5 + h]
+    rounded = [x + d for x, d in zip(gold, (0.5, 0.5, -0.5, -0.5))]
+    assert 1 - train_grpo.iou([f"<answer>{rounded}</answer>"], solution=[gold])[0] <= 1 / w + 1 / h
+    shifted = [x + 1 for x in gold]
+    ours = train_grpo.iou([f"<answer>{shifted}</answer>"], solution=[gold])[0]
+    plus_one = w * h / (2 * (w + 1) * (h + 1) - w * h)
+    assert ours == pytest.approx((w - 1) * (h - 1) / (2 * w * h - (w - 1) * (h - 1)))
+    assert 0 < plus_one - ours < 1 / w + 1 / h
+
+
+def lengths(*counts):
+    return dict(completion_ids=[list(range(n)) for n in counts], max_completion_length=[100] * len(counts))
+
+
+def test_cosine_by_hand():
+    """arXiv 2502.03373 with TRL's defaults: right 1 to 0.5, wrong -1 to -0.5 as the answer grows; never beyond the end
+    (cos is periodic); no solution abstains. TRL's own example: 50 of 100 tokens give 0.75 and -0.75."""
+    texts, gold = [r"\boxed{4}"] * 4 + [r"\boxed{5}"] * 4 + ["4"], ["4"] * 8 + [None]
+    got = train_grpo.cosine(texts, gold, **lengths(0, 50, 100, 150, 0, 50, 100, 150, 5))
+    assert got[:8] == pytest.approx([1, 0.75, 0.5, 0.5, -1, -0.75, -0.5, -0.5]) and got[8] is None
+
+
+def test_repetition_penalty_by_hand():
+    """TRL's example [1 2 3 4], [5 5 5 5 5] with bigrams gives 0, -0.75; shorter than an n-gram is 0."""
+    ids = [[1, 2, 3, 4], [5] * 5, [1], [], [1, 2, 1, 2, 1]]
+    assert train_grpo.repetition_penalty([""] * 5, ids, ngram_size=2) == pytest.approx([0, -0.75, 0, 0, -0.5])
+    assert train_grpo.repetition_penalty([""] * 5, ids) == pytest.approx([0, -2 / 3, 0, 0, -1 / 3])
+
+
+def test_soft_overlong_by_hand():
+    """DAPO eq. 13: 0 up to 80 of 100 tokens, then linear to -1 at 100; TRL's example: 90 tokens give -0.5."""
+    ids = lengths(0, 80, 81, 90, 100, 120)
+    assert train_grpo.soft_overlong([""] * 6, **ids) == pytest.approx([0, 0, -0.05, -0.5, -1, -1])
+    assert train_grpo.soft_overlong([""] * 6, **ids, soft_punish_cache=40) == pytest.approx(
+        [0, -0.5, -0.525, -0.75, -1, -1])
+
+
+def test_ids_of_a_rollout():
+    """The ids that rewards get are those that were sampled: EOS included, padding not."""
+    result = rollout.Rollout(torch.tensor([[5, 6, 0], [7, 8, 9]]), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool(), None, None)
+    assert rollout.id_lists(result) == [[5, 6], [7, 8, 9]]
+
+
+def test_choose_groups():
+    """Dynamic sampling: the first groups whose rewards differ, in the order of draws whoever drew them; the others fill up;
+    the next rollout starts after the last draw used, so that what was drawn beyond it is drawn anew."""
+    parts = [{"draws": torch.tensor([10, 13]), "score 0": torch.tensor([0.0, 1, 1, 1])},
+             {"draws": torch.tensor([11, 12]), "score 0": torch.tensor([1.0, 0, 0, 1])},
+             {"draws": torch.tensor([14]), "score 0": torch.tensor([0.0, 1])}]
+    weights = torch.ones(1)
+    assert train_grpo.choose_groups(parts, weights, 2, 2) == ([10, 11], 2, 12)
+    assert train_grpo.choose_groups(parts, weights, 2, 4) == ([10, 11, 12, 14], 4, 15)
+    assert train_grpo.choose_groups(parts, weights, 2, 5) == ([10, 11, 12, 13, 14], 4, 15)
+    assert train_grpo.choose_groups(parts[:1], weights, 2, 1) == ([10], 1, 11)
 
 
 REWARD_FILE = '''
@@ -118,11 +283,14 @@ def score(reward_file):
 
 
 def test_columns_reach_the_function_and_none_abstains(reward_file):
-    """TRL's calling convention; None is nan here, and never a zero."""
-    runner = rollout.RewardRunner([f"{reward_file}:words", f"{train_grpo.__file__}:format"])
-    scores = runner.score(TEXTS, ROWS, step=1)
+    """TRL's calling convention; None is nan here, and never a zero. Length rewards get TRL's completion_ids and the run's
+    limit, which the text does not tell."""
+    built_in = [f"{train_grpo.__file__}:{name}" for name in ("format", "soft_overlong")]
+    runner = rollout.RewardRunner([f"{reward_file}:words", *built_in])
+    scores = runner.score(TEXTS, ROWS, step=1, **lengths(80, 90, 100))
     runner.close()
-    assert scores.shape == (2, 3) and scores[1].tolist() == [0, 0, 0]
+    assert scores.shape == (3, 3) and scores[1].tolist() == [0, 0, 0]
+    assert scores[2].tolist() == pytest.approx([0, -0.5, -1])
     assert scores[0, 0] == 2 and scores[0, 1].isnan() and scores[0, 2] == 1
 
 

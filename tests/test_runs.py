@@ -17,7 +17,12 @@ import train_dpo
 import train_grpo
 
 SCRIPTS = {"train_dpo": train_dpo, "train_grpo": train_grpo}
-REWARD = "def spread(completions, **_):\n    return [float(sum(map(ord, c)) % 11) for c in completions]\n"
+REWARD = """def spread(completions, **_):
+    return [float(sum(map(ord, c)) % 11) for c in completions]
+
+def rare(completions, **_):
+    return [float(sum(map(ord, c)) % 7 == 0) for c in completions]
+"""
 
 
 def write_task(folder):
@@ -141,6 +146,21 @@ def test_grpo_gradients_do_not_depend_on_micro_batches(launch, task, loss_type):
     for size in runs.keys() - {12}:
         assert_same(runs[size][1][0], grads[0], 2e-5)
         assert runs[size][0][0]["loss"] == pytest.approx(metrics[0]["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("algo", ["online_dpo", "trpa"])
+def test_group_losses_do_not_depend_on_micro_batches(launch, task, algo):
+    """Online DPO under gradient accumulation (TRL 1.16 multiplies its gradient by the accumulation steps): a micro-batch of
+    three groups, and three of one, with and without images; at the second step too, off the start."""
+    runs = {size: launch("train_grpo", *grpo(task, "--algo", algo), "--max_steps", 2,
+                         "--per_device_train_batch_size", size, "--gradient_accumulation_steps", 12 // size)
+            for size in (12, 4)}
+    (whole, grads), (parts, ours) = runs[12], runs[4]
+    assert_same(ours[0], grads[0], 2e-5)
+    for a, b in zip(parts, whole):
+        for key in ("loss", "grad_norm", "frac_groups_skipped", "rewards/accuracies", "rewards/margins", "kl"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6), key
+    assert whole[1]["grad_norm"] > 0 and whole[1]["kl"] > 0
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -371,6 +391,20 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     ("train_grpo", ["--algo", "vespo", "--importance_sampling_correction", "sequence_mask"], "vespo builds the ratio"),
     ("train_grpo", ["--top_entropy_quantile", "0"], "--top_entropy_quantile must be in (0, 1]"),
     ("train_grpo", ["--top_p", "0"], "--top_p in (0, 1]"),
+    ("train_grpo", ["--loss_type", "copg"], "--advantage_estimator none goes with --loss_type sigmoid"),
+    ("train_grpo", ["--advantage_estimator", "none"], "--advantage_estimator none goes with --loss_type sigmoid"),
+    ("train_grpo", ["--algo", "online_dpo", "--beta", "0"], "--loss_type sigmoid needs --beta above 0"),
+    ("train_grpo", ["--algo", "disco", "--beta", "0.1"], "--loss_type disco has no --beta"),
+    ("train_grpo", ["--algo", "trpa", "--top_entropy_quantile", "0.2"], "--top_entropy_quantile does not go with it"),
+    ("train_grpo", ["--algo", "dapo", "--loss_type", "copg", "--advantage_estimator", "none", "--beta", "0.1"],
+     "--mask_truncated_completions does not go with it"),
+    ("train_grpo", ["--algo", "copg", "--mask_truncated_completions"], "--mask_truncated_completions does not go with it"),
+    ("train_grpo", ["--algo", "online_dpo", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"],
+     "--per_device_train_batch_size 4 must be a multiple of --num_generations 8"),
+    ("train_grpo", ["--algo", "gdpo", "--missing_eos_penalty", "1"], "--missing_eos_penalty cannot go with gdpo"),
+    ("train_grpo", ["--algo", "gmpo", "--importance_sampling_level", "sequence"], "gmpo builds the ratio"),
+    ("train_grpo", ["--sync_ref_model"], "--sync_ref_model needs --beta above 0"),
+    ("train_grpo", ["--dynamic_sampling", "-1"], "--dynamic_sampling must be at least 0"),
     ("train_grpo", ["--kl_estimator", "k4"], "invalid choice: 'k4'")])
 def test_bad_arguments(name, arguments, message, capsys):
     """F45, F46: a typo or an impossible size is one line that says what would be right."""
@@ -394,7 +428,7 @@ def test_combinations_that_change_the_objective_warn(arguments, message, capsys,
     assert capsys.readouterr().err == ""
 
 
-QUICK = ("mpo", "exo", "simpo", "wpo", "rloo", "gdpo", "cispo")
+QUICK = ("mpo", "exo", "simpo", "wpo", "rloo", "gdpo", "cispo", "disco")
 
 
 @pytest.mark.parametrize("algo", [algo if algo in QUICK else pytest.param(algo, marks=pytest.mark.slow)
@@ -838,6 +872,90 @@ def test_grpo_steps_are_the_formula(monkeypatch, tmp_path, task, case):
     logged = [json.loads(line) for line in open("out/metrics.jsonl")]
     assert logged[4]["loss"] == pytest.approx(loss.item(), rel=1e-3, abs=1e-5)
     assert logged[4]["reward"] == pytest.approx((scores * weights).sum(-1).mean().item())
+
+
+def test_online_dpo_steps_are_the_formula(monkeypatch, tmp_path, task):
+    """The third step of --algo online_dpo, its gradient and loss written out: the best of each group against its worst by
+    the weighted reward, less 3 for an answer that met the limit; log-ratios to the starting policy; mean over the pairs."""
+    monkeypatch.chdir(tmp_path)
+    steps, rollouts, sample, load = capture(monkeypatch), [], rollout.sample, model.load_policy
+
+    def spy(policy, prompts, draws, **kwargs):
+        rollouts.append((prompts, sample(policy, prompts, draws, **kwargs)))
+        return rollouts[-1][1]
+
+    def load_and_end_early(*args, **kwargs):
+        policy, processor = load(*args, **kwargs)
+        policy.eos_ids = list(range(7, 300, 5))
+        return policy, processor
+
+    monkeypatch.setattr(model, "load_policy", load_and_end_early)
+    monkeypatch.setattr(rollout, "sample", spy)
+    monkeypatch.setattr(rollout, "RewardRunner", shared_runner(task))
+    train_grpo.main(flags(task, *grpo(task), "--algo", "online_dpo", "--beta", 0.3, "--missing_eos_penalty", 3, "--temperature",
+                          1.3, "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 2, "--max_steps", 3,
+                          "--output_dir", "out"))
+    policy, processor = load("out/tiny_vlm")
+    prompts, sampled = rollouts[2]
+    r = torch.tensor([float(sum(map(ord, t)) % 11) for t in rollout.decode(processor, sampled)])
+    assert 0 < sampled.truncated.sum() < 16
+    r = (r - 3 * sampled.truncated).view(4, 4)
+    pairs = [(4 * p + int(r[p].argmax()), 4 * p + int(r[p].argmin())) for p in range(4) if r[p].max() > r[p].min()]
+
+    def logps(n):
+        return plain_logps(policy, prompts[n // 4], sampled.completion_ids[n][sampled.completion_mask[n]], 1.3).sum()
+
+    with_weights(policy, steps[0][0])
+    with torch.no_grad():
+        ref = {n: logps(n) for pair in pairs for n in pair}
+    with_weights(policy, steps[2][0])
+    loss = -sum(torch.nn.functional.logsigmoid(0.3 * (logps(w) - ref[w] - logps(l) + ref[l])) for w, l in pairs) / len(pairs)
+    loss.backward()
+    assert_same(steps[2][1], [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters()], 1e-3)
+    logged = [json.loads(line) for line in open("out/metrics.jsonl")]
+    assert logged[3]["loss"] == pytest.approx(loss.item(), rel=1e-3) and abs(loss.item() - 0.6931) > 0.01
+
+
+@pytest.mark.slow
+def test_dynamic_sampling(launch, task, monkeypatch, tmp_path):
+    """DAPO: each group of the batch has rewards that differ; candidates go on after the last draw that the batch before
+    used, in rounds of a batch; after N rounds groups without spread fill up, and are counted."""
+    rounds, sample = [], rollout.sample
+    monkeypatch.setattr(rollout, "sample", lambda policy, prompts, draws, **kwargs: (
+        rounds.append(list(draws)), sample(policy, prompts, draws, **kwargs))[1])
+    rare = [*grpo(task), "--reward_funcs", f"{task / 'rewards.py'}:rare", "--per_device_train_batch_size", 8,
+            "--max_steps", 3]
+    metrics, _ = launch("train_grpo", *rare, "--dynamic_sampling", 9)
+    assert all(m["frac_reward_zero_std"] == 0 and m["reward_std"] > 0 for m in metrics) and len(rounds) > 4
+    plan, start = data.draw_plan(12, 60, 0), 0
+    for step, m in enumerate(metrics, 1):
+        lines = [json.loads(line) for line in open(tmp_path / "run0" / "completions" / f"step_{step}.jsonl")]
+        tried = round(2 / m["frac_groups_accepted"])
+        for _ in range(math.ceil(tried / 2)):  # rounds of two prompts, from the draw after the last one used
+            assert rounds.pop(0) == [start, start + 1]
+            start += 2
+        start -= tried % 2
+        assert lines[-1]["row"].endswith(f":{plan[start - 1] + 1}")
+        assert m["epoch"] == pytest.approx(start / 12) and all(any(l["advantage"] for l in lines[i:i + 4]) for i in (0, 4))
+    assert not rounds
+    metrics, _ = launch("train_grpo", *rare, "--dynamic_sampling", 1)
+    assert len(rounds) <= 6 and any(m["frac_reward_zero_std"] > 0 for m in metrics)
+    assert all(0 <= m["frac_groups_accepted"] <= 1 for m in metrics)
+
+
+def test_reference_follows_the_policy(monkeypatch, tmp_path, task):
+    """--sync_ref_model: after the second step and the fourth the reference is 0.25 policy + 0.75 itself."""
+    monkeypatch.chdir(tmp_path)
+    steps, loaded, load = capture(monkeypatch), [], model.load_policy
+    monkeypatch.setattr(model, "load_policy", lambda *a, **k: (loaded.append(load(*a, **k)), loaded[-1])[1])
+    monkeypatch.setattr(rollout, "RewardRunner", shared_runner(task))
+    train_grpo.main(flags(task, *grpo(task), "--beta", 0.1, "--sync_ref_model", "--ref_model_sync_steps", 2,
+                          "--ref_model_mixup_alpha", 0.25, "--per_device_train_batch_size", 8, "--max_steps", 5,
+                          "--output_dir", "out"))
+    ref = loaded[1][0]
+    start, second, fourth = steps[0][0], steps[2][0], steps[4][0]
+    for p, a, b, c in zip(ref.parameters(), start, second, fourth, strict=True):
+        torch.testing.assert_close(p, 0.75 * (0.75 * a + 0.25 * b) + 0.25 * c)
 
 
 # --- errors, as a user meets them
