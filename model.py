@@ -290,7 +290,25 @@ def attend_segments(query, key, value, segments, scaling) -> torch.Tensor:
     return torch.cat(rows).transpose(1, 2).contiguous()
 
 
+def window_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
+    """Attention of a vision tower over its windows and images, which stand one after the other: Qwen-VL's.
+
+    transformers calls its attention once for each of them, thousands of times for a batch of large images,
+    but hands all over at once to one that has "flash" in its name. Here windows of one length are one batch.
+    query, key, value (1, heads, S, D), cu_seq_lens_q (windows + 1,) -> (1, S, heads, D).
+    """
+    lengths = cu_seq_lens_q.diff().tolist()
+    pieces, out = [x[0].split(lengths, 1) for x in (query, key, value)], [None] * len(lengths)
+    for length in set(lengths):
+        alike = [i for i, n in enumerate(lengths) if n == length]
+        batch = [torch.stack([piece[i] for i in alike]) for piece in pieces]            # (n, heads, length, D)
+        for i, x in zip(alike, F.scaled_dot_product_attention(*batch, scale=scaling)):
+            out[i] = x
+    return torch.cat(out, 1).transpose(0, 1)[None], None
+
+
 AttentionInterface.register("flatpo", group_attention)
+AttentionInterface.register("flatpo_flash", window_attention)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -404,6 +422,9 @@ class Policy(nn.Module):
             raise InputError(f"{family}: neither generation_config nor the tokenizer names an EOS token")
 
         text_config._attn_implementation = "flatpo"
+        for module in hf.modules():
+            if "cu_seqlens" in inspect.signature(module.forward).parameters and hasattr(module, "scaling"):
+                module.config._attn_implementation = "flatpo_flash"  # one call for all windows
         uneven = family in BIDIRECTIONAL_IMAGES or getattr(text_config, "sliding_window", None)
         self.notes = [note for holds, note in (
             (family not in TESTED, "not among the families that the tests cover"),

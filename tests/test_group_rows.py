@@ -254,3 +254,24 @@ def test_attention_mask_rule():
             expected = k <= q and g[k] == g[q] and (s[k] == 0 or s[k] == s[q])
             assert mask[q, k] == expected
     assert mask.any(-1).all()
+
+
+def test_windows_in_one_call_are_transformers_own(loaded):
+    """The vision tower of pictures of several sizes (windows cut at their borders), value and gradient, against
+    transformers' one call a window; and that the one call is what runs."""
+    policy, processor = loaded("qwen2_5_vl")
+    prompts = [make_group(policy, processor, 2, [1], seed=seed)[0] for seed in (1, 2, 5)]
+    pixels = model.cat_pixels(prompts)
+    tower, found = policy.hf.get_encoder(modality="image"), []
+    assert tower.config._attn_implementation == "flatpo_flash"
+    for name in ("flatpo_flash", "sdpa"):
+        tower.config._attn_implementation = name
+        try:
+            out = policy.hf.get_image_features(pixels["pixel_values"], pixels["image_grid_thw"]).pooler_output
+            out = torch.cat(out)
+        finally:
+            tower.config._attn_implementation = "flatpo_flash"
+        loss = (out * torch.linspace(-1, 1, out.shape[1])).sum()
+        found.append((out.detach(), gradients(policy, loss)))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=2e-6, rtol=1e-5)
+    assert_same_gradients(found[0][1], found[1][1], atol=1e-4)
