@@ -436,9 +436,9 @@ def test_models_that_are_not_loaded(folders, tmp_path):
 def test_every_import_is_known():
     """Nothing can be unpickled, fetched or executed without an import for it: what the program imports is this."""
     known = {"PIL", "argparse", "bitsandbytes", "collections", "contextlib", "ctypes", "data", "difflib",
-             "functools", "hashlib", "importlib", "inspect", "json", "losses", "math", "math_verify",
+             "functools", "hashlib", "huggingface_hub", "importlib", "inspect", "json", "losses", "math", "math_verify",
              "model", "multiprocessing", "numpy", "operator", "os", "pathlib", "random", "re", "resource",
-             "rollout", "safetensors", "shutil", "signal", "socket", "subprocess", "sys", "time",
+             "rollout", "safetensors", "shlex", "shutil", "signal", "socket", "subprocess", "sys", "time",
              "tokenizers", "torch", "tqdm", "traceback", "transformers", "typing", "unicodedata",
              "warnings", "zlib"}
     for file in ROOT.glob("*.py"):
