@@ -44,7 +44,8 @@ class Judge:
         pass
 
     def score(self, completions, rows, step, **more):
-        sums = torch.tensor([sum(map(ord, c)) for c in completions], dtype=torch.float64)
+        sums = torch.tensor([sum(map(ord, c)) + int(r["solution"]) for c, r in zip(completions, rows, strict=True)],
+                            dtype=torch.float64)
         return torch.stack([(sums % 3 == 0).double() if i == 0 else sums % 7 for i in range(len(self.specs))])
 
     def close(self):
@@ -89,6 +90,8 @@ def test_several_answers_to_each_held_out_row(launch, task, tmp_path, judge, nam
     answers = lines_of(tmp_path / "run0" / "completions" / "eval_1.jsonl")
     assert [a["row"] for a in answers] == [f"{task / 'pairs.jsonl'}:{i + 1}" for i in range(12) for _ in range(4)]
     assert len({a["completion"] for a in answers[:4]}) > 1
+    assert [a["accuracy"] for a in answers] == [(sum(map(ord, a["completion"])) + i // 4 % 6) % 3 == 0
+                                                for i, a in enumerate(answers)], "each is judged by its own row"
     right = [[a["accuracy"] for a in answers[i:i + 4]] for i in range(0, 48, 4)]
     pairs = [any(pair) for row in right for pair in itertools.combinations(row, 2)]
     assert metrics[0]["eval/accuracy"] == pytest.approx(sum(map(sum, right)) / 48) and 0 < sum(pairs) < len(pairs)
@@ -198,7 +201,7 @@ def test_a_tracker_that_fails_later_is_a_warning(tracker, tmp_path, capsys):
     tracker["wandb"].broken = True
     for step in range(3):
         send({"step": step, "loss": 1.0})
-    assert capsys.readouterr().out.count("warning: --report_to wandb failed at step 0") == 1
+    assert capsys.readouterr().out.count("warning: --report_to wandb failed at step") == 1
 
 
 def without_a_package(folder):
@@ -312,10 +315,15 @@ def test_card_names_the_ranks_and_a_hub_base(tmp_path, monkeypatch):
     (tmp_path / "args.json").write_text(json.dumps(dict(world_size=16, command=["t.py"], data=None, weights=None, code="c")))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     args = Namespace(model_name_or_path="Qwen/Qwen2.5-VL-3B-Instruct", algo="mpo", dataset="d.jsonl", eval_dataset=None)
+    model.write_card(args, tmp_path, 0, {"eval/x": 1.0}, {"eval/x": 2.0})
+    assert "| `eval/x` | 1.0000 | 2.0000 |" in (tmp_path / "final" / "README.md").read_text()
     model.write_card(args, tmp_path, 0, {}, {})
     card = (tmp_path / "final" / "README.md").read_text()
     assert "torchrun --nproc_per_node=8 --nnodes=2 t.py" in card and "No held-out rows." in card
     assert huggingface_hub.ModelCard(card).data.base_model == "Qwen/Qwen2.5-VL-3B-Instruct"
+    args.model_name_or_path = str(tmp_path)
+    model.write_card(args, tmp_path, 0, {}, {})
+    assert "base_model" not in (tmp_path / "final" / "README.md").read_text()
 
 
 # --- pages
@@ -388,7 +396,7 @@ def test_report_page(task, tmp_path):
     points = svg.findall("circle")
     assert len(points) == 4 and points[1].get("fill") != points[0].get("fill")
     high, low, half = (float(points[i].get("cy")) for i in (0, 2, 3))
-    assert low > half > high and (low - half) / (low - high) == pytest.approx(1 / 3, abs=0.01)  # 0.25, 0.5 of 0.25 to 1
+    assert low > half > high > 5 and (low - half) / (low - high) == pytest.approx(1 / 3, abs=0.01)  # 0.25, 0.5 of 0.25 to 1
     assert float(points[2].get("cx")) == x0 < x1 and (y0, y1) == (low, half)
 
 
