@@ -24,11 +24,13 @@ completion, M trained tokens, H hidden, V vocabulary, R position rows (3 for M-R
 
 import functools
 import hashlib
+import importlib
 import inspect
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -301,7 +303,7 @@ def window_attention(module, query, key, value, attention_mask, scaling=None, cu
     pieces, out = [x[0].split(lengths, 1) for x in (query, key, value)], [None] * len(lengths)
     for length in set(lengths):
         alike = [i for i, n in enumerate(lengths) if n == length]
-        batch = [torch.stack([piece[i] for i in alike]) for piece in pieces]            # (n, heads, length, D)
+        batch = [torch.stack([piece[i] for i in alike]) for piece in pieces]          # (n, heads, length, D)
         for i, x in zip(alike, F.scaled_dot_product_attention(*batch, scale=scaling)):
             out[i] = x
     return torch.cat(out, 1).transpose(0, 1)[None], None
@@ -1090,7 +1092,8 @@ FREE_ON_RESUME = {
     "output_dir", "resume", "allow_changed", "max_hours", "save_steps", "save_total_limit", "ref_cache",
     "device", "shard_size", "per_device_train_batch_size", "gradient_accumulation_steps",
     "steps_per_generation", "max_tokens_per_batch", "rollout_tokens", "per_device_eval_batch_size",
-    "gradient_checkpointing", "reward_timeout"}
+    "gradient_checkpointing", "reward_timeout", "report_to", "push_to_hub"}
+TRACKERS = ("none", "tensorboard", "wandb", "trackio")  # --report_to
 
 
 def digest_of(paths) -> str | None:
@@ -1102,14 +1105,20 @@ def digest_of(paths) -> str | None:
     return digest.hexdigest() if paths else None
 
 
+def code_of(args) -> dict[str, Path]:
+    """{name under output_dir/code: file}: the program, and the files of the reward functions."""
+    rewards = [spec.rpartition(":")[0] for spec in getattr(args, "reward_funcs", [])]
+    return ({file.name: file for file in sorted(Path(__file__).parent.glob("*.py"))}
+            | {f"rewards/{i}-{Path(p).name}": Path(p) for i, p in enumerate(dict.fromkeys(rewards))
+               if os.path.isfile(p)})
+
+
 def describe_run(args, world_size: int) -> dict:
     """args.json: resolved flags, package versions, and what must not change under a run that is resumed."""
     named = [name for name in [*(args.dataset or []), args.eval_dataset] if name is not None]
     given = [Path(name if os.path.exists(name) else name.rsplit(":", 1)[0]) for name in named]  # less :split
     given = [file for path in given for file in [path, *sorted(path.rglob("*"))]
              if file.is_file() and file.suffix in (".parquet", ".jsonl", ".json")]
-    rewards = [spec.rpartition(":")[0] for spec in getattr(args, "reward_funcs", [])]
-    code = [*sorted(Path(__file__).parent.glob("*.py")), *(path for path in rewards if os.path.isfile(path))]
     kinds = {args.loss_type} if isinstance(args.loss_type, str) else set(args.loss_type)
     cut = kinds & {"aot", "aot_unpaired", "bnpo", "disco"} or getattr(args, "top_entropy_quantile", 1.0) < 1
     folders = [path for path in (args.model_name_or_path, getattr(args, "guide_model", None)) if path]
@@ -1121,7 +1130,7 @@ def describe_run(args, world_size: int) -> dict:
         "updates per rollout": getattr(args, "steps_per_generation", 0) // args.gradient_accumulation_steps,
         "micro-batch, on which this loss depends": (args.per_device_train_batch_size,
                                                     args.max_tokens_per_batch) if cut else None,
-        "data": digest_of(given), "weights": digest_of(weights), "code": digest_of(code),
+        "data": digest_of(given), "weights": digest_of(weights), "code": digest_of(code_of(args).values()),
         "versions": {name: version(name) for name in packages}}
 
 
@@ -1170,7 +1179,18 @@ def _open_run(args, world_size: int) -> tuple[str, bool]:
         before = start.parent.parent / "args.json"
         if before.is_file():
             check_unchanged(json.loads(before.read_text()), now, args.allow_changed)
+    if args.push_to_hub is not None:  # before the work, not after it, shows whether it can be written
+        try:
+            import huggingface_hub
+            huggingface_hub.create_repo(args.push_to_hub, private=True, exist_ok=True)
+        except Exception as error:  # offline, no token, no such name, not yours
+            raise InputError(f"--push_to_hub {args.push_to_hub}: {error} (offline? not logged in? "
+                             "`hf auth login`; the name is OWNER/NAME)") from error
     (folder / "completions").mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / "code", ignore_errors=True)
+    for name, file in code_of(args).items():
+        (folder / "code" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / "code" / name)
     write_atomically(folder / "args.json", json.dumps(now, indent=2) + "\n")
     print(f"{args.algo}: " + " ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
     return str(folder), resumed
@@ -1220,6 +1240,7 @@ def is_done(args, output_dir: Path, rank: int) -> bool:
     if done:
         if rank == 0:
             print(f"the run in {output_dir} is done; its model is {output_dir / 'final'}")
+        push_to_hub(args, output_dir, rank)
         if dist.is_initialized():
             dist.destroy_process_group()
     return done
@@ -1235,6 +1256,41 @@ def end_run(output_dir: Path, rank: int, status: str, step: int | None, rewards)
         rewards.close()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def write_card(args, output_dir: Path, rank: int, before: dict, after: dict):
+    """final/README.md: the command, means over held-out rows before and after, data, versions, settings."""
+    if rank != 0:
+        return
+    run, source = json.loads((output_dir / "args.json").read_text()), args.model_name_or_path
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    launch = "python" if run["world_size"] == 1 else f"torchrun --nproc_per_node={local}"
+    launch += f" --nnodes={run['world_size'] // local}" if run["world_size"] > local else ""
+    head = [f"tags: [flatpo, {args.algo}]", "library_name: transformers", "pipeline_tag: image-text-to-text"]
+    head += [f"base_model: {source}"] if source and not os.path.isdir(source) else []
+    results = [f"| `{key}` | {before[key]:.4f} | {after[key]:.4f} |" for key in sorted({*before} & {*after})]
+    (output_dir / "final" / "README.md").write_text("\n".join([
+        "---", *head, "---", f"# {output_dir.name}", "",
+        f"{source or 'The built-in tiny Qwen2.5-VL'}, trained with flatpo's `--algo {args.algo}`:", "",
+        "```bash", f"{launch} {shlex.join(run['command'])}", "```", "",
+        *(["| held-out | before | after |", "|---|---|---|", *results] if results else ["No held-out rows."]),
+        "", f"Data: {args.dataset or 'the built-in task'}, held out: {args.eval_dataset or 'no file'}. "
+        f"sha256 of these files: {run['data']}, of the start weights: {run['weights']}, of the code: "
+        f"{run['code']}.", "", "All settings and versions:", "", "```json",
+        json.dumps(run, indent=2), "```", ""]))
+
+
+def push_to_hub(args, output_dir: Path, rank: int):
+    """Upload final/ to --push_to_hub's repository. Called last: no other rank waits for it."""
+    if rank == 0 and args.push_to_hub is not None:
+        import huggingface_hub
+        try:
+            huggingface_hub.upload_folder(repo_id=args.push_to_hub, folder_path=output_dir / "final",
+                                          commit_message=f"flatpo --algo {args.algo}")
+        except Exception as error:
+            raise InputError(f"--push_to_hub {args.push_to_hub}: {output_dir / 'final'} is complete, but not "
+                             f"uploaded: {error}; the same command tries again") from error
+        print(f"uploaded {output_dir / 'final'} to {args.push_to_hub}")
 
 
 def preflight(policy: Policy, groups, temperature: float, rank: int):
@@ -1278,6 +1334,54 @@ def log_step(metrics: dict, output_dir: Path, rank: int, keys: tuple[str, ...]):
             tqdm.write(f"step {metrics['step']} | " + " | ".join(shown))
 
 
+class Report:
+    """`report(metrics)`: rank 0 sends a step's metrics to --report_to's tracker too. After a resume every
+    step is there once: TensorBoard is told to forget those that come again, the others are not sent them
+    (report_to.json has the last). A collective; errors of the tracker end the run here, and warn later."""
+
+    def __init__(self, args, output_dir: Path, rank: int):
+        self.name, self.folder, self.tracker, self.run, error = args.report_to, output_dir, None, {}, None
+        try:
+            if rank == 0 and self.name == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+                self.tracker = SummaryWriter
+            elif rank == 0 and self.name != "none":
+                self.tracker, file = importlib.import_module(self.name), output_dir / "report_to.json"
+                self.run = {"id": os.urandom(4).hex(), "step": -1}
+                self.run |= json.loads(file.read_text()) if file.exists() else {}
+                own = {"id": self.run["id"], "dir": str(output_dir)} if self.name == "wandb" else {}
+                project = os.environ.get(f"{self.name.upper()}_PROJECT", "flatpo")
+                name = f"{output_dir.name}-{self.run['id']}"
+                self.tracker.init(project=project, name=name, config=vars(args), resume="allow", **own)
+        except ImportError as reason:
+            error = f"--report_to {self.name} ({reason}): pip install {self.name}"
+        except Exception as reason:  # not logged in, above all
+            error = f"--report_to {self.name}: {type(reason).__name__}: {reason}"
+        error = all_gather_object(error)[0]
+        if error is not None:
+            raise InputError(error)
+
+    def __call__(self, metrics: dict):
+        step = metrics["step"]
+        if self.tracker is None or step <= self.run.get("step", -1):
+            return
+        finite = {key: value for key, value in metrics.items() if key != "step" and math.isfinite(value)}
+        try:
+            if self.name == "tensorboard":
+                if isinstance(self.tracker, type):  # the class: this is the first step
+                    self.tracker = self.tracker(self.folder / "tensorboard", purge_step=step)
+                for key, value in finite.items():
+                    self.tracker.add_scalar(key, value, step)
+                self.tracker.flush()
+            else:
+                self.tracker.log(finite, step=step)
+                self.run["step"] = step
+                write_atomically(self.folder / "report_to.json", json.dumps(self.run) + "\n")
+        except Exception as reason:
+            tqdm.write(f"warning: --report_to {self.name} failed at step {step}, it gets no more: {reason}")
+            self.tracker = None
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints. torch.distributed.checkpoint reads a pickled index: trust checkpoints/ as code; final/ is data.
 
@@ -1307,8 +1411,8 @@ def trained(policy: Policy) -> dict:
 def save_checkpoint(output_dir: Path, policy: Policy, optimizer, state: dict, rows: dict, keep: int,
                     rank: int, ref: Policy | None = None) -> bool:
     """checkpoints/step_N: what is trained, its optimizer and a moving reference (sharded), `state` (JSON,
-    with "step", alike on all ranks), this rank's `rows` {name: tensor}. True if every rank wrote its part; else
-    nothing changed.
+    with "step", alike on all ranks), this rank's `rows` {name: tensor}. True if every rank wrote its part;
+    else nothing changed.
 
     It is built as step_N.tmp, fsynced, given a manifest of sizes and checksums, and renamed. Of the others
     the newest `keep - 1` stay; one that goes loses its manifest first.

@@ -8,6 +8,7 @@ longest completion, R position rows (3 for M-RoPE models, else 1).
 
 import ctypes
 import importlib.util
+import json
 import math
 import multiprocessing
 import os
@@ -567,8 +568,9 @@ def checked_rewards(result, count: int, what: str, at) -> torch.Tensor:
 
 def evaluate(policy: Policy, processor, rows: list[dict], draws: list[int], encode, rewards: RewardRunner, *,
              temperature: float, max_completion_length: int, batch_size: int, seed: int, step: int,
-             stop=None):
-    """One answer to every held-out row -> (texts, rewards (functions, rows)); temperature 0 is greedy.
+             num_generations: int = 1, stop=None):
+    """n answers to every held-out row, a row's after one another -> (texts, rewards (functions, rows * n));
+    temperature 0 is greedy.
 
     draws: the rows' numbers among all ranks' rows, which key the randomness. encode(row) -> Prompt; rows are
     encoded batch by batch, so that never all pixels are in memory at once.
@@ -576,13 +578,48 @@ def evaluate(policy: Policy, processor, rows: list[dict], draws: list[int], enco
     texts, ids = [], []
     for i in range(0, len(rows), batch_size):
         prompts = [encode(row) for row in rows[i:i + batch_size]]
-        result = sample(policy, prompts, draws[i:i + batch_size], num_generations=1,
+        result = sample(policy, prompts, draws[i:i + batch_size], num_generations=num_generations,
                         temperature=temperature, max_completion_length=max_completion_length, seed=seed,
                         stop=stop)
         texts += decode(processor, result)
         ids += id_lists(result)
+    rows = [row for row in rows for _ in range(num_generations)]
     return texts, rewards.score(texts, rows, step, completion_ids=ids,
                                 max_completion_length=[max_completion_length] * len(rows))
+
+
+def pass_at_k(accuracy: torch.Tensor, n: int) -> dict[str, tuple[float, int]]:
+    """{"eval/pass@k": (sum over rows, rows)} for k = 2, 4, ... and n. accuracy (rows * n,): n answers a row.
+
+    The unbiased estimate from n >= k answers, c of them right (Chen et al. 2021, arXiv 2107.03374, eq. 1):
+        pass@k = 1 - C(n - c, k) / C(n, k)
+    Rows with an answer that accuracy abstained on (nan) are left out.
+
+    >>> pass_at_k(torch.tensor([1., 0., 0., 0., 0., 0., 0., 0.]), n=4)
+    {'eval/pass@2': (0.5, 2), 'eval/pass@4': (1.0, 2)}
+    """
+    groups = accuracy.view(-1, n)
+    right = [int(c) for c in (groups[~groups.isnan().any(-1)] >= 1).sum(-1)]
+    return {f"eval/pass@{k}": (sum(1 - math.comb(n - c, k) / math.comb(n, k) for c in right), len(right))
+            for k in sorted({n, *(2 ** i for i in range(1, n.bit_length()) if 2 ** i <= n)} - {1})}
+
+
+def save_completions(file: Path, rows: list[dict], texts: list[str], columns: dict, show: str | None = None):
+    """A JSON line for each of the texts, of which every row has equally many: its row, itself, its number in
+    each column (N,), null for nan. show: after these words print the highest and the lowest of the last."""
+    lines = []
+    for n, text in enumerate(texts):
+        numbers = {name: None if x[n].isnan() else x[n].item() for name, x in columns.items()}
+        lines.append(dict(row=rows[n * len(rows) // len(texts)]["_source"], completion=text, **numbers))
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if show is not None:
+        *_, last = columns.values()
+        low, high = last.nan_to_num(-math.inf), last.flip(0).nan_to_num(math.inf)
+        for n in (int(low.argmax()), len(last) - 1 - int(high.argmin())):
+            line = {name: f"{x:.4g}" if isinstance(x, float) else x for name, x in lines[n].items()}
+            row, text = line.pop("row"), line.pop("completion")
+            text = repr(text[:400]) + (f" ... ({len(text)} characters)" if len(text) > 400 else "")
+            tqdm.write(f"{show} | {row} | " + ", ".join(f"{k} {v}" for k, v in line.items()) + f" | {text}")
 
 
 def decode(processor, rollout: Rollout) -> list[str]:

@@ -34,7 +34,6 @@ import argparse
 import difflib
 import hashlib
 import itertools
-import json
 import math
 import socket
 import sys
@@ -108,6 +107,8 @@ def build_parser():
     add("--image_root", help="folder that image paths are relative to, and may not leave")
     add("--eval_dataset", help="held-out rows, same columns and --image_root")
     add("--output_dir", help="default: a new runs/<algo>-N")
+    add("--report_to", choices=model.TRACKERS, default="none", help="send metrics there too; pip install it")
+    add("--push_to_hub", metavar="OWNER/NAME", help="upload final/ there at the end; made private if new")
     add("--ref_cache", default="runs/ref_cache", help="folder of cached reference log-probs")
     # losses
     add("--loss_type", nargs="+", help=f"any of {', '.join(losses.PREFERENCE_LOSSES)}; spaces or commas")
@@ -170,6 +171,8 @@ def build_parser():
     add("--eval_steps", type=int, default=100, help="evaluate every so many steps, and before and after")
     add("--per_device_eval_batch_size", type=int, default=16, help="prompts answered, pairs scored at once")
     add("--eval_temperature", type=float, default=0.0, help="of held-out answers; 0 is greedy")
+    add("--num_generations_eval", type=int, default=1, help="answers to each held-out row; above 1 adds "
+        "eval/pass@k, and needs --eval_temperature")
     add("--stop_at_accuracy", type=float, help="stop once eval/accuracy reaches it")
     add("--reward_timeout", type=float, default=60.0, help="seconds for scoring the held-out answers")
     add("--seed", type=int, default=0, help="of the data order, the sampling, the tiny model")
@@ -202,9 +205,12 @@ def parse_args(argv):
     if args.cold_start_steps is None:
         args.cold_start_steps = 200 if built_in and args.algo != "sft" else 0
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps",
-                 "save_total_limit", "per_device_eval_batch_size", "max_completion_length"):
+                 "save_total_limit", "per_device_eval_batch_size", "max_completion_length",
+                 "num_generations_eval"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.num_generations_eval > 1 and args.eval_temperature <= 0:
+        parser.error("--num_generations_eval needs --eval_temperature above 0: greedy answers are alike")
     for name in ("max_tokens_per_batch", "rollout_tokens"):
         if (getattr(args, name, None) or 1) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -414,6 +420,7 @@ def main(argv=None):
     output_dir, resumed = model.open_run(args, rank, world_size)
     if resumed and model.is_done(args, output_dir, rank):
         return
+    report = model.Report(args, output_dir, rank)
 
     # --- data
     pairs = any(name in losses.PAIR_LOSSES for name in args.loss_type)
@@ -530,17 +537,17 @@ def main(argv=None):
                     policy, processor, eval_rows, range(rank, rank + len(eval_rows) * world_size, world_size),
                     lambda row: data.encode_prompt(policy, processor, row), rewards,
                     temperature=args.eval_temperature, max_completion_length=args.max_completion_length,
-                    batch_size=args.per_device_eval_batch_size, seed=args.seed, step=step, stop=stop)
+                    batch_size=args.per_device_eval_batch_size, seed=args.seed, step=step,
+                    num_generations=args.num_generations_eval, stop=stop)
         if stop.agreed():
             return None
         if rewards is not None:
             known = ~scores[0].isnan()
             add({"accuracy": (scores[0][known].sum(), known.sum())}, "eval/")
+            add(rollout.pass_at_k(scores[0], args.num_generations_eval), "")
             if rank == 0:
-                with open(output_dir / "completions" / f"step_{step}.jsonl", "w") as file:
-                    for row, text, score in zip(eval_rows, texts, scores[0].tolist()):
-                        line = dict(row=row["_source"], completion=text, accuracy=score)
-                        file.write(json.dumps(line) + "\n")
+                rollout.save_completions(output_dir / "completions" / f"eval_{step}.jsonl", eval_rows, texts,
+                                         {"accuracy": scores[0]})
         means = {k: s / max(n, 1) for k, (s, n) in model.all_reduce_sums(sums, device).items()}
         means["eval/loss"] = sum(weight * means[f"eval/loss/{name}"] for name, weight in weighted)
         if rank == 0:
@@ -575,6 +582,7 @@ def main(argv=None):
         model.log_step(metrics, output_dir, rank, (
             "loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "nll", "grad_norm",
             "learning_rate", "step_time", "eval/accuracy"))
+        report(metrics)
         stopping = stop.agreed()
         if stopping or step % args.save_steps == 0 and step > 0:
             saver.save(state | {"pending": None}, {}, last=stopping)
@@ -654,6 +662,7 @@ def main(argv=None):
     if stopped:
         return model.end_run(output_dir, rank, "stopped", state["step"], rewards)
     model.export(policy, processor, source, output_dir / "final", rank)
+    model.write_card(args, output_dir, rank, state["start"], state["end"])
     if rank == 0:
         if enough():
             print(f"stopped at step {state['step']}: eval/accuracy {state['end']['eval/accuracy']:.4f}")
@@ -662,6 +671,7 @@ def main(argv=None):
                 print(f"{key}: {state['start'][key]:.4f} before, {state['end'][key]:.4f} after")
         print(f"saved {output_dir / 'final'}")
     model.end_run(output_dir, rank, "done", state["step"], rewards)
+    model.push_to_hub(args, output_dir, rank)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 
 import argparse
 import difflib
-import json
 import math
 import operator
 import re
@@ -327,6 +326,8 @@ def build_parser():
     add("--image_root", help="folder that image paths are relative to, and may not leave")
     add("--eval_dataset", help="held-out rows, same columns and --image_root")
     add("--output_dir", help="default: a new runs/<algo>-N")
+    add("--report_to", choices=model.TRACKERS, default="none", help="send metrics there too; pip install it")
+    add("--push_to_hub", metavar="OWNER/NAME", help="upload final/ there at the end; made private if new")
     # rewards
     add("--reward_funcs", nargs="+", default=["accuracy", "format"],
         help=f"{', '.join(REWARDS)}, or path/to/file.py:function; spaces or commas")
@@ -423,6 +424,8 @@ def build_parser():
     add("--eval_steps", type=int, default=100, help="evaluate every so many steps, and before and after")
     add("--per_device_eval_batch_size", type=int, default=16, help="prompts answered at once")
     add("--eval_temperature", type=float, default=0.0, help="of held-out answers; 0 is greedy")
+    add("--num_generations_eval", type=int, default=1, help="answers to each held-out row; above 1 adds "
+        "eval/pass@k, and needs --eval_temperature")
     add("--seed", type=int, default=0, help="of the data order, the sampling, the tiny model")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where there is one")
     return p
@@ -453,9 +456,12 @@ def parse_args(argv):
     if args.cold_start_steps is None:
         args.cold_start_steps = 200 if built_in and args.algo != "sft" else 0
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps",
-                 "save_total_limit", "per_device_eval_batch_size", "max_completion_length"):
+                 "save_total_limit", "per_device_eval_batch_size", "max_completion_length",
+                 "num_generations_eval"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.num_generations_eval > 1 and args.eval_temperature <= 0:
+        parser.error("--num_generations_eval needs --eval_temperature above 0: greedy answers are alike")
     for name in ("max_tokens_per_batch", "rollout_tokens"):
         if (getattr(args, name, None) or 1) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -590,6 +596,7 @@ def main(argv=None):
     output_dir, resumed = model.open_run(args, rank, world_size)
     if resumed and model.is_done(args, output_dir, rank):
         return
+    report = model.Report(args, output_dir, rank)
     specs = [name if ":" in name else f"{Path(__file__).resolve()}:{name}" for name in args.reward_funcs]
     names = [name.rpartition(":")[2] for name in args.reward_funcs]
     rewards = rollout.RewardRunner(specs, args.reward_timeout)  # starts while the model loads
@@ -675,7 +682,8 @@ def main(argv=None):
                 policy, processor, eval_rows, range(rank, rank + len(eval_rows) * world_size, world_size),
                 encode, rewards, temperature=args.eval_temperature,
                 max_completion_length=args.max_completion_length, batch_size=args.per_device_eval_batch_size,
-                seed=args.seed, step=step, stop=stop)
+                seed=args.seed, step=step,
+                num_generations=args.num_generations_eval, stop=stop)
         if stop.agreed():
             return None
         total = losses.weighted_rewards(scores, weights)
@@ -683,8 +691,12 @@ def main(argv=None):
         for name, row in zip(names, scores):
             key = "eval/accuracy" if name == "accuracy" else f"eval/rewards/{name}/mean"
             sums[key] = (row.nansum(), (~row.isnan()).sum())
+            if name == "accuracy":
+                sums |= rollout.pass_at_k(row, args.num_generations_eval)
         means = {k: s / n for k, (s, n) in model.all_reduce_sums(sums, device).items() if n}
         if rank == 0:
+            rollout.save_completions(output_dir / "completions" / f"eval_{step}.jsonl", eval_rows, texts,
+                                     dict(zip(names, scores)))
             tqdm.write(f"held-out, step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
         return means
 
@@ -720,6 +732,7 @@ def main(argv=None):
             "reward", *(f"rewards/{name}/mean" for name in names), "reward_std", "frac_reward_zero_std",
             "loss", "grad_norm", "entropy", "kl", "clip_ratio/region_mean", "completions/mean_length",
             "completions/clipped_ratio", "step_time", "eval/accuracy"))
+        report(metrics)
         stopping = stop.agreed()
         if stopping or step % args.save_steps == 0 and step > 0:
             saver.save(state | {"pending": None}, unfinished, last=stopping)
@@ -838,8 +851,13 @@ def main(argv=None):
                 tokens = sum(int(m["completion_mask"].sum()) for m in micro_batches)
                 rollout_sums["kl"] = (float(penalty.sum()) / args.beta, float(tokens))
             rows |= rows_to_keep(micro_batches, rollout_sums, sampled.completion_mask.shape[1])
-            save_completions(output_dir, rank, state["step"] + 1, prompts, texts, names, scores,
-                             rows["advantages"], G)
+            if rank == 0:  # the first rollout after held-out rows is also shown
+                show = state["step"] % args.eval_steps < steps_per_rollout
+                rollout.save_completions(
+                    output_dir / "completions" / f"step_{state['step'] + 1}.jsonl",
+                    [p.row for p in prompts], texts,
+                    dict(zip(names, scores)) | {"advantage": rows["advantages"]},
+                    f"step {state['step'] + 1}, best and worst" if show else None)
 
         mine = updates_of_rollout[update % updates]
 
@@ -908,11 +926,13 @@ def main(argv=None):
     if stopped:
         return model.end_run(output_dir, rank, "stopped", state["step"], rewards)
     model.export(policy, processor, source, output_dir / "final", rank)
+    model.write_card(args, output_dir, rank, state["start"], state["end"])
     if rank == 0:
         for key in sorted(state["end"].keys() & state["start"].keys()):
             print(f"{key}: {state['start'][key]:.4f} before, {state['end'][key]:.4f} after")
         print(f"saved {output_dir / 'final'}")
     model.end_run(output_dir, rank, "done", state["step"], rewards)
+    model.push_to_hub(args, output_dir, rank)
 
 
 def slices(start: int, stop: int, size: int):
@@ -1039,17 +1059,6 @@ def signs_of_collapse(recent) -> dict[str, str]:
             "bf16 (a little), positions, masks or attention kernels that one of them has wrong (a lot); "
             "--importance_sampling_correction weighs such tokens")
     return signs if len(recent) >= 20 else {}
-
-
-def save_completions(output_dir, rank, step, prompts, texts, names, scores, advantages, G):
-    """completions/step_N.jsonl: rank 0's completions of the rollout that step N is the first to use."""
-    if rank == 0:
-        with open(output_dir / "completions" / f"step_{step}.jsonl", "w") as file:
-            for n, text in enumerate(texts):
-                values = {name: None if r[n].isnan() else r[n].item() for name, r in zip(names, scores)}
-                line = dict(row=prompts[n // G].row["_source"], completion=text,
-                            advantage=None if advantages[n].isnan() else advantages[n].item(), **values)
-                file.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

@@ -439,7 +439,7 @@ def test_every_import_is_known():
              "functools", "hashlib", "huggingface_hub", "importlib", "inspect", "io", "itertools",
              "json", "losses", "math", "math_verify",
              "model", "multiprocessing", "numpy", "operator", "os", "pathlib", "pyarrow", "random", "re", "resource",
-             "rollout", "safetensors", "shutil", "signal", "socket", "subprocess", "sys", "time",
+             "rollout", "safetensors", "shlex", "shutil", "signal", "socket", "subprocess", "sys", "time",
              "tokenizers", "torch", "tqdm", "traceback", "transformers", "typing", "unicodedata",
              "warnings", "zlib"}
     for file in ROOT.glob("*.py"):

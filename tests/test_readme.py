@@ -1,22 +1,26 @@
 """The README's commands are run, and what it says of their results is checked."""
 
+import dataclasses
 import inspect
 import re
 import shlex
 import sys
+import types
 
 import pytest
 import train_dpo
 import train_grpo
 from conftest import ROOT, run, script
+from PIL import Image
 
 import data
 import losses
 import model
 import rollout
 
-README = (ROOT / "README.md").read_text()
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line.strip()]
+README, GUIDE = (ROOT / "README.md").read_text(), (ROOT / "GUIDE.md").read_text()
+COMMANDS, GUIDE_COMMANDS = ([line for block in re.findall(r"```bash\n(.*?)```", page, re.S) for line in block.splitlines()
+                             if line.strip()] for page in (README, GUIDE))
 INSTALL = "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt"
 PARSERS = {"train_dpo.py": train_dpo.parse_args, "train_grpo.py": train_grpo.parse_args}
 
@@ -29,10 +33,10 @@ def command(start, *contains):
 
 
 def test_every_command_is_known():
-    """A new command of the README must get a test: each is one of these."""
+    """A new command of the README or the guide must get a test: each is one of these."""
     known = [INSTALL, ". .venv/bin/activate && pip install -q scikit-learn && python benchmarks/digits.py digits",
-             "python train_dpo.py", "python train_grpo.py", "torchrun --nproc_per_node=", "srun --ntasks-per-node=1 bash -c"]
-    for c in COMMANDS:
+             "python train_dpo.py", "python train_grpo.py", "python benchmarks/", "torchrun --nproc_per_node=", "srun --ntasks-per-node=1 bash -c"]
+    for c in COMMANDS + GUIDE_COMMANDS:
         assert any(c.startswith(k) for k in known), c
 
 
@@ -82,11 +86,76 @@ def test_methods_page_is_complete():
                 assert f"`{algo}`" in row or f"--algo {algo}" in page, (algo, kind)
 
 
-@pytest.mark.parametrize("line", [c for c in COMMANDS if "train_" in c and not c.startswith(INSTALL)])
+@pytest.mark.parametrize("line", [c for c in COMMANDS + GUIDE_COMMANDS if not c.startswith((INSTALL, ". .venv"))])
 def test_flags_of_every_command_exist(line):
-    """A renamed flag must not live on in the README."""
+    """A renamed flag must not live on in the README or the guide."""
+    if "benchmarks/" in line:
+        _, file, *parts = shlex.split(line)
+        for part in parts:
+            assert not part.startswith("--") or f'add("{part}"' in (ROOT / file).read_text(), part
+        return
     name, *flags = shlex.split(re.search(r"train_\w+\.py[^']*", line)[0])
     PARSERS[name](flags)
+
+
+def flags_of(text):
+    return set(re.findall(r"--\w+", text))
+
+
+def test_guide_names_flags_that_exist():
+    """Troubleshooting by a flag that is gone is worse than none."""
+    parsers = [action for module in (train_dpo, train_grpo) for action in module.build_parser()._actions]
+    known = {flag for action in parsers for flag in action.option_strings}
+    assert flags_of(GUIDE) - known <= {"--rows", "--output", "--nproc_per_node"}, flags_of(GUIDE) - known
+
+
+def test_trl_table():
+    """Every flatpo flag of the table exists; where TRL is installed, every TRL name does, and no other name of TRL's that
+    both have is missing from the table."""
+    rows = [line.split("|")[1:4] for line in GUIDE.split("| TRL setting | flatpo flag |")[1].split("\n\n")[0].splitlines()[2:]]
+    theirs = {name for left, _, _ in rows for name in re.findall(r"`(\w+)`", left)}
+    parsers = [action for module in (train_dpo, train_grpo) for action in module.build_parser()._actions]
+    ours = {flag for action in parsers for flag in action.option_strings}
+    assert len(rows) > 35 and all(left.strip() for left, _, _ in rows)
+    for _, flags, note in rows:
+        assert flags_of(flags + note) <= ours, flags
+    pytest.importorskip("trl")
+    from trl import DPOConfig, GRPOConfig, ModelConfig, RLOOConfig, ScriptArguments, SFTConfig
+    from trl.scripts.grpo import GRPOScriptArguments
+
+    known = {field.name for config in (DPOConfig, GRPOConfig, RLOOConfig, SFTConfig, ModelConfig, ScriptArguments,
+                                       GRPOScriptArguments) for field in dataclasses.fields(config)}
+    assert theirs <= known, theirs - known
+    assert {flag.removeprefix("--") for flag in ours} & known <= theirs
+
+
+def test_guide_snippets(tmp_path, monkeypatch):
+    """The code that a reader copies: the writer of published data, with rows in the form of both data sets, and the reward."""
+    writer, reward = re.findall(r"```python\n(.*?)```", GUIDE, re.S)
+    picture = Image.new("RGBA", (40, 30), "red")
+    text = [{"type": "image", "text": None}, {"type": "text", "text": "what?"}]
+    sets = {"HuggingFaceH4/rlaif-v_formatted": dict(
+                images=[picture, picture], prompt=[{"role": "user", "content": text[:1] + text}],
+                chosen=[{"role": "assistant", "content": [{"type": "text", "text": "red"}]}],
+                rejected=[{"role": "assistant", "content": [{"type": "text", "text": "blue"}]}]),
+            "lmms-lab/multimodal-open-r1-8k-verified": dict(
+                image=picture, problem="how many?", solution="<think>one</think> <answer>3</answer>", original_answer="3")}
+    stub = types.ModuleType("datasets")
+    stub.load_dataset = lambda name, split: [dict(sets[name]) for _ in range(3)]
+    monkeypatch.setitem(sys.modules, "datasets", stub)
+    monkeypatch.chdir(tmp_path)
+    exec(writer, {})
+    for folder, need, images in (("rlaif-v", ("prompt", "chosen", "rejected"), 2), ("open-r1", ("prompt", "solution"), 1)):
+        rows = data.read_rows(f"{folder}/train.jsonl", folder, need)
+        assert len(rows) == 3 and all(data.load_image(image, rows[0]).size == (40, 30) for image in rows[0]["images"])
+        blocks = [block["type"] for message in data.to_messages(rows[0]) for block in message["content"]]
+        assert blocks.count("image") == images
+    assert train_grpo.accuracy(["<answer>3.0</answer>"], [rows[0]["solution"]]) == [1.0]
+    names = {}
+    exec(reward, names)
+    assert names["brief"](["it is 42", "42 " + "so " * 20, "?"], solution=["42", "42", None], other=1) == [1.0, 0.0, None]
+    (tmp_path / "x.jsonl").write_text(re.search(r"```json\n(.*?)```", GUIDE, re.S)[1])
+    assert all(data.to_messages(row) for row in data.read_rows("x.jsonl", ".", ("prompt",)))
 
 
 @pytest.mark.slow

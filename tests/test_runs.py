@@ -339,7 +339,7 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     metrics, _ = launch("train_dpo", "--algo", "sft", "--max_steps", 30, "--learning_rate", 3e-3, "--eval_steps", 30,
                         "--eval_dataset", task / "pairs.jsonl", "--per_device_train_batch_size", 12,
                         "--max_completion_length", 24)
-    answers = [json.loads(line) for line in open(tmp_path / "run0" / "completions" / "step_30.jsonl")]
+    answers = [json.loads(line) for line in open(tmp_path / "run0" / "completions" / "eval_30.jsonl")]
     rows = [json.loads(line) for line in open(task / "pairs.jsonl")]
     right = [a["completion"].endswith(f"<answer>{r['solution']}</answer>") for a, r in zip(answers, rows)]
     assert [a["accuracy"] for a in answers] == [float(x) for x in right]
