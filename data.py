@@ -22,7 +22,6 @@ on with it, and it alone is scored (Step-DPO: the right steps there, the next on
 losses.COLUMNS are numbers that some losses take; every other column reaches the reward functions untouched.
 """
 
-import itertools
 import json
 import math
 import os

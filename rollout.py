@@ -389,6 +389,7 @@ def _bound_child():
 def _reward_child(connection, specs: list[str]):
     """The child's loop: receive (function index, columns), send ("ok", rewards), or ("error", traceback) and
     then ("row", index), the first row on which the function raises by itself (None: on none)."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches every process; the run decides when to end
     os.setpgid(0, 0)  # so that what a function starts can be killed with it
     try:
