@@ -506,7 +506,7 @@ def draw_shares(sizes: list[int], shares: list[float], num_draws: int, seed: int
     every draw is of the one that is furthest behind its share, in which rows come as in its own draw_plan.
 
     >>> [int(i >= 10) for i in draw_shares([10, 2], [3, 1], 8, 0)]
-    [0, 1, 0, 0, 0, 1, 0, 0]
+    [0, 0, 1, 0, 0, 0, 1, 0]
     """
     share, count, order = np.array(shares) / sum(shares), np.zeros(len(sizes)), []
     for n in range(num_draws):
