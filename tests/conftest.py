@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -276,6 +277,15 @@ def loaded(folders):
         return cache[family]
 
     return get
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A script run in this process takes SIGTERM and SIGINT for itself; the next test's forked child must not inherit it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def make_row(images: int, seed: int = 0, text: str = "how many shapes are there?", size=None) -> dict:
