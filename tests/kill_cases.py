@@ -20,7 +20,7 @@ import rollout  # noqa: E402
 import train_dpo  # noqa: E402
 import train_grpo  # noqa: E402
 
-PLACES = {"sample": (rollout, "keep_likely"), "step": (model, "clip_grad_norm_"), "save": (model, "crc32"),
+PLACES = {"sample": (rollout, "sample_tokens"), "step": (model, "clip_grad_norm_"), "save": (model, "crc32"),
           "log": (model, "log_step"), "export": (model.shutil, "copyfile")}
 
 
