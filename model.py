@@ -836,12 +836,20 @@ def export(policy: Policy, processor, source: str, folder: str | Path, rank: int
     for part in (config, *(v for v in config.values() if isinstance(v, dict) and "dtype" in v)):
         part["dtype"] = str(policy.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    suffixes = (".json", ".jinja", ".txt", ".model")
     if not os.path.isdir(source):  # a hub id: its snapshot holds only the files that were asked for
+        from huggingface_hub import snapshot_download
+
         processor.save_pretrained(folder)
-        source = os.path.dirname(cached_file(source, "config.json"))
+        commit = Path(cached_file(source, "config.json")).parent.name
+        try:
+            source = snapshot_download(source, revision=commit, allow_patterns=["*" + s for s in suffixes])
+        except Exception as error:  # out of reach by now: what is in its cache must do
+            print(f"warning: {source}: {error}: final/ has only its files that were needed here", flush=True)
+            source = os.path.dirname(cached_file(source, "config.json"))
     written = {"config.json", "generation_config.json", "model.safetensors.index.json"}
     for file in Path(source).iterdir():
-        if file.suffix in (".json", ".jinja", ".txt", ".model") and file.name not in written:
+        if file.suffix in suffixes and file.name not in written:
             shutil.copyfile(file, folder / file.name)
     if adapter:
         (folder / "adapter").mkdir()

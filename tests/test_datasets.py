@@ -1,12 +1,17 @@
 """Published datasets, in tiny files of their exact schemas: what a row becomes, folders and splits, mixtures, memory."""
 
+import base64
+import hashlib
 import io
 import json
-import sys
+import re
+import time
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
-from conftest import make_row
+from conftest import script
 from PIL import Image
 from test_runs import SCRIPTS, launch, shared_runner, task  # noqa: F401 (fixtures)
 
@@ -196,15 +201,73 @@ def test_folders_and_splits(root):
         data.read_rows("owner/name", None, ())
 
 
-def test_hub_folder(root, monkeypatch):
-    """A hub id is fetched once, row files only, into the hub's cache, and read as that folder."""
-    import huggingface_hub
+class Hub(BaseHTTPRequestHandler):
+    """As much of a hub as its client asks for. repos: {"owner/name" or "datasets/owner/name": folder}; pushed: {path: bytes}."""
 
-    write_jsonl(root / "snapshot" / "train.jsonl", [dict(prompt="a")])
-    asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **k: asked.append((name, k)) or str(root / "snapshot"))
-    assert data.read_rows("owner/name:train", None, ("prompt",))[0]["prompt"] == "a"
-    assert asked == [("owner/name", dict(repo_type="dataset", allow_patterns=["*.parquet", "*.jsonl", "*.json"]))]
+    protocol_version, commit, repos, pushed, asked = "HTTP/1.1", "c" * 40, {}, {}, []
+
+    def answer(self, body, status=200, **headers):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), "X-Repo-Commit": self.commit, **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else body)
+
+    def do_GET(self):
+        self.asked.append(self.path.split("?")[0])
+        kind, name, what, where = re.fullmatch(r"/(?:api/)?(models/|datasets/)?(me/\w+)(?:/(revision|tree|resolve)/\w+)?/?(.*)"
+                                               r"|.*", self.asked[-1]).groups()
+        folder = self.repos.get((kind or "").removeprefix("models/") + (name or ""))
+        files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()] if folder else []
+        if what == "tree" and folder:
+            return self.answer([dict(type="file", path=file, size=1, oid="a" * 40) for file in files if file.startswith(where)])
+        if what == "resolve" and where in files:
+            content = (folder / where).read_bytes()
+            return self.answer(content, ETag=f'"{hashlib.sha256(content).hexdigest()}"')
+        if what != "resolve" and folder:
+            return self.answer(dict(id=name, sha=self.commit, siblings=[dict(rfilename=file) for file in files]))
+        self.answer(b"", 404, X_Error_Code="EntryNotFound" if folder else "RepoNotFound")
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        sent = self.rfile.read(int(self.headers["Content-Length"]))
+        if "/preupload/" in self.path:
+            files = [dict(path=file["path"], uploadMode="regular", shouldIgnore=False) for file in json.loads(sent)["files"]]
+            return self.answer(dict(files=files))
+        for line in map(json.loads, sent.splitlines() if "/commit/" in self.path else []):
+            if line["key"] == "file":
+                self.pushed[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        url = f"http://{self.headers['Host']}/me/new"
+        self.answer(dict(url=url, errors=[], warnings=[], commitUrl=f"{url}/commit/1", commitOid=self.commit))
+
+    def log_message(self, *args):
+        pass
+
+
+def test_hub_ids(root, folders):
+    """The hub's own client, against a server on this machine: --dataset takes a hub id, of which row files alone are
+    fetched; so does --model_name_or_path, and final/ has all of its files; --push_to_hub uploads final/ as it is."""
+    write_jsonl(root / "pairs" / "data" / "train.jsonl", [dict(prompt=f"how many {i}?", chosen="3") for i in range(4)])
+    (root / "pairs" / "script.py").write_text("raise SystemExit('run')")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Hub.repos |= {"me/tiny": folders["qwen2_5_vl"], "datasets/me/pairs": root / "pairs"}
+    Thread(target=server.serve_forever, daemon=True).start()
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(root / "home"), "HF_TOKEN": "hf_x",
+           "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    try:
+        output = script("train_dpo.py", "--algo", "sft", "--model_name_or_path", "me/tiny", "--dataset", "me/pairs:train",
+                        "--max_steps", "1", "--per_device_train_batch_size", "2", "--push_to_hub", "me/new", "--output_dir", "r",
+                        cwd=root, env=env)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "data: 4 rows, 2 of them in this run" in output and "uploaded r/final to me/new" in output
+    assert any(path.endswith("/train.jsonl") for path in Hub.asked) and not any(path.endswith(".py") for path in Hub.asked)
+    final = {file.relative_to(root / "r" / "final").as_posix(): file.read_bytes() for file in (root / "r" / "final").rglob("*")}
+    assert {file.name for file in folders["qwen2_5_vl"].iterdir()} | {"README.md"} == final.keys() and Hub.pushed == final
+    assert (root / "r" / "final" / "tokenizer.json").read_bytes() == (folders["qwen2_5_vl"] / "tokenizer.json").read_bytes()
 
 
 def test_parquet_faults(root, monkeypatch):
@@ -226,16 +289,17 @@ def test_parquet_faults(root, monkeypatch):
         data.read_rows(str(path), None, ())
 
 
-def test_parquet_and_threads(root, monkeypatch):
+def test_parquet_and_threads(root):
     """The loader's threads share one row group in memory: a row must not be cut out of another thread's."""
-    path = write_parquet(root / "a.parquet", [dict(prompt=f"{i}") for i in range(40)], group=3)
-    rows, places = data.read_rows(str(path), None, ("prompt",)), data.draw_plan(40, 200, 0)
-    interval = sys.getswitchinterval()
-    try:
-        sys.setswitchinterval(1e-6)
-        assert [row["prompt"] for row in data.in_order(rows.__getitem__, places, 4)] == [str(i) for i in places]
-    finally:
-        sys.setswitchinterval(interval)
+    class Slow(str):
+        def __format__(self, spec):  # lets the others in between the group's reading and the row's
+            time.sleep(0.001)
+            return str(self)
+
+    path = write_parquet(root / "a.parquet", [dict(prompt=f"{i}") for i in range(20)], group=3)
+    rows, places = data.read_rows(str(path), None, ("prompt",)), data.draw_plan(20, 40, 0)
+    rows.parts[0][0].path = Slow(path)
+    assert [row["prompt"] for row in data.in_order(rows.__getitem__, places, 4)] == [str(i) for i in places]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

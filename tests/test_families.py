@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import FAMILIES, TEXT_ONLY, make_group, make_row
 from test_group_rows import transformers_logps
-from test_runs import RUNNERS, SCRIPTS, shared_runner, write_task
+from test_runs import SCRIPTS, shared_runner, write_task
 
 import data
 import model

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from conftest import FAMILIES, TEXT_ONLY, VISION, make_group
+from conftest import FAMILIES, VISION, make_group
 
 import model
 

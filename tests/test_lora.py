@@ -1,17 +1,21 @@
 """LoRA: the layer's arithmetic, the start, what is trained, the merged model, PEFT's format."""
 
+import contextlib
 import json
+import os
 import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, make_group, script
+from conftest import FAMILIES, make_group, make_row, run, script
 from safetensors.torch import load_file
 from test_group_rows import transformers_logps
 from test_runs import grpo, launch, task  # noqa: F401
 
+import data
 import model
+import rollout
 import train_dpo
 import train_grpo
 
@@ -364,3 +368,49 @@ def test_scripts_with_lora(tmp_path, task, name):  # noqa: F811
                     "--max_steps", 1, "--per_device_train_batch_size", 8, "--output_dir", "run", cwd=tmp_path)
     assert "LoRA: 27,648 parameters in adapters of 26 linear layers" in output and "saved run/final" in output
     assert (tmp_path / "run" / "final" / "adapter" / "adapter_config.json").is_file()
+
+
+VLLM = """
+import json, sys
+from PIL import Image
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+text, answers = open("prompt").read(), {}
+for name, path, lora in (("base", sys.argv[1], None), ("adapter", sys.argv[1], LoRARequest("it", 1, "final/adapter")),
+                         ("final", "final", None)):
+    engine = LLM(path, dtype="float32", enforce_eager=True, max_model_len=512, max_num_seqs=4, gpu_memory_utilization=0.3,
+                 limit_mm_per_prompt={"image": 1}, enable_lora=lora is not None, max_lora_rank=8)
+    asked = [{"prompt": text, "multi_modal_data": {"image": Image.open(f"{i}.png")}} for i in range(4)]
+    outputs = engine.generate(asked, SamplingParams(temperature=0, max_tokens=12, logprobs=0), use_tqdm=False, lora_request=lora)
+    tokens = [o.outputs[0] for o in outputs]
+    answers[name] = ([list(t.token_ids) for t in tokens],
+                     [[lp[i].logprob for i, lp in zip(t.token_ids, t.logprobs)] for t in tokens])
+    del engine
+json.dump(answers, open("answers.json", "w"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("FLATPO_VLLM_PYTHON" not in os.environ, reason="FLATPO_VLLM_PYTHON names no Python with vLLM")
+def test_vllm_loads_adapter_and_merged_model(folders, tmp_path):
+    """vLLM over the start with final/adapter, and over final/, gives our greedy ids and log-probs: layer names, scale and
+    merge as it reads them, not as its rules were read."""
+    start, rows = folders["qwen2_5_vl"], [make_row(1, i, size=(48, 48)) for i in range(4)]
+    policy, processor = adapted(start, "--freeze_vision_tower")
+    model.export(policy, processor, str(start), tmp_path / "final")
+    for i, row in enumerate(rows):
+        row["images"][0].save(tmp_path / f"{i}.png")
+    text = processor.apply_chat_template(data.to_messages(rows[0]), tokenize=False, add_generation_prompt=True)
+    (tmp_path / "prompt").write_text(text)
+    run(os.environ["FLATPO_VLLM_PYTHON"], "-c", VLLM, start, cwd=tmp_path, timeout=1800, env=dict(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind"))
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    for name, (ids, logps) in answers.items():
+        with model.adapter_off(policy) if name == "base" else contextlib.nullcontext():
+            policy.never_sampled = policy.never_sampled[:0]  # vLLM normalises over them too
+            prompts = [data.encode_prompt(policy, processor, row) for row in rows]
+            ours = rollout.sample(policy, prompts, [0] * 4, num_generations=1, max_completion_length=12, temperature=0, seed=0)
+        assert [row[mask].tolist() for row, mask in zip(ours.completion_ids, ours.completion_mask)] == ids, name
+        for row, mask, theirs in zip(ours.sampling_logps, ours.completion_mask, logps):
+            torch.testing.assert_close(row[mask], torch.tensor(theirs), atol=2e-5, rtol=0)
+    assert answers["base"][0] != answers["adapter"][0]

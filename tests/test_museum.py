@@ -6,6 +6,8 @@ of. A patch that rewrites a line asserts that the line is there once, so that it
 moved on, move the patch.
 """
 
+# ruff: noqa: F401 (checks and their fixtures are taken by name)
+
 import inspect
 import textwrap
 from typing import NamedTuple
@@ -21,9 +23,9 @@ import test_rewards
 import test_runs
 import test_sampler
 import torch
-from test_data import root  # noqa: F401  fixtures of the checks
-from test_faults import pytestmark, runner  # noqa: F401
-from test_runs import launch, task  # noqa: F401
+from test_data import root
+from test_faults import pytestmark, runner
+from test_runs import launch, task
 
 import data
 import losses
