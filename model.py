@@ -22,6 +22,8 @@ Sizes in comments: B rows, S row length, P prompt length, G completions of a gro
 completion, M trained tokens, H hidden, V vocabulary, R position rows (3 for M-RoPE models, else 1).
 """
 
+import argparse
+import difflib
 import functools
 import hashlib
 import importlib
@@ -56,7 +58,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from tqdm import tqdm
 from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
-                          AutoProcessor, AutoTokenizer)
+                          AutoProcessor, AutoTokenizer, get_scheduler)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -1082,6 +1084,120 @@ def clip_grad_norm_(parameters, max_norm: float) -> float:
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     return float(full(nn.utils.clip_grad_norm_(parameters, max_norm)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Flags and optimizer of both scripts
+
+
+def add_run_flags(parser):
+    """The flags that train_dpo.py and train_grpo.py have in common."""
+    add, on_off = parser.add_argument, argparse.BooleanOptionalAction
+    # what
+    add("--model_name_or_path", help="folder or hub id of a vision-language model; none: a tiny one is built")
+    add("--dataset_weights", nargs="+", type=float, help="each one's share of the draws; default: its rows")
+    add("--image_root", help="folder that image paths are relative to, and may not leave")
+    add("--eval_dataset", help="held-out rows, same columns and --image_root")
+    add("--output_dir", help="default: a new runs/<algo>-N")
+    add("--report_to", choices=TRACKERS, default="none", help="send metrics there too; pip install it")
+    add("--push_to_hub", metavar="OWNER/NAME", help="upload final/ there at the end; made private if new")
+    # steps
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of an optimizer step")
+    add("--max_tokens_per_batch", type=int, help="cut a step into micro-batches of whole groups by tokens, "
+        "not by per_device_train_batch_size")
+    add("--num_train_epochs", type=float, default=1.0, help="passes over the data; max_steps wins")
+    add("--max_steps", type=int, default=-1, help="optimizer steps; -1: from the epochs")
+    add("--learning_rate", type=float, default=1e-6, help="peak, after the warm-up")
+    add("--lr_scheduler_type", choices=["cosine", "linear", "constant"], default="linear", help="the decay")
+    add("--warmup_steps", type=float, default=0.0, help="steps, or below 1 a share of all steps")
+    add("--weight_decay", type=float, default=0.0, help="of AdamW, on every parameter")
+    add("--adam_beta1", type=float, default=0.9, help="of AdamW")
+    add("--adam_beta2", type=float, default=0.999, help="of AdamW")
+    add("--max_grad_norm", type=float, default=1.0, help="global norm that gradients are clipped to")
+    # rows and model
+    add("--overlong", choices=["error", "skip"], default="error", help="rows beyond; never cut, skip counts")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute; weights are fp32")
+    add("--gradient_checkpointing", action=on_off, default=False, help="recompute layers in the backward")
+    add("--freeze_vision_tower", action=on_off, default=False, help="train the language model only")
+    add("--share_prompt", action=on_off, default=True,
+        help="a group is one row; --no-share_prompt gives each completion its own")
+    add("--cold_start_steps", type=int, help="most SFT steps before the run, on the built-in model and task "
+        "only; default 200 there (0 in --algo sft), it stops at 0.4 sampled accuracy")
+    add("--shard_size", type=int, help="ranks that hold one copy of the weights between them; default: all")
+    add("--lora_r", type=int, help="rank of LoRA adapters, which alone are trained; none: train all weights")
+    add("--lora_alpha", type=int, help="adapters are scaled by lora_alpha / lora_r; default 32")
+    add("--lora_target_modules", nargs="+", help="names of linear layers (q_proj v_proj), or all-linear, "
+        "the default: all but the output head")
+    add("--use_rslora", action=on_off, default=False, help="scale by lora_alpha / sqrt(lora_r)")
+    add("--use_dora", action=on_off, default=False, help="DoRA: train the norm of each row as well")
+    add("--preflight", action=on_off, help="try the largest micro-batch before step 1; default: on cuda")
+    # checkpoints
+    add("--save_steps", type=int, default=100, help="write a checkpoint every so many steps")
+    add("--save_total_limit", type=int, default=2, help="checkpoints that are kept")
+    add("--resume", default="auto", help="auto: go on with the run in --output_dir; never; or a checkpoint")
+    add("--allow_changed", nargs="+", default=[], help="settings that may differ from the resumed run's")
+    add("--max_hours", type=float, help="write a checkpoint and end after so long, as on SIGTERM")
+    # evaluation and the rest
+    add("--eval_steps", type=int, default=100, help="evaluate every so many steps, and before and after")
+    add("--per_device_eval_batch_size", type=int, default=16, help="held-out rows answered or scored at once")
+    add("--eval_temperature", type=float, default=0.0, help="of held-out answers; 0 is greedy")
+    add("--num_generations_eval", type=int, default=1, help="answers to each held-out row; above 1 adds "
+        "eval/pass@k, and needs --eval_temperature")
+    add("--reward_timeout", type=float, default=60.0, help="seconds for one call of one reward function; a "
+        "completion that it hangs on, also alone, gets no reward")
+    add("--seed", type=int, default=0, help="of the data order, the sampling, the tiny model")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where there is one")
+
+
+def parse_args(argv, parser, presets: dict, tiny: dict, tiny_by_algo: dict, check_args):
+    """Flags over --algo's preset and, for the built-in model, its defaults; checked here and by the script's
+    own check_args(args, parser). A typo is an error naming the nearest flag."""
+    first, _ = parser.parse_known_args(argv)
+    preset = dict(presets[first.algo])
+    if first.loss_type is not None:
+        preset.pop("loss_weights", None)  # they belong to the preset's own losses
+    parser.set_defaults(**preset)
+    if first.model_name_or_path is None:
+        parser.set_defaults(**tiny | tiny_by_algo.get(first.algo, {}))
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [f for action in parser._actions for f in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+    args.loss_type = [name for item in args.loss_type for name in item.split(",") if name]
+    built_in = args.model_name_or_path is None and args.dataset is None
+    if args.cold_start_steps and not built_in:
+        parser.error("--cold_start_steps is for the built-in model and task; train your own with --algo sft")
+    if args.cold_start_steps is None:
+        args.cold_start_steps = 200 if built_in and args.algo != "sft" else 0
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps",
+                 "save_total_limit", "per_device_eval_batch_size", "max_completion_length",
+                 "num_generations_eval"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.num_generations_eval > 1 and args.eval_temperature <= 0:
+        parser.error("--num_generations_eval needs --eval_temperature above 0: greedy answers are alike")
+    for name in ("max_tokens_per_batch", "rollout_tokens"):
+        if (getattr(args, name, None) or 1) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.max_steps < 1 and args.max_steps != -1:
+        parser.error(f"--max_steps must be at least 1, or -1 for --num_train_epochs, got {args.max_steps}")
+    weights = args.dataset_weights
+    if weights is not None and (len(weights) != len(args.dataset or []) or min(weights) <= 0):
+        parser.error(f"--dataset_weights must be one number above 0 for each --dataset, got {weights}")
+    check_lora(args, parser)
+    check_args(args, parser)
+    return args
+
+
+def make_optimizer(args, policy, max_steps: int):
+    """AdamW on everything trainable, fp32 state; warm-up, then cosine, linear or constant."""
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
+                                  weight_decay=args.weight_decay, fused=policy.device.type == "cuda")
+    warmup = args.warmup_steps if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * max_steps)
+    name = "constant_with_warmup" if args.lr_scheduler_type == "constant" else args.lr_scheduler_type
+    return optimizer, get_scheduler(name, optimizer, int(warmup), max_steps), parameters
 
 
 # ------------------------------------------------------------------------------------------------------------

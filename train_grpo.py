@@ -35,7 +35,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads ruin a shared machine
 
 import argparse
-import difflib
 import math
 import operator
 import re
@@ -49,7 +48,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import get_scheduler
 
 import data
 import losses
@@ -320,20 +318,11 @@ def build_parser():
     on_off = argparse.BooleanOptionalAction
     # what
     add("--algo", choices=list(PRESETS), default="grpo", help="a preset of the loss flags; a flag given wins")
-    add("--model_name_or_path", help="folder or hub id of a vision-language model; none: a tiny one is built")
     add("--dataset", nargs="+", help="files, folders, hub ids of prompts (see data.py); none: shapes")
-    add("--dataset_weights", nargs="+", type=float, help="each one's share of the draws; default: its rows")
-    add("--image_root", help="folder that image paths are relative to, and may not leave")
-    add("--eval_dataset", help="held-out rows, same columns and --image_root")
-    add("--output_dir", help="default: a new runs/<algo>-N")
-    add("--report_to", choices=model.TRACKERS, default="none", help="send metrics there too; pip install it")
-    add("--push_to_hub", metavar="OWNER/NAME", help="upload final/ there at the end; made private if new")
     # rewards
     add("--reward_funcs", nargs="+", default=["accuracy", "format"],
         help=f"{', '.join(REWARDS)}, or path/to/file.py:function; spaces or commas")
     add("--reward_weights", nargs="+", type=float, help="one per reward; default 1, 0.1 for format")
-    add("--reward_timeout", type=float, default=60.0, help="seconds for one call of one reward function; a "
-        "completion that it hangs on, also alone, gets no reward")
     add("--missing_eos_penalty", type=float, default=0.0, help="off the reward of answers cut at the limit")
     add("--advantage_estimator", choices=["grpo", "rloo", "gdpo", "ngrpo", "dgpo", "none"], default="grpo",
         help="baseline: the group's mean (grpo), its other completions (rloo), per reward function (gdpo), "
@@ -377,115 +366,20 @@ def build_parser():
     add("--min_p", type=float, default=0.0, help="sample tokens of at least this share of the likeliest's")
     # steps
     add("--per_device_train_batch_size", type=int, default=8, help="completions of a micro-batch")
-    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of an optimizer step")
     add("--steps_per_generation", type=int, help="micro-batches of a rollout, a multiple of "
         "gradient_accumulation_steps; default: one update per rollout, in "
         f"{', '.join(UPDATES_PER_ROLLOUT)} four")
     add("--num_iterations", type=int, default=1, help="passes over a rollout")
-    add("--max_tokens_per_batch", type=int, help="cut an update into micro-batches of whole groups by "
-        "tokens, not by per_device_train_batch_size")
     add("--rollout_tokens", type=int, default=262_144, help="keys and values in memory while sampling, in "
         "tokens; prompts beyond wait")
-    add("--num_train_epochs", type=float, default=1.0, help="passes over the data; max_steps wins")
-    add("--max_steps", type=int, default=-1, help="optimizer steps; -1: from the epochs")
-    add("--learning_rate", type=float, default=1e-6, help="peak, after the warm-up")
-    add("--lr_scheduler_type", choices=["cosine", "linear", "constant"], default="linear", help="the decay")
-    add("--warmup_steps", type=float, default=0.0, help="steps, or below 1 a share of all steps")
-    add("--weight_decay", type=float, default=0.0, help="of AdamW, on every parameter")
-    add("--adam_beta1", type=float, default=0.9, help="of AdamW")
-    add("--adam_beta2", type=float, default=0.999, help="of AdamW")
-    add("--max_grad_norm", type=float, default=1.0, help="global norm that gradients are clipped to")
     # limits
     add("--max_prompt_length", type=int, help="tokens; default: what the context leaves the completion")
-    add("--overlong", choices=["error", "skip"], default="error", help="rows beyond; never cut, skip counts")
-    # model
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute; weights are fp32")
-    add("--gradient_checkpointing", action=on_off, default=False, help="recompute layers in the backward")
-    add("--freeze_vision_tower", action=on_off, default=False, help="train the language model only")
-    add("--shard_size", type=int, help="ranks that hold one copy of the weights between them; default: all")
-    add("--lora_r", type=int, help="rank of LoRA adapters, which alone are trained; none: train all weights")
-    add("--lora_alpha", type=int, help="adapters are scaled by lora_alpha / lora_r; default 32")
-    add("--lora_target_modules", nargs="+", help="names of linear layers (q_proj v_proj), or all-linear, "
-        "the default: all but the output head")
-    add("--use_rslora", action=on_off, default=False, help="scale by lora_alpha / sqrt(lora_r)")
-    add("--use_dora", action=on_off, default=False, help="DoRA: train the norm of each row as well")
-    add("--share_prompt", action=on_off, default=True,
-        help="a group is one row; --no-share_prompt gives each completion its own")
-    add("--cold_start_steps", type=int, help="most SFT steps before the run, on the built-in model and task "
-        "only; default 200 there, it stops at 0.4 sampled accuracy")
-    add("--preflight", action=on_off, help="try the largest micro-batch before step 1; default: on cuda")
-    # checkpoints
-    add("--save_steps", type=int, default=100, help="write a checkpoint every so many steps")
-    add("--save_total_limit", type=int, default=2, help="checkpoints that are kept")
-    add("--resume", default="auto", help="auto: go on with the run in --output_dir; never; or a checkpoint")
-    add("--allow_changed", nargs="+", default=[], help="settings that may differ from the resumed run's")
-    add("--max_hours", type=float, help="write a checkpoint and end after so long, as on SIGTERM")
-    # evaluation and the rest
-    add("--eval_steps", type=int, default=100, help="evaluate every so many steps, and before and after")
-    add("--per_device_eval_batch_size", type=int, default=16, help="prompts answered at once")
-    add("--eval_temperature", type=float, default=0.0, help="of held-out answers; 0 is greedy")
-    add("--num_generations_eval", type=int, default=1, help="answers to each held-out row; above 1 adds "
-        "eval/pass@k, and needs --eval_temperature")
-    add("--seed", type=int, default=0, help="of the data order, the sampling, the tiny model")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where there is one")
+    model.add_run_flags(p)
     return p
 
 
-# === the same in train_dpo.py and train_grpo.py =============================================================
-
-
 def parse_args(argv):
-    """Flags over --algo's and the built-in model's defaults; a typo is an error naming the nearest flag."""
-    parser = build_parser()
-    first, _ = parser.parse_known_args(argv)
-    preset = dict(PRESETS[first.algo])
-    if first.loss_type is not None:
-        preset.pop("loss_weights", None)  # they belong to the preset's own losses
-    parser.set_defaults(**preset)
-    if first.model_name_or_path is None:
-        parser.set_defaults(**TINY_DEFAULTS | TINY_BY_ALGO.get(first.algo, {}))
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [f for action in parser._actions for f in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
-    args.loss_type = [name for item in args.loss_type for name in item.split(",") if name]
-    built_in = args.model_name_or_path is None and args.dataset is None
-    if args.cold_start_steps and not built_in:
-        parser.error("--cold_start_steps is for the built-in model and task; train your own with --algo sft")
-    if args.cold_start_steps is None:
-        args.cold_start_steps = 200 if built_in and args.algo != "sft" else 0
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps",
-                 "save_total_limit", "per_device_eval_batch_size", "max_completion_length",
-                 "num_generations_eval"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.num_generations_eval > 1 and args.eval_temperature <= 0:
-        parser.error("--num_generations_eval needs --eval_temperature above 0: greedy answers are alike")
-    for name in ("max_tokens_per_batch", "rollout_tokens"):
-        if (getattr(args, name, None) or 1) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.max_steps < 1 and args.max_steps != -1:
-        parser.error(f"--max_steps must be at least 1, or -1 for --num_train_epochs, got {args.max_steps}")
-    weights = args.dataset_weights
-    if weights is not None and (len(weights) != len(args.dataset or []) or min(weights) <= 0):
-        parser.error(f"--dataset_weights must be one number above 0 for each --dataset, got {weights}")
-    model.check_lora(args, parser)
-    check_args(args, parser)
-    return args
-
-
-def make_optimizer(args, policy, max_steps: int):
-    """AdamW on everything trainable, fp32 state; warm-up, then cosine, linear or constant."""
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-                                  weight_decay=args.weight_decay, fused=policy.device.type == "cuda")
-    warmup = args.warmup_steps if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * max_steps)
-    name = "constant_with_warmup" if args.lr_scheduler_type == "constant" else args.lr_scheduler_type
-    return optimizer, get_scheduler(name, optimizer, int(warmup), max_steps), parameters
-
-
-# === end of the shared part =================================================================================
+    return model.parse_args(argv, build_parser(), PRESETS, TINY_DEFAULTS, TINY_BY_ALGO, check_args)
 
 
 def check_loss(args, parser):
@@ -661,7 +555,7 @@ def main(argv=None):
         largest = [encode(train_rows[i]) for i in (longest * count)[:count]]
         groups = [(prompt, [answer] * min(G, size)) for prompt in largest]
         model.preflight(policy, groups, args.temperature, rank)
-    optimizer, scheduler, parameters = make_optimizer(args, policy, max_steps)
+    optimizer, scheduler, parameters = model.make_optimizer(args, policy, max_steps)
     rewards.wait_until_ready()
     weights = torch.tensor(args.reward_weights, dtype=torch.float64)                          # (functions,)
     policy_loss = partial(

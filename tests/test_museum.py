@@ -377,7 +377,7 @@ EXHIBITS = [
         "state |= {name: state[names[0]] for names in named.values() for name in names if names[0] in state}", "pass"),
         "test_data.test_bf16_export_is_bf16_and_tied_weights_stay_one"),
     Exhibit("ours: a preset's weights were held against another --loss_type", rewrite(
-        train_dpo, "parse_args", "if first.loss_type is not None:", "if False:"),
+        model, "parse_args", "if first.loss_type is not None:", "if False:"),
         "test_runs.test_presets_set_defaults_and_flags_win", red=(SystemExit,)),
 ]
 
