@@ -601,8 +601,6 @@ def check_lora(args, parser):
         args.lora_alpha = 32 if args.lora_alpha is None else args.lora_alpha
         names = ",".join(args.lora_target_modules or ["all-linear"]).split(",")
         args.lora_target_modules = [name for name in names if name]
-        if args.lora_r < 1 or args.lora_alpha < 1:
-            parser.error(f"--lora_r {args.lora_r} and --lora_alpha {args.lora_alpha} must be at least 1")
         if getattr(args, "sync_ref_model", False):
             parser.error("--sync_ref_model cannot go with --lora_r: its reference has no weights of its own")
 
@@ -1090,30 +1088,49 @@ def clip_grad_norm_(parameters, max_norm: float) -> float:
 # Flags and optimizer of both scripts
 
 
+def within(interval: str, kind=float):
+    """The type of a flag: a number in an interval such as "[0, 1)", and so never nan."""
+    low, high = map(float, interval[1:-1].split(","))
+
+    def read(text: str):
+        x = kind(text)
+        if not (low < x < high or x == low and interval[0] == "[" or x == high and interval[-1] == "]"):
+            raise argparse.ArgumentTypeError(f"must be in {interval}, got {text}")
+        return x
+
+    read.__name__ = kind.__name__  # argparse names it where `kind` refuses the text
+    return read
+
+
+size, count = within("[1, inf)", int), within("[0, inf)", int)
+positive, not_negative, finite, share = map(within, ("(0, inf)", "[0, inf)", "(-inf, inf)", "[0, 1]"))
+
+
 def add_run_flags(parser):
     """The flags that train_dpo.py and train_grpo.py have in common."""
     add, on_off = parser.add_argument, argparse.BooleanOptionalAction
     # what
     add("--model_name_or_path", help="folder or hub id of a vision-language model; none: a tiny one is built")
-    add("--dataset_weights", nargs="+", type=float, help="each one's share of the draws; default: its rows")
+    add("--dataset_weights", nargs="+", type=positive,
+        help="each one's share of the draws; default: its rows")
     add("--image_root", help="folder that image paths are relative to, and may not leave")
     add("--eval_dataset", help="held-out rows, same columns and --image_root")
     add("--output_dir", help="default: a new runs/<algo>-N")
     add("--report_to", choices=TRACKERS, default="none", help="send metrics there too; pip install it")
     add("--push_to_hub", metavar="OWNER/NAME", help="upload final/ there at the end; made private if new")
     # steps
-    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of an optimizer step")
-    add("--max_tokens_per_batch", type=int, help="cut a step into micro-batches of whole groups by tokens, "
+    add("--gradient_accumulation_steps", type=size, default=1, help="micro-batches of an optimizer step")
+    add("--max_tokens_per_batch", type=size, help="cut a step into micro-batches of whole groups by tokens, "
         "not by per_device_train_batch_size")
-    add("--num_train_epochs", type=float, default=1.0, help="passes over the data; max_steps wins")
-    add("--max_steps", type=int, default=-1, help="optimizer steps; -1: from the epochs")
-    add("--learning_rate", type=float, default=1e-6, help="peak, after the warm-up")
+    add("--num_train_epochs", type=positive, default=1.0, help="passes over the data; max_steps wins")
+    add("--max_steps", type=within("[-1, inf)", int), default=-1, help="optimizer steps; -1: from the epochs")
+    add("--learning_rate", type=not_negative, default=1e-6, help="peak, after the warm-up")
     add("--lr_scheduler_type", choices=["cosine", "linear", "constant"], default="linear", help="the decay")
-    add("--warmup_steps", type=float, default=0.0, help="steps, or below 1 a share of all steps")
-    add("--weight_decay", type=float, default=0.0, help="of AdamW, on every parameter")
-    add("--adam_beta1", type=float, default=0.9, help="of AdamW")
-    add("--adam_beta2", type=float, default=0.999, help="of AdamW")
-    add("--max_grad_norm", type=float, default=1.0, help="global norm that gradients are clipped to")
+    add("--warmup_steps", type=not_negative, default=0.0, help="steps, or below 1 a share of all steps")
+    add("--weight_decay", type=not_negative, default=0.0, help="of AdamW, on every parameter")
+    add("--adam_beta1", type=within("[0, 1)"), default=0.9, help="of AdamW")
+    add("--adam_beta2", type=within("[0, 1)"), default=0.999, help="of AdamW")
+    add("--max_grad_norm", type=positive, default=1.0, help="global norm that gradients are clipped to")
     # rows and model
     add("--overlong", choices=["error", "skip"], default="error", help="rows beyond; never cut, skip counts")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute; weights are fp32")
@@ -1121,31 +1138,34 @@ def add_run_flags(parser):
     add("--freeze_vision_tower", action=on_off, default=False, help="train the language model only")
     add("--share_prompt", action=on_off, default=True,
         help="a group is one row; --no-share_prompt gives each completion its own")
-    add("--cold_start_steps", type=int, help="most SFT steps before the run, on the built-in model and task "
+    add("--cold_start_steps", type=count,
+        help="most SFT steps before the run, on the built-in model and task "
         "only; default 200 there (0 in --algo sft), it stops at 0.4 sampled accuracy")
-    add("--shard_size", type=int, help="ranks that hold one copy of the weights between them; default: all")
-    add("--lora_r", type=int, help="rank of LoRA adapters, which alone are trained; none: train all weights")
-    add("--lora_alpha", type=int, help="adapters are scaled by lora_alpha / lora_r; default 32")
+    add("--shard_size", type=size, help="ranks that hold one copy of the weights between them; default: all")
+    add("--lora_r", type=size, help="rank of LoRA adapters, which alone are trained; none: train all weights")
+    add("--lora_alpha", type=size, help="adapters are scaled by lora_alpha / lora_r; default 32")
     add("--lora_target_modules", nargs="+", help="names of linear layers (q_proj v_proj), or all-linear, "
         "the default: all but the output head")
     add("--use_rslora", action=on_off, default=False, help="scale by lora_alpha / sqrt(lora_r)")
     add("--use_dora", action=on_off, default=False, help="DoRA: train the norm of each row as well")
     add("--preflight", action=on_off, help="try the largest micro-batch before step 1; default: on cuda")
     # checkpoints
-    add("--save_steps", type=int, default=100, help="write a checkpoint every so many steps")
-    add("--save_total_limit", type=int, default=2, help="checkpoints that are kept")
+    add("--save_steps", type=size, default=100, help="write a checkpoint every so many steps")
+    add("--save_total_limit", type=size, default=2, help="checkpoints that are kept")
     add("--resume", default="auto", help="auto: go on with the run in --output_dir; never; or a checkpoint")
     add("--allow_changed", nargs="+", default=[], help="settings that may differ from the resumed run's")
-    add("--max_hours", type=float, help="write a checkpoint and end after so long, as on SIGTERM")
+    add("--max_hours", type=positive, help="write a checkpoint and end after so long, as on SIGTERM")
     # evaluation and the rest
-    add("--eval_steps", type=int, default=100, help="evaluate every so many steps, and before and after")
-    add("--per_device_eval_batch_size", type=int, default=16, help="held-out rows answered or scored at once")
-    add("--eval_temperature", type=float, default=0.0, help="of held-out answers; 0 is greedy")
-    add("--num_generations_eval", type=int, default=1, help="answers to each held-out row; above 1 adds "
+    add("--eval_steps", type=size, default=100, help="evaluate every so many steps, and before and after")
+    add("--per_device_eval_batch_size", type=size, default=16,
+        help="held-out rows answered or scored at once")
+    add("--eval_temperature", type=not_negative, default=0.0, help="of held-out answers; 0 is greedy")
+    add("--num_generations_eval", type=size, default=1, help="answers to each held-out row; above 1 adds "
         "eval/pass@k, and needs --eval_temperature")
-    add("--reward_timeout", type=float, default=60.0, help="seconds for one call of one reward function; a "
+    add("--reward_timeout", type=positive, default=60.0,
+        help="seconds for one call of one reward function; a "
         "completion that it hangs on, also alone, gets no reward")
-    add("--seed", type=int, default=0, help="of the data order, the sampling, the tiny model")
+    add("--seed", type=count, default=0, help="of the data order, the sampling, the tiny model")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where there is one")
 
 
@@ -1170,21 +1190,13 @@ def parse_args(argv, parser, presets: dict, tiny: dict, tiny_by_algo: dict, chec
         parser.error("--cold_start_steps is for the built-in model and task; train your own with --algo sft")
     if args.cold_start_steps is None:
         args.cold_start_steps = 200 if built_in and args.algo != "sft" else 0
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps",
-                 "save_total_limit", "per_device_eval_batch_size", "max_completion_length",
-                 "num_generations_eval"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.num_generations_eval > 1 and args.eval_temperature <= 0:
         parser.error("--num_generations_eval needs --eval_temperature above 0: greedy answers are alike")
-    for name in ("max_tokens_per_batch", "rollout_tokens"):
-        if (getattr(args, name, None) or 1) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.max_steps < 1 and args.max_steps != -1:
-        parser.error(f"--max_steps must be at least 1, or -1 for --num_train_epochs, got {args.max_steps}")
+    if args.max_steps == 0:
+        parser.error("--max_steps must be at least 1, or -1 for --num_train_epochs, got 0")
     weights = args.dataset_weights
-    if weights is not None and (len(weights) != len(args.dataset or []) or min(weights) <= 0):
-        parser.error(f"--dataset_weights must be one number above 0 for each --dataset, got {weights}")
+    if weights is not None and len(weights) != len(args.dataset or []):
+        parser.error(f"--dataset_weights must be one number for each --dataset, got {weights}")
     check_lora(args, parser)
     check_args(args, parser)
     return args
@@ -1256,7 +1268,7 @@ def open_run(args, rank: int, world_size: int) -> tuple[Path, bool]:
     With --resume auto the same command goes on with the run that its --output_dir holds, if the flags, data
     and start weights recorded in args.json are the same; else it is an error that lists what changed.
     """
-    if args.shard_size is not None and (args.shard_size < 1 or world_size % args.shard_size):
+    if args.shard_size is not None and world_size % args.shard_size:
         raise InputError(f"--shard_size {args.shard_size} must divide the number of ranks, {world_size}")
     answer = [None]
     if rank == 0:

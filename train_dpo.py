@@ -103,28 +103,34 @@ def build_parser():
     add("--ref_cache", default="runs/ref_cache", help="folder of cached reference log-probs")
     # losses
     add("--loss_type", nargs="+", help=f"any of {', '.join(losses.PREFERENCE_LOSSES)}; spaces or commas")
-    add("--loss_weights", nargs="+", type=float, help="one per loss_type; default 1 each")
-    add("--beta", type=float, default=0.1, help="strength of the pull to the reference, in every pair loss")
+    add("--loss_weights", nargs="+", type=model.finite, help="one per loss_type; default 1 each")
+    add("--beta", type=model.positive, default=0.1,
+        help="strength of the pull to the reference, in every pair loss")
     add("--bco_delta", choices=["running", "ema", "none"], default="running", help="BCO's reward shift")
     add("--nll_normalization", choices=["sequence", "token"], default="sequence", help="the mean in `sft`")
-    add("--label_smoothing", type=float, default=0.0, help="share of wrong labels assumed by "
+    add("--label_smoothing", type=model.within("[0, 0.5)"), default=0.0,
+        help="share of wrong labels assumed by "
         f"{', '.join(sorted(losses.SMOOTHED_LOSSES))}")
-    add("--simpo_gamma", type=float, default=0.5, help="SimPO's margin gamma (its paper tunes gamma / beta)")
-    add("--ld_alpha", type=float, default=1.0, help="LD-DPO: weight of an answer's tokens beyond the other's")
+    add("--simpo_gamma", type=model.finite, default=0.5,
+        help="SimPO's margin gamma (its paper tunes gamma / beta)")
+    add("--ld_alpha", type=model.share, default=1.0,
+        help="LD-DPO: weight of an answer's tokens beyond the other's")
     add("--use_weighting", action=on_off, default=False, help="WPO: weigh pairs by how on-policy they are")
     add("--weight_column", help="column of the data that multiplies each pair's losses")
     add("--guide_model", help="tgdpo: folder or hub id of the DPO-trained model that weighs the tokens")
     add("--f_divergence_type", default="reverse_kl", help="of the pull to the reference",
         choices=["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"])
-    add("--f_alpha_divergence_coef", type=float, default=0.5, help="alpha of alpha_divergence")
+    add("--f_alpha_divergence_coef", type=model.finite, default=0.5, help="alpha of alpha_divergence")
     # steps
     add("--sort_by", help="column of the data: train in its order, lowest first, in each epoch (Curry-DPO)")
-    add("--per_device_train_batch_size", type=int, default=8, help="pairs (SFT: rows) of a micro-batch")
+    add("--per_device_train_batch_size", type=model.size, default=8,
+        help="pairs (SFT: rows) of a micro-batch")
     # limits
-    add("--max_length", type=int, help="longest prompt + completion in tokens; default: the model's context")
-    add("--max_completion_length", type=int, default=256, help="tokens of a held-out answer")
+    add("--max_length", type=model.size,
+        help="longest prompt + completion in tokens; default: the model's context")
+    add("--max_completion_length", type=model.size, default=256, help="tokens of a held-out answer")
     # evaluation and the rest
-    add("--stop_at_accuracy", type=float, help="stop once eval/accuracy reaches it")
+    add("--stop_at_accuracy", type=model.within("(0, 1]"), help="stop once eval/accuracy reaches it")
     model.add_run_flags(p)
     return p
 
@@ -142,14 +148,10 @@ def check_args(args, parser):
         parser.error(f"{len(args.loss_type)} --loss_type but {len(args.loss_weights)} --loss_weights")
     if len(set(args.loss_type)) < len(args.loss_type):
         parser.error(f"a --loss_type stands twice in {' '.join(args.loss_type)}; give it one weight")
-    if args.beta <= 0:
-        parser.error(f"--beta must be above 0, got {args.beta}")
     given, pairs = set(args.loss_type), set(args.loss_type) - {"sft"}
     if args.label_smoothing and not given & losses.SMOOTHED_LOSSES:
         parser.error(f"--label_smoothing is not used by {', '.join(args.loss_type)}, only by "
                      f"{', '.join(sorted(losses.SMOOTHED_LOSSES))}")
-    if not 0 <= args.label_smoothing < 0.5:
-        parser.error(f"--label_smoothing must be at least 0 and below 0.5, got {args.label_smoothing}")
     if "exo_pair" in given and args.label_smoothing == 0:
         parser.error("exo_pair needs --label_smoothing above 0 (1e-3, say): it takes its logarithm")
     without = ", ".join(sorted(given - losses.F_DIVERGENCE_LOSSES - {"sft"}))

@@ -322,8 +322,9 @@ def build_parser():
     # rewards
     add("--reward_funcs", nargs="+", default=["accuracy", "format"],
         help=f"{', '.join(REWARDS)}, or path/to/file.py:function; spaces or commas")
-    add("--reward_weights", nargs="+", type=float, help="one per reward; default 1, 0.1 for format")
-    add("--missing_eos_penalty", type=float, default=0.0, help="off the reward of answers cut at the limit")
+    add("--reward_weights", nargs="+", type=model.finite, help="one per reward; default 1, 0.1 for format")
+    add("--missing_eos_penalty", type=model.not_negative, default=0.0,
+        help="off the reward of answers cut at the limit")
     add("--advantage_estimator", choices=["grpo", "rloo", "gdpo", "ngrpo", "dgpo", "none"], default="grpo",
         help="baseline: the group's mean (grpo), its other completions (rloo), per reward function (gdpo), "
         "with a virtual best (ngrpo), by difficulty (dgpo); none: the reward, for losses of a group")
@@ -334,46 +335,58 @@ def build_parser():
         f"{', '.join(losses.POLICY_LOSSES)}; of a group: {', '.join(losses.GROUP_LOSSES)}")
     add("--importance_sampling_level", choices=losses.RATIO_LEVELS, default="token",
         help="the ratio: GRPO's, GSPO's, GSPO-token's, RLOO's")
-    add("--epsilon", type=float, default=0.2, help="ratio clipped below at 1 - epsilon")
-    add("--epsilon_high", type=float, help="ratio clipped above at 1 + epsilon_high; default: epsilon. "
+    add("--epsilon", type=model.not_negative, default=0.2, help="ratio clipped below at 1 - epsilon")
+    add("--epsilon_high", type=model.not_negative,
+        help="ratio clipped above at 1 + epsilon_high; default: epsilon. "
         "cispo: at epsilon_high itself")
-    add("--delta", type=float, help="upper bound of the ratio also for negative advantages")
-    add("--beta", type=float, default=0.0, help="weight of the KL to the starting policy; 0: no reference")
+    add("--delta", type=model.within("(1, inf)"),
+        help="upper bound of the ratio also for negative advantages")
+    add("--beta", type=model.not_negative, default=0.0,
+        help="weight of the KL to the starting policy; 0: no reference")
     add("--kl_estimator", choices=["k1", "k2", "k3"], default="k3", help="of the KL per token")
     add("--sync_ref_model", action=on_off, default=False, help="let the reference follow the policy")
-    add("--ref_model_mixup_alpha", type=float, default=0.6, help="a sync: alpha * policy + rest * reference")
-    add("--ref_model_sync_steps", type=int, default=512, help="optimizer steps between syncs")
+    add("--ref_model_mixup_alpha", type=model.share, default=0.6,
+        help="a sync: alpha * policy + rest * reference")
+    add("--ref_model_sync_steps", type=model.size, default=512, help="optimizer steps between syncs")
     add("--use_bias_correction_kl", action=on_off, default=True,
         help="multiply the KL by the ratio, so that its gradient is the KL's")
     add("--kl_in_reward", action=on_off, default=False, help="take beta * KL off the rewards, as RLOO does")
-    add("--entropy_coef", type=float, default=0.0, help="weight of the bonus for mean token entropy")
-    add("--top_entropy_quantile", type=float, default=1.0, help="share of tokens, by entropy, trained")
+    add("--entropy_coef", type=model.finite, default=0.0, help="weight of the bonus for mean token entropy")
+    add("--top_entropy_quantile", type=model.within("(0, 1]"), default=1.0,
+        help="share of tokens, by entropy, trained")
     add("--mask_truncated_completions", action=on_off, default=False,
         help="no gradient from answers that met the length limit")
-    add("--off_policy_mask_threshold", type=float, help="drop completions of negative advantage whose mean "
+    add("--off_policy_mask_threshold", type=model.not_negative,
+        help="drop completions of negative advantage whose mean "
         "log-prob fell by more than this since they were sampled")
     add("--importance_sampling_correction", default="none", help="weigh by trainer / sampler probabilities",
         choices=["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
-    add("--importance_sampling_clip_max", type=float, default=3.0, help="largest such weight: cut, or 0")
+    add("--importance_sampling_clip_max", type=model.positive, default=3.0,
+        help="largest such weight: cut, or 0")
     # sampling
-    add("--dynamic_sampling", type=int, default=0, metavar="N", help="at most N more rounds of prompts until "
+    add("--dynamic_sampling", type=model.count, default=0, metavar="N",
+        help="at most N more rounds of prompts until "
         "each group of the batch has rewards that differ (DAPO); costs a rollout a round")
-    add("--num_generations", type=int, default=8, help="G, completions per prompt")
-    add("--max_completion_length", type=int, default=256, help="tokens sampled at most")
-    add("--temperature", type=float, default=1.0, help="of sampling; every log-prob is taken at it")
-    add("--top_k", type=int, default=0, help="sample among the k likeliest tokens; 0: all")
-    add("--top_p", type=float, default=1.0, help="sample among the likeliest tokens that sum to p")
-    add("--min_p", type=float, default=0.0, help="sample tokens of at least this share of the likeliest's")
+    add("--num_generations", type=model.within("[2, inf)", int), default=8, help="G, completions per prompt")
+    add("--max_completion_length", type=model.size, default=256, help="tokens sampled at most")
+    add("--temperature", type=model.positive, default=1.0, help="of sampling; every log-prob is taken at it")
+    add("--top_k", type=model.count, default=0, help="sample among the k likeliest tokens; 0: all")
+    add("--top_p", type=model.within("(0, 1]"), default=1.0,
+        help="sample among the likeliest tokens that sum to p")
+    add("--min_p", type=model.share, default=0.0,
+        help="sample tokens of at least this share of the likeliest's")
     # steps
-    add("--per_device_train_batch_size", type=int, default=8, help="completions of a micro-batch")
-    add("--steps_per_generation", type=int, help="micro-batches of a rollout, a multiple of "
+    add("--per_device_train_batch_size", type=model.size, default=8, help="completions of a micro-batch")
+    add("--steps_per_generation", type=model.size, help="micro-batches of a rollout, a multiple of "
         "gradient_accumulation_steps; default: one update per rollout, in "
         f"{', '.join(UPDATES_PER_ROLLOUT)} four")
-    add("--num_iterations", type=int, default=1, help="passes over a rollout")
-    add("--rollout_tokens", type=int, default=262_144, help="keys and values in memory while sampling, in "
+    add("--num_iterations", type=model.size, default=1, help="passes over a rollout")
+    add("--rollout_tokens", type=model.size, default=262_144,
+        help="keys and values in memory while sampling, in "
         "tokens; prompts beyond wait")
     # limits
-    add("--max_prompt_length", type=int, help="tokens; default: what the context leaves the completion")
+    add("--max_prompt_length", type=model.size,
+        help="tokens; default: what the context leaves the completion")
     model.add_run_flags(p)
     return p
 
@@ -413,8 +426,8 @@ def check_loss(args, parser):
                 parser.error(f"--loss_type {loss} compares whole completions: --{name} does not go with it")
         if bool(args.beta) == (loss == "disco"):
             parser.error(f"--loss_type {loss} " + ("has no --beta" if args.beta else "needs --beta above 0"))
-    if args.sync_ref_model and (not args.beta or args.ref_model_sync_steps < 1):
-        parser.error("--sync_ref_model needs --beta above 0, and --ref_model_sync_steps of at least 1")
+    if args.sync_ref_model and not args.beta:
+        parser.error("--sync_ref_model needs --beta above 0")
     if args.delta is not None and (reductions[loss][0] is not losses.clipped_term
                                    or args.delta <= 1 + args.epsilon_high):
         clipped = ", ".join(n for n, (term, _) in reductions.items() if term is losses.clipped_term)
@@ -425,10 +438,6 @@ def check_loss(args, parser):
     if loss == "vespo" and (level != "token" or args.importance_sampling_correction.startswith("sequence")):
         parser.error("vespo builds the ratio of the whole sequence itself: it takes "
                      "--importance_sampling_level token, --importance_sampling_correction none or token_*")
-    if not 0 < args.top_entropy_quantile <= 1:
-        parser.error(f"--top_entropy_quantile must be in (0, 1], got {args.top_entropy_quantile}")
-    if args.top_k < 0 or not 0 < args.top_p <= 1 or not 0 <= args.min_p <= 1:
-        parser.error("--top_k must be at least 0, --top_p in (0, 1] and --min_p in [0, 1]")
     if level in ("sequence", "sequence_sum") and reductions[loss][1] in ("token", "constant", "micro_batch"):
         warn(f"{loss} sums over tokens, so with one ratio a sequence (--importance_sampling_level {level}) "
              "each completion weighs as much as it is long; GSPO is --loss_type grpo")
@@ -461,12 +470,6 @@ def check_args(args, parser):
     if len(args.reward_weights) != len(args.reward_funcs):
         parser.error(f"{len(args.reward_funcs)} --reward_funcs "
                      f"but {len(args.reward_weights)} --reward_weights")
-    if args.temperature <= 0:
-        parser.error("--temperature must be above 0: a greedy group has no variance")
-    if args.num_iterations < 1:
-        parser.error(f"--num_iterations must be at least 1, got {args.num_iterations}")
-    if args.num_generations < 2:
-        parser.error("--num_generations must be at least 2: an advantage compares a prompt's completions")
     ga, size, G = args.gradient_accumulation_steps, args.per_device_train_batch_size, args.num_generations
     args.steps_per_generation = args.steps_per_generation or ga * UPDATES_PER_ROLLOUT.get(args.algo, 1)
     if args.steps_per_generation % ga:
@@ -480,8 +483,6 @@ def check_args(args, parser):
     if args.loss_type in losses.GROUP_LOSSES and size % G:
         parser.error(f"--loss_type {args.loss_type} compares the completions of a group: "
                      f"--per_device_train_batch_size {size} must be a multiple of --num_generations {G}")
-    if args.dynamic_sampling < 0:
-        parser.error(f"--dynamic_sampling must be at least 0, got {args.dynamic_sampling}")
 
 
 def main(argv=None):

@@ -356,23 +356,23 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     ("train_dpo", ["--loss_type", "sigmoid,sigmiod"], "unknown --loss_type sigmiod; choose from sigmoid"),
     ("train_dpo", ["--loss_type", "sigmoid", "sft", "--loss_weights", "1"], "2 --loss_type but 1 --loss_weights"),
     ("train_dpo", ["--max_steps", "0"], "--max_steps must be at least 1"),
-    ("train_dpo", ["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size must be at least 1"),
+    ("train_dpo", ["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size: must be in [1, inf), got 0"),
     ("train_dpo", ["--device", "tpu"], "invalid choice: 'tpu' (choose from"),
-    ("train_grpo", ["--num_iterations", "0"], "--num_iterations must be at least 1"),
+    ("train_grpo", ["--num_iterations", "0"], "--num_iterations: must be in [1, inf)"),
     ("train_grpo", ["--loss_type", "gpro"], "unknown --loss_type gpro; choose one of grpo"),
     ("train_grpo", ["--reward_funcs", "accurcy"], "unknown --reward_funcs accurcy; choose from accuracy, format"),
     ("train_grpo", ["--reward_funcs", "format,a.py:format"], "two --reward_funcs have one name"),
     ("train_grpo", ["--reward_weights", "1"], "2 --reward_funcs but 1 --reward_weights"),
     ("train_grpo", ["--per_device_train_batch_size", "12"], "must hold whole groups of --num_generations 8; 16"),
     ("train_grpo", ["--gradient_accumulation_steps", "4", "--steps_per_generation", "6"], "must be a multiple of"),
-    ("train_grpo", ["--num_generations", "1"], "--num_generations must be at least 2"),
-    ("train_grpo", ["--temperature", "0"], "--temperature must be above 0"),
-    ("train_grpo", ["--max_completion_length", "0"], "--max_completion_length must be at least 1"),
+    ("train_grpo", ["--num_generations", "1"], "--num_generations: must be in [2, inf)"),
+    ("train_grpo", ["--temperature", "0"], "--temperature: must be in (0, inf)"),
+    ("train_grpo", ["--max_completion_length", "0"], "--max_completion_length: must be in [1, inf)"),
     ("train_dpo", ["--dataset", "x.jsonl", "--cold_start_steps", "5"], "is for the built-in model and task"),
     ("train_dpo", ["--loss_type", "sigmoid", "sigmoid"], "a --loss_type stands twice"),
-    ("train_dpo", ["--beta", "0"], "--beta must be above 0"),
+    ("train_dpo", ["--beta", "0"], "--beta: must be in (0, inf)"),
     ("train_dpo", ["--algo", "ipo", "--label_smoothing", "0.1"], "--label_smoothing is not used by ipo, only by aot"),
-    ("train_dpo", ["--algo", "robust", "--label_smoothing", "0.5"], "--label_smoothing must be at least 0 and below 0.5"),
+    ("train_dpo", ["--algo", "robust", "--label_smoothing", "0.5"], "--label_smoothing: must be in [0, 0.5)"),
     ("train_dpo", ["--algo", "exo", "--label_smoothing", "0"], "exo_pair needs --label_smoothing above 0"),
     ("train_dpo", ["--f_divergence_type", "forward_kl"], "--f_divergence_type does nothing to bco_pair"),
     ("train_dpo", ["--algo", "sft", "--f_divergence_type", "forward_kl"], "--f_divergence_type does nothing to sft"),
@@ -389,8 +389,8 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     ("train_grpo", ["--algo", "sapo", "--delta", "4"], "and is for --loss_type grpo, bnpo"),
     ("train_grpo", ["--algo", "vespo", "--importance_sampling_level", "sequence"], "vespo builds the ratio"),
     ("train_grpo", ["--algo", "vespo", "--importance_sampling_correction", "sequence_mask"], "vespo builds the ratio"),
-    ("train_grpo", ["--top_entropy_quantile", "0"], "--top_entropy_quantile must be in (0, 1]"),
-    ("train_grpo", ["--top_p", "0"], "--top_p in (0, 1]"),
+    ("train_grpo", ["--top_entropy_quantile", "0"], "--top_entropy_quantile: must be in (0, 1]"),
+    ("train_grpo", ["--top_p", "0"], "--top_p: must be in (0, 1]"),
     ("train_grpo", ["--loss_type", "copg"], "--advantage_estimator none goes with --loss_type sigmoid"),
     ("train_grpo", ["--advantage_estimator", "none"], "--advantage_estimator none goes with --loss_type sigmoid"),
     ("train_grpo", ["--algo", "online_dpo", "--beta", "0"], "--loss_type sigmoid needs --beta above 0"),
@@ -404,13 +404,29 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     ("train_grpo", ["--algo", "gdpo", "--missing_eos_penalty", "1"], "--missing_eos_penalty cannot go with gdpo"),
     ("train_grpo", ["--algo", "gmpo", "--importance_sampling_level", "sequence"], "gmpo builds the ratio"),
     ("train_grpo", ["--sync_ref_model"], "--sync_ref_model needs --beta above 0"),
-    ("train_grpo", ["--dynamic_sampling", "-1"], "--dynamic_sampling must be at least 0"),
+    ("train_grpo", ["--dynamic_sampling", "-1"], "--dynamic_sampling: must be in [0, inf)"),
     ("train_grpo", ["--kl_estimator", "k4"], "invalid choice: 'k4'")])
 def test_bad_arguments(name, arguments, message, capsys):
     """F45, F46: a typo or an impossible size is one line that says what would be right."""
     with pytest.raises(SystemExit):
         SCRIPTS[name].parse_args(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_every_number_has_bounds(capsys):
+    """A learning rate of nan, or 0 tokens in a batch: numbers were checked one by one, and most were not."""
+    for script in SCRIPTS.values():
+        numbers = [a for a in script.build_parser()._actions if a.type is not None]
+        assert len(numbers) > 30 and not {a.dest for a in numbers if a.type in (int, float)}
+        for action in numbers:
+            for bad in ("nan", "inf", "-inf", "x"):
+                with pytest.raises(SystemExit):
+                    script.parse_args([f"{action.option_strings[0]}={bad}"])
+                assert f"argument {action.option_strings[0]}: " in capsys.readouterr().err
+    for flag in ("--max_tokens_per_batch", "--steps_per_generation", "--num_train_epochs", "--shard_size", "--lora_r"):
+        with pytest.raises(SystemExit):
+            train_grpo.parse_args([f"{flag}=0"])
+        assert f"argument {flag}: must be in " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, message", [
