@@ -1114,6 +1114,7 @@ def add_run_flags(parser):
     add("--dataset_weights", nargs="+", type=positive,
         help="each one's share of the draws; default: its rows")
     add("--image_root", help="folder that image paths are relative to, and may not leave")
+    add("--sort_by", help="column of the data: train in its order, lowest first, in each epoch (curriculum)")
     add("--eval_dataset", help="held-out rows, same columns and --image_root")
     add("--output_dir", help="default: a new runs/<algo>-N")
     add("--report_to", choices=TRACKERS, default="none", help="send metrics there too; pip install it")

@@ -122,7 +122,6 @@ def build_parser():
         choices=["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"])
     add("--f_alpha_divergence_coef", type=model.finite, default=0.5, help="alpha of alpha_divergence")
     # steps
-    add("--sort_by", help="column of the data: train in its order, lowest first, in each epoch (Curry-DPO)")
     add("--per_device_train_batch_size", type=model.size, default=8,
         help="pairs (SFT: rows) of a micro-batch")
     # limits

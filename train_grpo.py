@@ -293,15 +293,17 @@ PRESETS = {
                   epsilon_high=0.24),  # arXiv 2509.18851
     "dgpo": dict(loss_type=["dapo"], advantage_estimator="dgpo"),  # arXiv 2601.20614
     "gmpo": dict(loss_type=["gmpo"], epsilon=0.4),  # arXiv 2507.20673
+    "gtpo": dict(loss_type=["gtpo"], scale_rewards="none"),  # arXiv 2508.03772
     "online_dpo": dict(loss_type=["sigmoid"], advantage_estimator="none", beta=0.1),  # arXiv 2402.04792
     "copg": dict(loss_type=["copg"], advantage_estimator="none", beta=0.1),  # arXiv 2406.19185, beta is ours
     "trpa": dict(loss_type=["trpa"], advantage_estimator="none", beta=0.1),  # arXiv 2504.04524
     "disco": dict(loss_type=["disco"], advantage_estimator="none"),  # arXiv 2505.12366
+    "reg_grpo": dict(loss_type=["reg_grpo"], advantage_estimator="none"),  # arXiv 2506.07464
 }
 # Updates that a rollout is cut into: GSPO's paper has four; what else corrects for old samples gets as many
 # here, the other presets take one.
 UPDATES_PER_ROLLOUT = dict.fromkeys(
-    ("gspo", "gspo_token", "sapo", "luspo", "vespo", "ngrpo", "gmpo", "disco"), 4)
+    ("gspo", "gspo_token", "sapo", "luspo", "vespo", "ngrpo", "gmpo", "disco", "reg_grpo"), 4)
 # For the tiny model, used when no --model_name_or_path is given. At temperature 1 one seed of three ceased to
 # try one of the six answers, and stayed at 0.85; at 1.25 none did.
 TINY_DEFAULTS = dict(learning_rate=3e-4, temperature=1.25, per_device_train_batch_size=256, max_steps=75,
@@ -367,6 +369,8 @@ def build_parser():
     add("--dynamic_sampling", type=model.count, default=0, metavar="N",
         help="at most N more rounds of prompts until "
         "each group of the batch has rewards that differ (DAPO); costs a rollout a round")
+    add("--variance_sampling", type=model.within("[0, 1)"), default=0.0, metavar="SHARE",
+        help="of the prompts, drawn by how much their rewards varied when last sampled (MMR1: 0.5)")
     add("--num_generations", type=model.within("[2, inf)", int), default=8, help="G, completions per prompt")
     add("--max_completion_length", type=model.size, default=256, help="tokens sampled at most")
     add("--temperature", type=model.positive, default=1.0, help="of sampling; every log-prob is taken at it")
@@ -424,7 +428,7 @@ def check_loss(args, parser):
         for name, value in neutral.items():
             if getattr(args, name) != value:
                 parser.error(f"--loss_type {loss} compares whole completions: --{name} does not go with it")
-        if bool(args.beta) == (loss == "disco"):
+        if bool(args.beta) == (loss in ("disco", "reg_grpo")):
             parser.error(f"--loss_type {loss} " + ("has no --beta" if args.beta else "needs --beta above 0"))
     if args.sync_ref_model and not args.beta:
         parser.error("--sync_ref_model needs --beta above 0")
@@ -480,7 +484,7 @@ def check_args(args, parser):
         parser.error(f"an update of {size} x {ga} completions (per_device_train_batch_size x "
                      f"gradient_accumulation_steps) must hold whole groups of --num_generations {G}; "
                      f"{math.ceil(size * ga / G) * G} completions would")
-    if args.loss_type in losses.GROUP_LOSSES and size % G:
+    if args.loss_type in (*losses.GROUP_LOSSES, "gtpo") and size % G:
         parser.error(f"--loss_type {args.loss_type} compares the completions of a group: "
                      f"--per_device_train_batch_size {size} must be a multiple of --num_generations {G}")
 
@@ -514,12 +518,17 @@ def main(argv=None):
         eval_rows = []
     if args.eval_dataset is not None:
         eval_rows = data.read_rows(args.eval_dataset, args.image_root, need, "test")
+    if args.sort_by is not None:
+        data.check_numbers(train_rows, args.sort_by, -1e300, 1e300, "--sort_by")
     rollouts = args.num_train_epochs * len(train_rows) / prompts_per_rollout
     max_steps = args.max_steps if args.max_steps > 0 else math.ceil(rollouts) * steps_per_rollout
     rollouts = math.ceil(max_steps / steps_per_rollout)
     if rank == 0:
         print(f"rollout: {prompts_per_rollout} prompts x {G} completions, {steps_per_rollout} updates each; "
               f"{rollouts} rollouts, {max_steps} steps", flush=True)
+        if args.variance_sampling:
+            print("variance sampling: no rollout more, but an epoch leaves out "
+                  f"{args.variance_sampling:.0%} of its rows, for rows whose last rewards varied")
 
     # --- policy, the prompts that it will meet, reference, optimizer
     source = model.start_model(args, output_dir, rank)
@@ -543,7 +552,8 @@ def main(argv=None):
     limit = limit if args.max_prompt_length is None else min(limit, args.max_prompt_length)
     most_draws = rollouts * prompts_per_rollout * (1 + args.dynamic_sampling)
     plan, longest = data.check_rows(train_rows, most_draws, args.seed, args.overlong,
-                                    limit, rank, world_size, lambda row: len(encode(row).tokens))
+                                    limit, rank, world_size, lambda row: len(encode(row).tokens),
+                                    args.sort_by)
     if rank == 0:
         data.show_sample(processor, (encode(train_rows[plan[0]]), []))
     eval_rows = data.check_eval_rows(eval_rows, limit, rank, world_size, lambda row: len(encode(row).tokens))
@@ -597,15 +607,16 @@ def main(argv=None):
 
     # --- what a checkpoint holds besides weights and optimizer. Data order and randomness follow from step.
     #     pending: metrics of `step` that still wait for their evaluation; rows: the rollout being used;
-    #     draws: its prompts' draw numbers, of all ranks; next_draw: the first of the next rollout
+    #     draws: its prompts' draw numbers, of all ranks; next_draw: the first of the next rollout;
+    #     variance, measured: {row: variance of its rewards} as known before this rollout, and in it
     state = {"step": 0, "pending": {"step": 0}, "start": {}, "end": {}, "skipped": 0,
-             "draws": [], "next_draw": 0}
+             "draws": [], "next_draw": 0, "variance": {}, "measured": {}, "initial_entropy": None}
     stop, parts, rows = model.Stop(args.max_hours), [], {}
     moving_ref = ref if args.sync_ref_model else None
     if resumed or args.resume not in ("auto", "never"):
         path = None if args.resume in ("auto", "never") else args.resume
         found, parts = model.load_checkpoint(output_dir, policy, optimizer, rank, path, moving_ref)
-        state = found or state
+        state |= found or {}
         model.forget_after(output_dir, rank, state["step"] - (state["pending"] is not None))
     if "scheduler" in state:
         scheduler.load_state_dict(state["scheduler"])
@@ -633,13 +644,16 @@ def main(argv=None):
             saver.save(state | {"pending": None}, unfinished, last=stopping)
         return stopping
 
+    def rows_drawn(draws):
+        return data.draw_by_variance(plan, draws, args.seed, args.variance_sampling, state["variance"])
+
     def prompts_of(draws):
         """(draw numbers, prompts) of this rank among a rollout's: its slice of every update, so that the
         ranks together make the updates of one rank."""
         share = completions_per_update // G
         draws = [draws[(update * world_size + rank) * share + i]
                  for update in range(updates) for i in range(share)]
-        return draws, [encode(train_rows[plan[d]]) for d in draws]
+        return draws, [encode(train_rows[i]) for i in rows_drawn(draws)]
 
     def cut(prompts, rows):
         """For each update its micro-batches of packed rows; one smaller than G holds slices of a group."""
@@ -673,10 +687,11 @@ def main(argv=None):
     while state["step"] < max_steps and not stopped:
         number, update = divmod(state["step"], steps_per_rollout)
         if not candidates:
-            began, rollout_time = time.perf_counter(), 0.0
+            began, rollout_time, failed, scored = time.perf_counter(), 0.0, 0, 0
         if update == 0:
             # 1. sample G completions for each of this rank's P prompts of the rollout, N = P * G in all
             #    and score them
+            state["variance"] |= state["measured"]
             first = state["next_draw"] + sum(len(part["draws"]) for part in candidates)
             following = first + prompts_per_rollout
             drawn = range(first, following)
@@ -693,19 +708,22 @@ def main(argv=None):
                     texts, [p.row for p in prompts for _ in range(G)], state["step"] + 1,
                     completion_ids=rollout.id_lists(sampled),
                     max_completion_length=[args.max_completion_length] * len(texts))      # (functions, N)
+                failed, scored = failed + rewards.failed, scored + scores.numel()
             if stop.agreed():  # the rollout is dropped: drawn again, it will be the same
                 saver.save(state | {"pending": None}, {}, last=True)
                 stopped = True
                 break
 
             rows = sampled._asdict() | {"draws": torch.tensor(draws)}
-            if args.dynamic_sampling:
+            if args.dynamic_sampling or args.variance_sampling:
                 columns = rows | {f"score {k}": row for k, row in enumerate(scores)}
                 candidates += model.all_gather_object(columns)
-                drawn, accepted, following = choose_groups(candidates, weights, G, prompts_per_rollout)
+                drawn, accepted, following, found = choose_groups(candidates, weights, G, prompts_per_rollout)
                 if accepted < prompts_per_rollout and len(candidates) <= args.dynamic_sampling * world_size:
                     continue  # another round
                 draws, prompts, tried = *prompts_of(drawn), following - state["next_draw"]
+                if args.variance_sampling:
+                    state["measured"] = dict(zip(map(str, rows_drawn(found)), found.values()))
                 rows, candidates = rows_of_draws(candidates, draws, G), []
                 scores = torch.stack([rows.pop(f"score {k}") for k in range(len(names))])
                 sampled = rollout.Rollout(*(rows[field] for field in rollout.Rollout._fields))
@@ -739,8 +757,8 @@ def main(argv=None):
             for micro in micro_batches:
                 micro["advantages"] = rows["advantages"][micro["rows"]]
             rollout_sums = rollout_metrics(names, scores, weights, sampled, G)
-            rollout_sums["rewards/failed"] = (float(rewards.failed), float(scores.numel()))
-            if args.dynamic_sampling:
+            rollout_sums["rewards/failed"] = (float(failed), float(scored))
+            if args.dynamic_sampling or args.variance_sampling:
                 rollout_sums["frac_groups_accepted"] = (accepted * (rank == 0), tried * (rank == 0))
             if args.kl_in_reward:
                 tokens = sum(int(m["completion_mask"].sum()) for m in micro_batches)
@@ -770,6 +788,7 @@ def main(argv=None):
             mask, old_logps = micro["completion_mask"], micro.get("old_logps", logps.detach())
             loss, metrics = policy_loss(
                 logps, old_logps, micro["advantages"], mask, ref_logps=micro.get("ref_logps"),
+                entropies=entropies, initial_entropy=state["initial_entropy"] or math.inf,
                 **weigh_tokens(args, logps, old_logps, entropies, micro))
             loss = loss / count
             if args.entropy_coef:
@@ -804,6 +823,7 @@ def main(argv=None):
                    "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate,
                    "update_skipped": float(not math.isfinite(grad_norm)),
                    **{k: s / n for k, (s, n) in sums.items() if n}}
+        state["initial_entropy"] = state["initial_entropy"] or metrics.get("entropy")
         if rank == 0 and update == 0 and number == 0:
             expected = {"ratio": "1", "clip_ratio/region_mean": "0", "grad_norm": "> 0"}
             tqdm.write("step 1 must start at: " + ", ".join(
@@ -889,17 +909,18 @@ def sums_of(parts, rank) -> dict:
 def choose_groups(parts, weights, G, count):
     """Dynamic sampling: (draw numbers of the `count` groups to train on, how many of the candidates' groups
     have rewards that differ, the next rollout's first draw). The first that differ, in the order of draws,
-    whichever rank drew them; if they are too few, the first of the others fill up."""
-    differ = {}
+    whichever rank drew them; if they are too few, the first of the others fill up. And {draw: variance of its
+    group's rewards}: p (1 - p) for rewards of 0 and 1, 0 if they do not differ."""
+    variance = {}
     for part in parts:
         scores = torch.stack([part[name] for name in part if name.startswith("score ")])
-        spread = losses.centred(losses.weighted_rewards(scores, weights), G)[0].ne(0).any(-1)     # (P,)
-        differ |= dict(zip(part["draws"].tolist(), spread.tolist()))
-    accepted = sorted(d for d in differ if differ[d])
-    if len(accepted) >= count:
-        return accepted[:count], count, accepted[count - 1] + 1
-    others = sorted(d for d in differ if not differ[d])
-    return sorted(accepted + others[:count - len(accepted)]), len(accepted), max(differ) + 1
+        deviations, _ = losses.centred(losses.weighted_rewards(scores, weights), G)               # (P, G)
+        variance |= zip(part["draws"].tolist(), deviations.square().mean(-1).tolist())
+    variance = dict(sorted(variance.items()))
+    accepted = [d for d in variance if variance[d]][:count]
+    others = [d for d in variance if not variance[d]][:count - len(accepted)]
+    following = max(variance if others else accepted) + 1
+    return sorted(accepted + others), len(accepted), following, variance
 
 
 def weigh_tokens(args, logps, old_logps, entropies, micro) -> dict:
@@ -915,6 +936,9 @@ def weigh_tokens(args, logps, old_logps, entropies, micro) -> dict:
         ours = losses.off_policy_mask(logps, micro["sampling_logps"], micro["advantages"], mask,
                                       args.off_policy_mask_threshold)
         weighing["keep"] = ours & weighing.get("keep", mask)
+    if args.loss_type == "gtpo":
+        ids, A, G = micro["completion_ids"], micro["advantages"], args.num_generations
+        weighing["keep"] = losses.gtpo_weights(ids, A, mask, G) * weighing.get("keep", mask)
     return weighing
 
 
