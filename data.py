@@ -27,8 +27,12 @@ import math
 import os
 import random
 import re
+import threading
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +146,7 @@ class Parquet:
     """The row group that was read last is in memory. Item: ("file[row]", object)."""
 
     def __init__(self, path: Path):
-        self.path, self.group, self.table = path, None, None
+        self.path, self.group, self.table, self.lock = path, None, None, threading.Lock()
         about = self.read(lambda file: file.metadata)
         self.start = np.cumsum([0, *(about.row_group(g).num_rows for g in range(about.num_row_groups))])
 
@@ -162,10 +166,11 @@ class Parquet:
 
     def __getitem__(self, i):
         group = int(np.searchsorted(self.start, i, side="right")) - 1
-        if group != self.group:
-            self.group = self.table = None  # never two of them
-            self.table, self.group = self.read(lambda file: file.read_row_group(group)), group
-        return f"{self.path}[{i}]", self.table.slice(i - self.start[group], 1).to_pylist()[0]
+        with self.lock:  # of the loader's threads
+            if group != self.group:
+                self.group = self.table = None  # never two of them
+                self.table, self.group = self.read(lambda file: file.read_row_group(group)), group
+            return f"{self.path}[{i}]", self.table.slice(i - self.start[group], 1).to_pylist()[0]
 
 
 class Rows(Sequence):
@@ -475,6 +480,26 @@ def encode_group(policy: Policy, processor, row: dict, columns: tuple[str, ...])
     return encode_prompt(policy, processor, row), completions
 
 
+def in_order(function, items, workers: int, ahead: int | None = None):
+    """function(item) of each item, one by one; `workers` threads compute `ahead` of them (None: two a thread)
+    before they are asked for. 0 workers: each when it is asked for. An error is raised at its item's place.
+
+    Threads, as Pillow, numpy and the tokenizer let others run while they work: pixels need not be copied, and
+    nothing is forked or left behind. What is not asked for any more is not begun.
+    """
+    if not workers:
+        yield from map(function, items)
+        return
+    items, pool = iter(items), ThreadPoolExecutor(workers)
+    begun = deque(pool.submit(function, x) for x in islice(items, 2 * workers if ahead is None else ahead))
+    try:
+        while begun:
+            begun.extend(pool.submit(function, x) for x in islice(items, 1))
+            yield begun.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The order of draws
 
@@ -521,15 +546,14 @@ def draw_shares(sizes: list[int], shares: list[float], num_draws: int, seed: int
     return [next(plans[j]) for j in order]
 
 
-def draw_by_variance(plan, draws, seed: int, share: float, variance: dict) -> list[int]:
+def draw_by_variance(plan, draws, seed: int, share: float, variance: dict):
     """The rows of these draws: the plan's; at a `share` of them, keyed by (seed, draw), one by the weights
     {row: variance of its rewards} (MMR1, arXiv 2509.21268, without its score of trajectory diversity)."""
-    rows, total, found = [int(i) for i in variance], np.cumsum([0.0, *variance.values()]), []
+    rows, total = [int(i) for i in variance], np.cumsum([0.0, *variance.values()])
     for draw in draws:
         u, v = np.random.default_rng([seed, draw, 1]).random(2)
         chosen = np.searchsorted(total[1:-1], v * total[-1], "right")
-        found.append(rows[chosen] if u < share and total[-1] > 0 else plan[draw])
-    return found
+        yield rows[chosen] if u < share and total[-1] > 0 else plan[draw]
 
 
 def group_length(group) -> int:
@@ -551,13 +575,13 @@ def check_length(row: dict, length: int, limit: int):
 
 
 def check_rows(rows, num_draws: int, seed: int, overlong: str, limit: int, rank: int, world_size: int,
-               length_of, sort_by: str | None = None):
+               length_of, sort_by: str | None = None, workers: int = 0):
     """Read and encode every row the run will visit, before it starts -> (its `draw_plan`, the rows' indices
     from the longest to the shortest), alike on all ranks.
 
     length_of(row) -> tokens; it raises RowError for a row that cannot be used. Rows beyond `limit` are an
     error, or with overlong "skip" left out, counted and printed; then others take their place, which are
-    checked in turn. The work is split over the ranks.
+    checked in turn. The work is split over the ranks, and on each over `workers` threads.
     """
     dropped, checked, lengths = set(), set(), {}
     keys = None if sort_by is None else [row[sort_by] for row in rows]
@@ -568,7 +592,8 @@ def check_rows(rows, num_draws: int, seed: int, overlong: str, limit: int, rank:
         todo = sorted(set(plan) - checked)
         if not todo:
             break
-        found = {i: length_of(rows[i]) for i in todo[rank::world_size]}
+        mine = todo[rank::world_size]
+        found = dict(zip(mine, in_order(lambda i: length_of(rows[i]), mine, workers), strict=True))
         if dist.is_initialized():
             parts = [None] * world_size
             dist.all_gather_object(parts, found)
@@ -597,13 +622,14 @@ def show_sample(processor, group):
         print(f"data: {name} of {prompt.row['_source']}: {text!r}", flush=True)
 
 
-def check_eval_rows(rows, limit: int, rank: int, world_size: int, length_of) -> list[dict]:
+def check_eval_rows(rows, limit: int, rank: int, world_size: int, length_of, workers: int = 0) -> list[dict]:
     """This rank's held-out rows, each read, encoded and checked; held-out rows are never skipped."""
     if 0 < len(rows) < world_size:
         raise InputError(f"{len(rows)} held-out rows for {world_size} ranks: every rank needs at least one")
     rows = rows[rank::world_size]  # of files: a view, whose rows are read anew when they are needed
-    for row in rows:
-        check_length(row, length_of(row), limit)
+    for i, length in enumerate(in_order(lambda i: length_of(rows[i]), range(len(rows)), workers)):
+        if length > limit:
+            check_length(rows[i], length, limit)
     return rows
 
 

@@ -1116,6 +1116,7 @@ def add_run_flags(parser):
     add("--image_root", help="folder that image paths are relative to, and may not leave")
     add("--sort_by", help="column of the data: train in its order, lowest first, in each epoch (curriculum)")
     add("--eval_dataset", help="held-out rows, same columns and --image_root")
+    add("--dataloader_num_workers", type=count, default=0, help="threads that read and process rows ahead")
     add("--output_dir", help="default: a new runs/<algo>-N")
     add("--report_to", choices=TRACKERS, default="none", help="send metrics there too; pip install it")
     add("--push_to_hub", metavar="OWNER/NAME", help="upload final/ there at the end; made private if new")
@@ -1221,7 +1222,7 @@ FREE_ON_RESUME = {
     "output_dir", "resume", "allow_changed", "max_hours", "save_steps", "save_total_limit", "ref_cache",
     "device", "shard_size", "per_device_train_batch_size", "gradient_accumulation_steps",
     "steps_per_generation", "max_tokens_per_batch", "rollout_tokens", "per_device_eval_batch_size",
-    "gradient_checkpointing", "reward_timeout", "report_to", "push_to_hub"}
+    "gradient_checkpointing", "dataloader_num_workers", "reward_timeout", "report_to", "push_to_hub"}
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")  # --report_to
 
 

@@ -17,6 +17,7 @@ import resource
 import signal
 import traceback
 from collections import deque
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -567,21 +568,20 @@ def checked_rewards(result, count: int, what: str, at) -> torch.Tensor:
 # Evaluation
 
 
-def evaluate(policy: Policy, processor, rows: list[dict], draws: list[int], encode, rewards: RewardRunner, *,
+def evaluate(policy: Policy, processor, rows: list[dict], draws: list[int], prompts, rewards: RewardRunner, *,
              temperature: float, max_completion_length: int, batch_size: int, seed: int, step: int,
              num_generations: int = 1, stop=None):
     """n answers to every held-out row, a row's after one another -> (texts, rewards (functions, rows * n));
     temperature 0 is greedy.
 
-    draws: the rows' numbers among all ranks' rows, which key the randomness. encode(row) -> Prompt; rows are
-    encoded batch by batch, so that never all pixels are in memory at once.
+    draws: the rows' numbers among all ranks' rows, which key the randomness. prompts: the rows' Prompts; they
+    are taken batch by batch, so that never all pixels are in memory at once.
     """
-    texts, ids = [], []
+    texts, ids, prompts = [], [], iter(prompts)
     for i in range(0, len(rows), batch_size):
-        prompts = [encode(row) for row in rows[i:i + batch_size]]
-        result = sample(policy, prompts, draws[i:i + batch_size], num_generations=num_generations,
-                        temperature=temperature, max_completion_length=max_completion_length, seed=seed,
-                        stop=stop)
+        result = sample(policy, list(islice(prompts, batch_size)), draws[i:i + batch_size],
+                        num_generations=num_generations, temperature=temperature,
+                        max_completion_length=max_completion_length, seed=seed, stop=stop)
         texts += decode(processor, result)
         ids += id_lists(result)
     rows = [row for row in rows for _ in range(num_generations)]

@@ -332,7 +332,8 @@ def main(argv=None):
     if args.eval_dataset is not None:
         eval_rows = data.read_rows(args.eval_dataset, args.image_root, ("prompt", *columns), "test")
     check_columns(args, train_rows, eval_rows)
-    step_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
+    rank_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    step_rows = rank_rows * world_size
     steps = args.num_train_epochs * len(train_rows) / step_rows
     max_steps = args.max_steps if args.max_steps > 0 else math.ceil(steps)
 
@@ -362,33 +363,36 @@ def main(argv=None):
 
     limit = data.length_limit(policy, args.max_length)
     plan, longest = data.check_rows(train_rows, max_steps * step_rows, args.seed, args.overlong, limit, rank,
-                                    world_size, lambda row: data.group_length(encode(row)), args.sort_by)
+                                    world_size, lambda row: data.group_length(encode(row)), args.sort_by,
+                                    args.dataloader_num_workers)
     if rank == 0:
         data.show_sample(processor, encode(train_rows[plan[0]]))
     eval_rows = data.check_eval_rows(eval_rows, limit, rank, world_size,
-                                     lambda row: data.group_length(encode(row)))
+                                     lambda row: data.group_length(encode(row)),
+                                     args.dataloader_num_workers)
 
     def batches(items, size):
         return [items[i:i + size] for i in range(0, len(items), size)]
 
-    def encoded(rows, size):
-        return ([encode(row) for row in chunk] for chunk in batches(rows, size))
+    def encoded(rows, places, size):
+        """Lists of `size` groups of the rows in these places, of which the next one is prepared meanwhile."""
+        groups = data.in_order(lambda i: encode(rows[i]), places, args.dataloader_num_workers, size)
+        return iter(lambda: list(itertools.islice(groups, size)), [])
 
-    def rows_of(step):
-        """This rank's slice of a step's global batch, which is the same for any number of ranks."""
-        mine = step_rows // world_size
-        return [train_rows[i] for i in plan[step * step_rows + rank * mine:][:mine]]
+    def places_from(step):
+        """This rank's slices of the global batches from a step on, the same for any number of ranks."""
+        starts = range(step * step_rows + rank * rank_rows, max_steps * step_rows, step_rows)
+        return (i for start in starts for i in plan[start:start + rank_rows])
 
     stop = model.Stop(args.max_hours)
 
     def cached(scorer, name):
         """Its log-probs of every row that the run will visit and of the held-out ones."""
         cache = ReferenceCache(args.ref_cache, scorer)
-        visited = {id(row): row for step in range(max_steps) for row in rows_of(step)}.values()
-        batched = encoded(list(visited), args.per_device_train_batch_size)
+        batched = encoded(train_rows, dict.fromkeys(places_from(0)), args.per_device_train_batch_size)
         with model.gathered(scorer), model.adapter_off(scorer), stop.passes():
             computed, found = cache.add(scorer, batched, args.share_prompt, stop)
-            batched = encoded(eval_rows, args.per_device_eval_batch_size)
+            batched = encoded(eval_rows, range(len(eval_rows)), args.per_device_eval_batch_size)
             cache.add(scorer, batched, args.share_prompt, stop)
             if rank == 0:
                 print(f"{name} log-probs: {computed} pairs computed, {found} found in {cache.folder}",
@@ -423,16 +427,20 @@ def main(argv=None):
                 sums[prefix + key] = (old[0] + float(total), old[1] + float(count))
 
         with torch.no_grad(), model.gathered(policy), stop.passes():
-            for groups in encoded(eval_rows, args.per_device_eval_batch_size):
+            held_out = range(len(eval_rows))
+            for groups in encoded(eval_rows, held_out, args.per_device_eval_batch_size):
                 terms, metrics = score_groups(args, policy, groups, references, state)
                 add(terms, "eval/loss/")
                 add(metrics, "eval/")
                 if stop():
                     raise model.Interrupted
             if rewards is not None:
+                prompts = data.in_order(
+                    lambda i: data.encode_prompt(policy, processor, eval_rows[i]), held_out,
+                    args.dataloader_num_workers, args.per_device_eval_batch_size)
                 texts, scores = rollout.evaluate(
                     policy, processor, eval_rows, range(rank, rank + len(eval_rows) * world_size, world_size),
-                    lambda row: data.encode_prompt(policy, processor, row), rewards,
+                    prompts, rewards,
                     temperature=args.eval_temperature, max_completion_length=args.max_completion_length,
                     batch_size=args.per_device_eval_batch_size, seed=args.seed, step=step,
                     num_generations=args.num_generations_eval, stop=stop)
@@ -493,12 +501,13 @@ def main(argv=None):
     progress = tqdm(total=max_steps, initial=state["step"], desc=args.algo,
                     disable=None if rank == 0 else True)
     model.set_status(output_dir, rank, "running", state["step"])
+    updates = encoded(train_rows, places_from(state["step"]), rank_rows)
 
     # ----------------------------------------------------------------------------------------------- the loop
     while state["step"] < max_steps and not stopped and not enough():
         step = state["step"]
         began = time.perf_counter()
-        groups = [encode(row) for row in rows_of(step)]
+        groups = next(updates)
         micro_batches = batches(groups, args.per_device_train_batch_size)
         if args.max_tokens_per_batch is not None:
             sizes = [len(prompt.tokens) + sum(map(len, answers)) for prompt, answers in groups]

@@ -43,6 +43,7 @@ import time
 import unicodedata
 from collections import defaultdict, deque
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -553,10 +554,11 @@ def main(argv=None):
     most_draws = rollouts * prompts_per_rollout * (1 + args.dynamic_sampling)
     plan, longest = data.check_rows(train_rows, most_draws, args.seed, args.overlong,
                                     limit, rank, world_size, lambda row: len(encode(row).tokens),
-                                    args.sort_by)
+                                    args.sort_by, args.dataloader_num_workers)
     if rank == 0:
         data.show_sample(processor, (encode(train_rows[plan[0]]), []))
-    eval_rows = data.check_eval_rows(eval_rows, limit, rank, world_size, lambda row: len(encode(row).tokens))
+    eval_rows = data.check_eval_rows(eval_rows, limit, rank, world_size, lambda row: len(encode(row).tokens),
+                                     args.dataloader_num_workers)
     if args.preflight or args.preflight is None and device.type == "cuda":
         answer = torch.full((args.max_completion_length,), policy.pad_id)
         size, count = args.per_device_train_batch_size, math.ceil(args.per_device_train_batch_size / G)
@@ -582,10 +584,12 @@ def main(argv=None):
         """Means over the held-out rows; None if the run is asked to stop meanwhile."""
         if not eval_rows:
             return {}
+        prompts = data.in_order(lambda i: encode(eval_rows[i]), range(len(eval_rows)),
+                                args.dataloader_num_workers, args.per_device_eval_batch_size)
         with model.gathered(policy), stop.passes():
             texts, scores = rollout.evaluate(
                 policy, processor, eval_rows, range(rank, rank + len(eval_rows) * world_size, world_size),
-                encode, rewards, temperature=args.eval_temperature,
+                prompts, rewards, temperature=args.eval_temperature,
                 max_completion_length=args.max_completion_length, batch_size=args.per_device_eval_batch_size,
                 seed=args.seed, step=step,
                 num_generations=args.num_generations_eval, stop=stop)
@@ -647,13 +651,17 @@ def main(argv=None):
     def rows_drawn(draws):
         return data.draw_by_variance(plan, draws, args.seed, args.variance_sampling, state["variance"])
 
-    def prompts_of(draws):
-        """(draw numbers, prompts) of this rank among a rollout's: its slice of every update, so that the
-        ranks together make the updates of one rank."""
+    def share_of(draws):
+        """This rank's among a rollout's draw numbers: its slice of every update, so that the ranks together
+        make the updates of one rank."""
         share = completions_per_update // G
-        draws = [draws[(update * world_size + rank) * share + i]
-                 for update in range(updates) for i in range(share)]
-        return draws, [encode(train_rows[i]) for i in rows_drawn(draws)]
+        return [draws[(update * world_size + rank) * share + i]
+                for update in range(updates) for i in range(share)]
+
+    def prompts_of(draws):
+        """The prompts of these draws, one by one; a rollout's are prepared ahead."""
+        return data.in_order(lambda i: encode(train_rows[i]), rows_drawn(draws), args.dataloader_num_workers,
+                             prompts_per_rank)
 
     def cut(prompts, rows):
         """For each update its micro-batches of packed rows; one smaller than G holds slices of a group."""
@@ -672,10 +680,12 @@ def main(argv=None):
         raise model.InputError(f"the checkpoint of step {state['step']} holds no rollout, but must here; "
                                "it is of another algorithm, or of other --steps_per_generation")
     if parts:  # in the middle of a rollout
-        draws, prompts = prompts_of(state["draws"])
+        draws = share_of(state["draws"])
+        prompts = list(prompts_of(draws))
         rows, rollout_sums = rows_of_draws(parts, draws, G), sums_of(parts, rank)
         rows |= {f"sum:{key}": torch.tensor(pair, dtype=torch.float64) for key, pair in rollout_sums.items()}
         updates_of_rollout = cut(prompts, rows)
+    coming, due = None, None  # the prompts from the draw `due` on
     candidates = []  # dynamic sampling: the groups drawn so far for this rollout, of all ranks
     stopped = state["pending"] is not None and close_step(state["pending"])
     recent, silent_until = deque(maxlen=20), {}  # metrics of the latest steps; no warning twice in 100 steps
@@ -695,7 +705,12 @@ def main(argv=None):
             first = state["next_draw"] + sum(len(part["draws"]) for part in candidates)
             following = first + prompts_per_rollout
             drawn = range(first, following)
-            draws, prompts = prompts_of(drawn)
+            if first != due or args.variance_sampling:  # what is measured here says which rows come next
+                last = first if args.variance_sampling else len(plan) - prompts_per_rollout
+                starts = range(first, last + 1, prompts_per_rollout)
+                coming = prompts_of(d for i in starts for d in share_of(range(i, i + prompts_per_rollout)))
+            draws, due = share_of(drawn), following
+            prompts = list(islice(coming, len(draws)))
             with stop.passes():
                 with model.gathered(policy):
                     sampled = rollout.sample(
@@ -721,9 +736,10 @@ def main(argv=None):
                 drawn, accepted, following, found = choose_groups(candidates, weights, G, prompts_per_rollout)
                 if accepted < prompts_per_rollout and len(candidates) <= args.dynamic_sampling * world_size:
                     continue  # another round
-                draws, prompts, tried = *prompts_of(drawn), following - state["next_draw"]
                 if args.variance_sampling:
                     state["measured"] = dict(zip(map(str, rows_drawn(found)), found.values()))
+                draws, tried = share_of(drawn), following - state["next_draw"]
+                prompts = list(prompts_of(draws))
                 rows, candidates = rows_of_draws(candidates, draws, G), []
                 scores = torch.stack([rows.pop(f"score {k}") for k in range(len(names))])
                 sampled = rollout.Rollout(*(rows[field] for field in rollout.Rollout._fields))

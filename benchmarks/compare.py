@@ -27,7 +27,7 @@ def answers(path: str, rows: list[dict], rewards, args):
     policy, processor = model.load_policy(path, args.dtype, args.device)
     n = args.num_generations_eval
     texts, scores = rollout.evaluate(
-        policy, processor, rows, range(len(rows)), lambda row: data.encode_prompt(policy, processor, row), rewards,
+        policy, processor, rows, range(len(rows)), map(lambda row: data.encode_prompt(policy, processor, row), rows), rewards,
         temperature=args.temperature, max_completion_length=args.max_completion_length, batch_size=args.batch_size,
         seed=args.seed, step=0, num_generations=n)
     return texts, scores[0]

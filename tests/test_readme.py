@@ -175,7 +175,7 @@ def test_main_job_learns_from_the_picture(tmp_path):
     for name, images in (("real", pictures), ("blank", blank), ("shuffled", pictures[1:] + pictures[:1])):
         shown = [row | {"images": image} for row, image in zip(rows, images)]
         _, scores = rollout.evaluate(policy, processor, shown, range(len(shown)),
-                                     lambda row: data.encode_prompt(policy, processor, row), rewards, temperature=0,
+                                     (data.encode_prompt(policy, processor, row) for row in shown), rewards, temperature=0,
                                      max_completion_length=24, batch_size=256, seed=0, step=0)
         shares[name] = scores[0].mean().item()
     rewards.close()

@@ -19,6 +19,7 @@ import rollout
 import train_dpo
 
 DRIVER = ROOT / "tests" / "kill_cases.py"
+WORKERS = ["--dataloader_num_workers", "2"]  # of runs that die; those that they are compared with have none
 
 
 @pytest.fixture(scope="session")
@@ -82,11 +83,11 @@ def test_killed_again_and_again(folder, whole, tmp_path):
     def killed(name):
         expected = whole(name)
         for phase, n in KILLS[name]:
-            command = [sys.executable, DRIVER, phase, str(n), "SIGKILL", name, *flags(folder, name, tmp_path / name)]
+            command = [sys.executable, DRIVER, phase, str(n), "SIGKILL", name, *flags(folder, name, tmp_path / name, *WORKERS)]
             code = subprocess.run(command, cwd=tmp_path, capture_output=True,
                                   env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
             assert code == -9, (phase, n, code)
-        output = run(sys.executable, DRIVER, "none", 0, "-", name, *flags(folder, name, tmp_path / name), cwd=tmp_path)
+        output = run(sys.executable, DRIVER, "none", 0, "-", name, *flags(folder, name, tmp_path / name, *WORKERS), cwd=tmp_path)
         assert "resumed from" in output
         assert_bit_equal(results(tmp_path / name), expected)
 
@@ -98,7 +99,7 @@ def launch_ranks(folder, ranks, name, output, *extra, phase="none", n=0, signal=
     size = (["--per_device_train_batch_size", 8 // ranks] if name == "train_grpo" else
             ["--per_device_train_batch_size", 4 // ranks, "--gradient_accumulation_steps", 1])  # one update as of one rank
     return run(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", DRIVER, phase, n,
-               signal, name, *flags(folder, name, output, *size, *extra), cwd=folder, ok=ok, timeout=300,
+               signal, name, *flags(folder, name, output, *size, *WORKERS, *extra), cwd=folder, ok=ok, timeout=300,
                env={"KILL_RANK": str(rank)})
 
 
@@ -225,7 +226,7 @@ def test_sigterm_is_a_checkpoint(trained, whole_here, monkeypatch, tmp_path, nam
     an optimizer state of one step."""
     expected = whole_here(name)
     undo = signal_at(monkeypatch, phase, n)
-    trained(name, *(["--ref_cache", tmp_path / "new"] if phase == "reference" else []))
+    trained(name, *WORKERS, *(["--ref_cache", tmp_path / "new"] if phase == "reference" else []))
     assert json.loads((tmp_path / "r" / "status.json").read_text()) == {"status": "stopped", "step": step}
     assert not (tmp_path / "r" / "final").exists()
     undo()
@@ -245,12 +246,12 @@ def test_dynamic_sampling_and_a_moving_reference_resume(trained, monkeypatch, tm
     (tmp_path / "r").rename(tmp_path / "whole")
     original = die_at(monkeypatch, 5)
     with pytest.raises(Dead):
-        trained("train_grpo", *extra)
+        trained("train_grpo", *extra, *WORKERS)
     monkeypatch.setattr(model, "log_step", original)
     state = json.loads((tmp_path / "r" / "checkpoints" / "step_4" / "state.json").read_text())
     assert len(state["draws"]) == 6 and state["next_draw"] > 12 and sorted(state["draws"]) == state["draws"]
     assert any(state["variance"].values()) and state["measured"].keys() & state["variance"].keys()
-    trained("train_grpo", *extra)
+    trained("train_grpo", *extra, *WORKERS)
     assert_bit_equal(results(tmp_path / "r"), results(tmp_path / "whole"))
 
 

@@ -406,7 +406,8 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     ("train_grpo", ["--sync_ref_model"], "--sync_ref_model needs --beta above 0"),
     ("train_grpo", ["--dynamic_sampling", "-1"], "--dynamic_sampling: must be in [0, inf)"),
     ("train_grpo", ["--variance_sampling", "1"], "--variance_sampling: must be in [0, 1), got 1"),
-    ("train_grpo", ["--algo", "gtpo", "--per_device_train_batch_size", "4"], "must be a multiple of --num_generations 8"),
+    ("train_grpo", ["--algo", "gtpo", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"],
+     "must be a multiple of --num_generations 8"),
     ("train_grpo", ["--algo", "reg_grpo", "--beta", "0.1"], "reg_grpo has no --beta"),
     ("train_grpo", ["--kl_estimator", "k4"], "invalid choice: 'k4'")])
 def test_bad_arguments(name, arguments, message, capsys):
@@ -757,7 +758,7 @@ def test_variance_sampling(launch, task, tmp_path, capsys):
     for step, m in enumerate(metrics, 1):
         rows = rows_of_step(tmp_path / "run0", step)
         draws = range(4 * step - 4, 4 * step)
-        assert rows[::4] == data.draw_by_variance(plan, draws, 0, 0.5, variance) and m["epoch"] == pytest.approx(step / 3)
+        assert rows[::4] == list(data.draw_by_variance(plan, draws, 0, 0.5, variance)) and m["epoch"] == pytest.approx(step / 3)
         lines = [json.loads(line)["spread"] for line in open(tmp_path / "run0" / "completions" / f"step_{step}.jsonl")]
         variance |= {str(row): float(torch.tensor(lines[4 * p:4 * p + 4]).double().var(correction=0))
                      for p, row in enumerate(rows[::4])}

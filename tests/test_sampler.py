@@ -58,7 +58,7 @@ def test_evaluation_is_greedy_and_keyed_by_the_row(loaded, monkeypatch):
             return torch.tensor([[float(len(t)) for t in texts]])
 
     def answers(rows, draws, temperature):
-        return rollout.evaluate(policy, processor, rows, draws, lambda row: data.encode_prompt(policy, processor, row),
+        return rollout.evaluate(policy, processor, rows, draws, encode(policy, processor, *rows),
                                 Count(), temperature=temperature, max_completion_length=8, batch_size=3, seed=0, step=0)[0]
 
     greedy = rollout.sample(policy, encode(policy, processor, *rows), [9] * 4, num_generations=1,

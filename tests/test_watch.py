@@ -418,10 +418,10 @@ def test_compare_page(folders, task, tmp_path, judge, capsys):
     assert (tmp_path / "compare.md").read_text() in printed and printed.count("pairs.jsonl:") == 3
     assert len(page.sources) == 3  # rows 0, 1, 2 have 1, 0, 2 pictures
     policy, processor = model.load_policy(str(a))
+    rows = report.data.read_rows(common[1], str(task), ("prompt",))
     texts, scores = rollout.evaluate(
-        policy, processor, report.data.read_rows(common[1], str(task), ("prompt",)), range(12),
-        lambda row: report.data.encode_prompt(policy, processor, row), Judge(["x"]), temperature=1, max_completion_length=4,
-        batch_size=12, seed=0, step=0, num_generations=4)
+        policy, processor, rows, range(12), [report.data.encode_prompt(policy, processor, row) for row in rows], Judge(["x"]),
+        temperature=1, max_completion_length=4, batch_size=12, seed=0, step=0, num_generations=4)
     mean = scores[0].view(12, 4).mean(-1)
     error = mean.std(correction=0) / 12 ** 0.5
     best = scores[0].view(12, 4).max(-1)[0].mean()
