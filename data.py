@@ -22,6 +22,7 @@ on with it, and it alone is scored (Step-DPO: the right steps there, the next on
 losses.COLUMNS are numbers that some losses take; every other column reaches the reward functions untouched.
 """
 
+import base64
 import json
 import math
 import os
@@ -428,6 +429,19 @@ def encode_prompt(policy: Policy, processor, row: dict) -> Prompt:
     tokens, pixels = inputs["input_ids"][0], {k: v for k, v in inputs.items() if k not in TEXT_KEYS}
     positions = policy.prompt_positions(tokens, {k: inputs[k] for k in TEXT_KEYS if k in inputs}, pixels)
     return Prompt(tokens, positions, pixels, row, policy.prompt_images(tokens))
+
+
+def chat_request(row: dict) -> dict:
+    """What encode_prompt encodes, for a server's own processor (rollout.VLLMServer): OpenAI chat messages,
+    images as PNG in data URLs, and whether the answer begins a turn or goes on with the last."""
+    messages, images = to_messages(row), iter([load_image(image, row) for image in row["images"]])
+    for block in (b for m in messages for b in m["content"] if b["type"] == "image"):
+        png = BytesIO()
+        next(images).save(png, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+        block |= {"type": "image_url", "image_url": {"url": url}}
+    begun = messages[-1]["role"] == "assistant"
+    return {"messages": messages, "add_generation_prompt": not begun, "continue_final_message": begun}
 
 
 def encode_completion(policy: Policy, processor, row: dict, column: str) -> torch.Tensor:

@@ -1222,7 +1222,8 @@ FREE_ON_RESUME = {
     "output_dir", "resume", "allow_changed", "max_hours", "save_steps", "save_total_limit", "ref_cache",
     "device", "shard_size", "per_device_train_batch_size", "gradient_accumulation_steps",
     "steps_per_generation", "max_tokens_per_batch", "rollout_tokens", "per_device_eval_batch_size",
-    "gradient_checkpointing", "dataloader_num_workers", "reward_timeout", "report_to", "push_to_hub"}
+    "gradient_checkpointing", "dataloader_num_workers", "reward_timeout", "report_to", "push_to_hub",
+    "vllm_server_base_url"}
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")  # --report_to
 
 

@@ -42,6 +42,7 @@ import sys
 import time
 import unicodedata
 from collections import defaultdict, deque
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -362,11 +363,14 @@ def build_parser():
     add("--off_policy_mask_threshold", type=model.not_negative,
         help="drop completions of negative advantage whose mean "
         "log-prob fell by more than this since they were sampled")
-    add("--importance_sampling_correction", default="none", help="weigh by trainer / sampler probabilities",
+    add("--importance_sampling_correction", help="weigh by trainer / sampler probabilities; default none, "
+        "with a server TRL's sequence_mask",
         choices=["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
     add("--importance_sampling_clip_max", type=model.positive, default=3.0,
         help="largest such weight: cut, or 0")
     # sampling
+    add("--vllm_server_base_url", metavar="URL", help="let this `vllm serve` sample, on GPUs of its own; "
+        "started as rollout.VLLMServer says, it must see --output_dir under the same path")
     add("--dynamic_sampling", type=model.count, default=0, metavar="N",
         help="at most N more rounds of prompts until "
         "each group of the batch has rewards that differ (DAPO); costs a rollout a round")
@@ -462,6 +466,14 @@ def check_args(args, parser):
         parser.error(f"unknown --loss_type {' '.join(args.loss_type)}; choose one of {', '.join(known)}")
     args.loss_type = args.loss_type[0]
     args.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    served = args.vllm_server_base_url is not None
+    if args.importance_sampling_correction is None:
+        default = "token_truncate" if args.loss_type == "vespo" else "sequence_mask"
+        args.importance_sampling_correction = (
+            default if served and args.loss_type in losses.POLICY_LOSSES else "none")
+    if served and (args.top_k or args.top_p < 1 or args.min_p):
+        parser.error("--vllm_server_base_url does not go with --top_k, --top_p or --min_p: vLLM's log-probs "
+                     "would be those of what they leave, the trainer's are of the whole softmax")
     check_loss(args, parser)
     args.reward_funcs = [name for item in args.reward_funcs for name in item.split(",") if name]
     for name in args.reward_funcs:
@@ -579,6 +591,14 @@ def main(argv=None):
     if args.loss_type in losses.GROUP_LOSSES:
         policy_loss = partial(losses.group_loss, loss_type=args.loss_type, num_generations=G, beta=args.beta,
                               kl_estimator=args.kl_estimator)
+
+    server, sample = None, rollout.sample
+    if args.vllm_server_base_url is not None:
+        server = rollout.VLLMServer(args.vllm_server_base_url, output_dir / "vllm_weights", data.chat_request)
+        sample = server.sample
+        if rank == 0:
+            print(f"rollouts by vLLM {server.version}, --importance_sampling_correction "
+                  f"{args.importance_sampling_correction}; held-out answers by the own sampler", flush=True)
 
     def evaluate(step):
         """Means over the held-out rows; None if the run is asked to stop meanwhile."""
@@ -711,9 +731,11 @@ def main(argv=None):
                 coming = prompts_of(d for i in starts for d in share_of(range(i, i + prompts_per_rollout)))
             draws, due = share_of(drawn), following
             prompts = list(islice(coming, len(draws)))
+            if server is not None and not candidates:
+                server.push(policy, processor, source, rank)
             with stop.passes():
-                with model.gathered(policy):
-                    sampled = rollout.sample(
+                with model.gathered(policy) if server is None else nullcontext():
+                    sampled = sample(
                         policy, prompts, draws, num_generations=G, temperature=args.temperature,
                         max_completion_length=args.max_completion_length, seed=args.seed, top_k=args.top_k,
                         top_p=args.top_p, min_p=args.min_p, rollout_tokens=args.rollout_tokens, stop=stop)
@@ -840,6 +862,10 @@ def main(argv=None):
                    "update_skipped": float(not math.isfinite(grad_norm)),
                    **{k: s / n for k, (s, n) in sums.items() if n}}
         state["initial_entropy"] = state["initial_entropy"] or metrics.get("entropy")
+        gap = metrics["sampling/sampling_logp_difference/mean"]
+        if server is not None and update == 0 and gap > 0.2:
+            raise server.error(f"its log-probs differ from the trainer's by {gap:.3g} a token: its weights "
+                               "are not those it was given, or it computes another model")
         if rank == 0 and update == 0 and number == 0:
             expected = {"ratio": "1", "clip_ratio/region_mean": "0", "grad_norm": "> 0"}
             tqdm.write("step 1 must start at: " + ", ".join(
