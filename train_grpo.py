@@ -639,7 +639,8 @@ def main(argv=None):
         ref, _ = model.load_policy(source, args.dtype, device, shard_size=args.shard_size)
         ref.requires_grad_(False)
     if world_size > 1 and hasattr(processor, "image_processor"):
-        policy.filler = data.encode_prompt(policy, processor, data.shapes_rows(1, 0, "train")[0])
+        filler = data.encode_prompt(policy, processor, data.shapes_rows(1, 0, "train")[0])
+        policy.filler = policy.see([filler])[0]
 
     def encode(row):
         return data.encode_prompt(policy, processor, row)
@@ -744,7 +745,7 @@ def main(argv=None):
         share = completions_per_update // G
         draws = [draws[(update * world_size + rank) * share + i]
                  for update in range(updates) for i in range(share)]
-        return draws, [encode(train_rows[plan[d]]) for d in draws]
+        return draws, policy.see([encode(train_rows[plan[d]]) for d in draws])
 
     def cut(prompts, rows):
         """For each update its micro-batches of packed rows; one smaller than G holds slices of a group."""
