@@ -556,7 +556,8 @@ def main(argv=None):
         ref, _ = model.load_policy(source, args.dtype, device, shard_size=args.shard_size)
         ref.requires_grad_(False)
     if world_size > 1 and hasattr(processor, "image_processor"):
-        policy.filler = data.encode_prompt(policy, processor, data.shapes_rows(1, 0, "train")[0])
+        filler = data.encode_prompt(policy, processor, data.shapes_rows(1, 0, "train")[0])
+        policy.filler = policy.see([filler])[0]
 
     def encode(row):
         return data.encode_prompt(policy, processor, row)
@@ -701,7 +702,7 @@ def main(argv=None):
                                "it is of another algorithm, or of other --steps_per_generation")
     if parts:  # in the middle of a rollout
         draws = share_of(state["draws"])
-        prompts = list(prompts_of(draws))
+        prompts = policy.see(list(prompts_of(draws)))
         rows, rollout_sums = rows_of_draws(parts, draws, G), sums_of(parts, rank)
         rows |= {f"sum:{key}": torch.tensor(pair, dtype=torch.float64) for key, pair in rollout_sums.items()}
         updates_of_rollout = cut(prompts, rows)
@@ -730,7 +731,7 @@ def main(argv=None):
                 starts = range(first, last + 1, prompts_per_rollout)
                 coming = prompts_of(d for i in starts for d in share_of(range(i, i + prompts_per_rollout)))
             draws, due = share_of(drawn), following
-            prompts = list(islice(coming, len(draws)))
+            prompts = policy.see(list(islice(coming, len(draws))))
             if server is not None and not candidates:
                 server.push(policy, processor, source, rank)
             with stop.passes():
@@ -761,7 +762,7 @@ def main(argv=None):
                 if args.variance_sampling:
                     state["measured"] = dict(zip(map(str, rows_drawn(found)), found.values()))
                 draws, tried = share_of(drawn), following - state["next_draw"]
-                prompts = list(prompts_of(draws))
+                prompts = policy.see(list(prompts_of(draws)))
                 rows, candidates = rows_of_draws(candidates, draws, G), []
                 scores = torch.stack([rows.pop(f"score {k}") for k in range(len(names))])
                 sampled = rollout.Rollout(*(rows[field] for field in rollout.Rollout._fields))

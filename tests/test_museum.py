@@ -253,8 +253,8 @@ EXHIBITS = [
         model, "refuse_remote_code", lambda *_: None), "test_faults.test_models_that_are_not_loaded"),
     # sampling
     Exhibit("R1-V #91, verl #3469: the policy samples <|image_pad|>", around(
-        model, "scaled_logits", lambda _, hidden, weight, never, temperature: (hidden @ weight.T).float() /
-        temperature), "test_sampler.test_placeholders_are_never_sampled", QWEN),
+        model, "scaled_logits", lambda _, logits, never, temperature: logits.float() / temperature),
+        "test_sampler.test_placeholders_are_never_sampled", QWEN),
     Exhibit("TRL #4159: no temperature in the trainer's log-probs", around(
         model.Policy, "forward", no_temperature), SAMPLER, QWEN | {"temperature": 1.5}),
     Exhibit("TRL #6789: top-p renormalised in the sampler alone", around(
