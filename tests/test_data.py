@@ -1,7 +1,10 @@
 """Rows, images, templates: what is read, and what is refused with one clear error."""
 
+import itertools
 import json
 import os
+import threading
+import time
 from collections import Counter
 
 import pytest
@@ -251,6 +254,38 @@ def test_overlong_is_refused_or_skipped_never_cut(loaded, capsys):
     with pytest.raises(ValueError, match="no row is left"):
         data.check_rows(rows, 4, 0, "skip", 3, 0, 1, length_of)
     assert data.length_limit(policy, 10**9) == policy.hf.config.text_config.max_position_embeddings
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_in_order(workers):
+    """Results in order though they are ready in another one; an error at its item's place, after what stands before it; no
+    more than `ahead` are begun, and none after the last one asked for; no thread is left."""
+    begun, threads = [], threading.active_count()
+
+    def work(i):
+        begun.append(i)
+        time.sleep(0.01 * (i % 3 == 0))
+        if i == 7:
+            raise data.RowError("f:7: bad")
+        return i * i
+
+    found = data.in_order(work, iter(range(9)), workers, 3)
+    for i in range(7):
+        assert next(found) == i * i and len(begun) <= i + 1 + 3 * bool(workers)
+    with pytest.raises(data.RowError, match="f:7: bad"):
+        next(found)
+    begun.clear()
+    found = data.in_order(work, itertools.cycle([1, 2, 3]), workers, 50)
+    assert [next(found), next(found)] == [1, 4]
+    found.close()
+    size = len(begun)
+    time.sleep(0.05)
+    assert len(begun) <= size + workers and len(begun) < 50
+    assert list(data.in_order(work, [], workers)) == [] and list(data.in_order(work, range(5), workers)) == [0, 1, 4, 9, 16]
+    deadline = time.monotonic() + 5
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == threads
 
 
 def test_draw_plan_covers_each_row_once_an_epoch():

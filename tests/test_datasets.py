@@ -2,12 +2,13 @@
 
 import io
 import json
+import sys
 from collections import Counter
 
 import pytest
 from conftest import make_row
 from PIL import Image
-from test_runs import RUNNERS, SCRIPTS, shared_runner, task  # noqa: F401
+from test_runs import SCRIPTS, launch, shared_runner, task  # noqa: F401 (fixtures)
 
 import data
 import model
@@ -223,6 +224,28 @@ def test_parquet_faults(root, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
     with pytest.raises(data.RowError, match="a.parquet: parquet takes pyarrow: pip install pyarrow"):
         data.read_rows(str(path), None, ())
+
+
+def test_parquet_and_threads(root, monkeypatch):
+    """The loader's threads share one row group in memory: a row must not be cut out of another thread's."""
+    path = write_parquet(root / "a.parquet", [dict(prompt=f"{i}") for i in range(40)], group=3)
+    rows, places = data.read_rows(str(path), None, ("prompt",)), data.draw_plan(40, 200, 0)
+    interval = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-6)
+        assert [row["prompt"] for row in data.in_order(rows.__getitem__, places, 4)] == [str(i) for i in places]
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_row_is_encoded_as_often_as_it_is_needed(launch, monkeypatch, workers):  # noqa: F811
+    """Three epochs: once for the check (and the printed sample), once for the reference, once a draw. The reference pass
+    once kept every row of every epoch in memory, and encoded it as often: rows of files are new objects at each reading."""
+    sources, encode = Counter(), data.encode_group
+    monkeypatch.setattr(data, "encode_group", lambda *a: sources.update([a[2]["_source"]]) or encode(*a))
+    metrics, _ = launch("train_dpo", "--max_steps", "9", "--per_device_train_batch_size", "4", "--dataloader_num_workers", workers)
+    assert len(metrics) == 9 and len(sources) == 12 and sorted(sources.values()) == [5] * 11 + [6]
 
 
 def test_mixtures(root):
