@@ -171,7 +171,7 @@ class GroupCache(DynamicCache):
             return x[self.places.view(-1)].view(p, g, kv, r, -1).transpose(1, 2).reshape(p, kv, g * r, -1)
 
         def to_rows(x):  # and back
-            return x.view(p, kv, g, r, -1).transpose(1, 2).reshape(p * g, kv, r, -1)[self.place]
+            return x.view(p, kv, g, r, -1).transpose(1, 2).reshape(p * g, kv, r, -1)[self.place[:n]]
 
         q, prefix_bias = query.view(n, kv, r, D), self.prefix_bias[:p]
         if window is not None:  # hide what is further back; a group's completions are of one age
@@ -188,12 +188,12 @@ class GroupCache(DynamicCache):
         out = to_rows(shared.to(q.dtype) @ prefix_v[:p]) + own.to(q.dtype) @ own_v[:n, :, :W]
         return (out / total).to(q.dtype).view(n, 1, heads, D)
 
-    def place_rows(self, slot_of: list[int], size: int, shape: tuple[int, int], device):
+    def place_rows(self, slot_of: list[int], shape: tuple[int, int], device):
         """Say which slot each row belongs to: `places`, of that shape at least, and `place` of `attend`; rows
-        up to `size` belong to none.
+        beyond these belong to none.
 
         A place that nobody takes computes row 0 once more, and a row without a place takes the first's: for
-        nobody. The tensors keep their memory while their shapes last, as a CUDA graph needs.
+        nobody. If `shape` suffices the tensors keep their memory, for every size that a CUDA graph is of.
         """
         counts, place = [0] * (max(slot_of) + 1), []
         for slot in slot_of:
@@ -203,9 +203,10 @@ class GroupCache(DynamicCache):
         places = torch.zeros(max(len(counts), shape[0]), g, dtype=torch.long)
         for n, at in enumerate(place):
             places[at] = n
-        place = torch.tensor([slot * g + k for slot, k in place] + [0] * (size - len(place)))
-        if self.place is None or (len(place), places.shape) != (len(self.place), self.places.shape):
-            self.place, self.places = place.to(device), places.to(device)
+        place = torch.tensor([slot * g + k for slot, k in place] + [0] * (self.sizes[1] - len(place)))
+        place, places = unwaited(place, device), unwaited(places, device)
+        if self.places is None or places.shape != self.places.shape:
+            self.place, self.places = place, places
         self.place.copy_(place), self.places.copy_(places)
 
     def move(self, sources, targets, width: int):
@@ -214,7 +215,12 @@ class GroupCache(DynamicCache):
             buffer[targets, :, :width] = buffer[sources, :, :width]
 
 
-CHECK_EVERY = 8  # tokens between two looks at who has ended (and a device sync)
+def unwaited(x: torch.Tensor, device) -> torch.Tensor:
+    """x there, without the host waiting for a GPU: from pinned memory."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+CHECK_EVERY = {"cuda": 16}  # tokens between two looks at who has ended (and a device sync); elsewhere 8
 # On a GPU a step is a CUDA graph, one for each size of the batch, rounded up to these: rows, own tokens.
 CUDA_GRAPHS, BUCKETS = True, {"cuda": (64, 128)}
 PREFILL_TOKENS = 16_384  # prompt tokens in one forward, at most, if they are of several prompts
@@ -227,7 +233,8 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
     """num_generations completions of every prompt; temperature 0 is greedy (log-probs are then those at 1).
 
     top_k, top_p and min_p narrow what is drawn, not the log-probs returned: those are of the whole softmax,
-    which is what the trainer computes. stop() is asked every 8 tokens; if True, Interrupted is raised.
+    which is what the trainer computes. stop() is asked every 8 tokens (on a GPU 16); if True, Interrupted is
+    raised.
 
     draws: the prompts' draw numbers, which key the randomness. Results come back on the CPU. Completions end
     when they end: every 8 tokens those that have leave the batch, and prompts that wait take their place.
@@ -302,7 +309,7 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
     def run(size: int, width: int):
         """`step`; on a GPU as a CUDA graph, which spares the launches of its hundreds of kernels."""
         key = size, width, cache.places.shape
-        if device.type != "cuda" or not CUDA_GRAPHS or key not in graphs:
+        if device.type not in BUCKETS or not CUDA_GRAPHS or key not in graphs:
             graphs[key] = None  # the first of a size runs as it is, and warms up what a capture may not do
             return step(size, width)
         if graphs[key] is None:
@@ -325,17 +332,17 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
                 admit(chosen, free[:len(chosen)])
                 waiting, n = waiting + len(chosen), n + len(chosen) * G
             size = min(-(-n // row_bucket) * row_bucket, rows)
-            cache.place_rows(slot_of, size, (slots, G) if device.type in BUCKETS else (0, 0), device)
-            for _ in range(min(CHECK_EVERY, T - 1 - min(age_of))):
+            cache.place_rows(slot_of, (slots, G) if device.type in BUCKETS else (0, 0), device)
+            for _ in range(min(CHECK_EVERY.get(device.type, 8), T - 1 - min(age_of))):
                 run(size, min(-(-(max(age_of) + 1) // width_bucket) * width_bucket, T))
                 age_of = [age + 1 for age in age_of]
             if stop is not None and stop():
                 raise Interrupted
             # Rows from the end take the places of those that have ended.
-            keep = running[:n].nonzero().squeeze(-1).tolist()
+            keep = [i for i, alive in enumerate(running[:n].tolist()) if alive]
             sources, targets = [i for i in keep if i >= len(keep)], sorted(set(range(len(keep))) - set(keep))
             if sources:
-                a, b = torch.tensor(sources, device=device), torch.tensor(targets, device=device)
+                a, b = unwaited(torch.tensor([sources, targets]), device)
                 cache.move(a, b, min(max(age_of) + 1, T))
                 for x in (row, token, t, position, running):
                     x[b] = x[a]
