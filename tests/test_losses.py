@@ -856,15 +856,15 @@ def test_gtpo_by_hand():
 
 def test_gtpo_weights_by_hand():
     """GTPO's lambda: tokens that a better and a worse completion share at the same place from the start (here 7 8, and in
-    rows 0 and 1 also 5) or from the end (9 1), without a break; not the 4 behind a break, not what only completions of one
-    sign share, not A = 0, not padding, not another group."""
-    rows = [([7, 8, 5, 4, 9, 1], 1.0), ([7, 8, 5, 6, 2, 4, 3, 9, 1], -2.0), ([7, 3, 1], -1.0), ([7, 8, 9, 1], 0.0),
-            ([7, 8, 9, 1], 1.0), ([7, 8, 9, 1], 1.0), ([6, 1, 1], 0.5), ([2], -1.0)]
+    rows 0 and 1 also 5) or from the end (9 1), without a break; not the 9 behind a break, not what completions of one sign
+    share, or with one of A = 0 (4), not padding (whose id is that of the last token), not another group."""
+    rows = [([7, 8, 5, 4, 9, 1], 1.0), ([7, 8, 5, 6, 9, 2, 3, 9, 1], -2.0), ([7, 3, 1], -1.0), ([7, 8, 5, 4], 0.0),
+            ([7, 8, 9, 1], 1.0), ([7, 8, 9, 1], 1.0), ([2, 1], 0.5), ([2], -1.0)]
     mask = torch.arange(9) < torch.tensor([len(ids) for ids, _ in rows])[:, None]
     ids = torch.full((8, 9), 1).masked_scatter(mask, torch.tensor(sum((ids for ids, _ in rows), [])))
     weights = losses.gtpo_weights(ids, torch.tensor([A for _, A in rows]), mask, 4)
     expected = [[2, 2, 2, 1, 2, 2], [0, 0, 0, 1, 1, 1, 1, 0, 0], [0, 1, 0], [1, 1, 1, 1],
-                [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1], [1]]
+                [1, 1, 1, 1], [1, 1, 1, 1], [2, 1], [0]]
     assert [row[:len(e)].tolist() for row, e in zip(weights, expected)] == expected
     assert (weights[~mask] == 1).all()
 

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, script
 
 import data
+import losses
 import model
 import rollout
 import train_dpo
@@ -958,6 +959,22 @@ def test_online_dpo_steps_are_the_formula(monkeypatch, tmp_path, task):
     assert_same(steps[2][1], [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters()], 1e-3)
     logged = [json.loads(line) for line in open("out/metrics.jsonl")]
     assert logged[3]["loss"] == pytest.approx(loss.item(), rel=1e-3) and abs(loss.item() - 0.6931) > 0.01
+
+
+def test_gtpo_gets_its_weights_and_the_starting_entropy(launch, task, monkeypatch):
+    """The script's part of GTPO: weights of conflict tokens times the other masks, and the entropy of step 1 (at which
+    nothing is dropped: it is not known yet) at every later step; without it no completion would ever be dropped."""
+    args = train_grpo.parse_args(["--algo", "gtpo", "--num_generations", "2", "--off_policy_mask_threshold", "0.5"])
+    mask, ids = torch.ones(4, 2).bool(), torch.tensor([[5, 6], [5, 7], [5, 6], [5, 7]])
+    micro = dict(completion_ids=ids, completion_mask=mask, advantages=torch.tensor([1.0, -1, 1, -1]),
+                 sampling_logps=torch.tensor([[-1.0, -1], [-1, -1], [-1, -1], [0, 0]]))
+    logps = torch.full((4, 2), -1.0)
+    keep = train_grpo.weigh_tokens(args, logps, logps, logps, micro)["keep"]
+    assert keep.tolist() == [[2, 1], [0, 1], [2, 1], [0, 0]]
+    known, policy_loss = [], losses.policy_loss
+    monkeypatch.setattr(losses, "policy_loss", lambda *a, **k: (known.append(k["initial_entropy"]), policy_loss(*a, **k))[1])
+    metrics, _ = launch("train_grpo", *grpo(task, "--algo", "gtpo"), "--per_device_train_batch_size", 4, "--max_steps", 3)
+    assert known == [math.inf, metrics[0]["entropy"], metrics[0]["entropy"]] and metrics[1]["entropy"] != metrics[0]["entropy"]
 
 
 @pytest.mark.slow
