@@ -347,8 +347,7 @@ class ChunkedLogps(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
         logps, lse, entropy, log_sum_sq = (hidden.new_empty(len(hidden), dtype=torch.float32)
                                            for _ in range(4))
-        needed = ctx.needs_input_grad
-        slope = torch.empty_like(hidden) if needed[0] and not needed[1] else None
+        slope = torch.empty_like(hidden) if ctx.needs_input_grad[:2] == (True, False) else None
         with torch.autocast(device_type, enabled=False):
             W = weight.to(dtype)
             for i in range(0, len(hidden), chunk):
@@ -482,19 +481,17 @@ class Policy(nn.Module):
                 self.dtype == torch.float32 or mkldnn._is_mkldnn_bf16_supported()):
             packed = [m for m in (*self.hf.get_decoder().modules(), self.hf.get_output_embeddings())
                       if type(m).forward in (nn.Linear.forward, LoraLinear.forward)
-                      and m.weight.is_floating_point()]
+                      and not hasattr(m.weight, "quant_state")]  # 4 bits
         for layer in packed:
             weight = mkldnn._reorder_linear_weight(layer.weight.detach(), None)
-            layer.product = lambda x, w=weight, b=layer.bias: mkldnn._linear_pointwise(
-                x.to(w.dtype), w, b, "none", [], "")
-            if not isinstance(layer, LoraLinear):
-                layer.forward = layer.product
+            name = "product" if isinstance(layer, LoraLinear) else "forward"
+            setattr(layer, name, lambda x, w=weight, b=layer.bias: mkldnn._linear_pointwise(
+                x.to(w.dtype), w, b, "none", [], ""))
         try:
             yield
         finally:
             for layer in packed:
-                del layer.product
-                layer.__dict__.pop("forward", None)
+                vars(layer).pop("product", None), vars(layer).pop("forward", None)
             for p, data in masters:
                 p.data = data
 
@@ -538,8 +535,8 @@ class Policy(nn.Module):
         hook = tower.register_forward_hook(lambda _, inputs, out: seen.append(to_device(out, "cpu")))
         with gathered(self), self.autocast():
             for pixels in (prompt.pixels for prompt in prompts if prompt.pixels):
-                base.get_image_features(**to_device({k: pixels[k] for k in pixels if k in known.parameters},
-                                                    self.device))
+                inputs = {k: x for k, x in pixels.items() if k in known.parameters}
+                base.get_image_features(**to_device(inputs, self.device))
                 pixels["tower"] = seen.pop()
         hook.remove()
         return prompts

@@ -1,6 +1,6 @@
 """KV-cached sampling for groups, and the runner that scores completions in a killable process.
 
-The sampler runs the training module itself: no second engine, no second copy of the weights, nothing to sync.
+The sampler runs the training module itself: no second engine, and no weights to keep in sync.
 A prompt and its images are prefilled once; its keys and values then serve all of the group's completions.
 Sizes in comments: P prompts, G num_generations, N = P * G completions (group-major), S longest prompt, T
 longest completion, R position rows (3 for M-RoPE models, else 1).
@@ -233,8 +233,7 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
     """num_generations completions of every prompt; temperature 0 is greedy (log-probs are then those at 1).
 
     top_k, top_p and min_p narrow what is drawn, not the log-probs returned: those are of the whole softmax,
-    which is what the trainer computes. stop() is asked every 8 tokens (on a GPU 16); if True, Interrupted is
-    raised.
+    which is what the trainer computes. stop() is asked every 8 tokens (GPU: 16); if True: Interrupted.
 
     draws: the prompts' draw numbers, which key the randomness. Results come back on the CPU. Completions end
     when they end: every 8 tokens those that have leave the batch, and prompts that wait take their place.

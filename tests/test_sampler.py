@@ -266,18 +266,18 @@ def test_replayed_steps_change_nothing(loaded, monkeypatch, family):
 
 
 def test_bf16_weights_come_and_go(loaded):
-    """In bf16 the sampler's forwards run on weights cast once, which are the fp32 masters again afterwards, bit for
-    bit, also when the rollout is interrupted; log-probs stay near the trainer's."""
+    """In bf16 the sampler's forwards run on weights cast once, and packed where oneDNN can, which are the fp32 masters
+    again afterwards, bit for bit, also when the rollout is interrupted; log-probs stay near the trainer's."""
     policy, processor = loaded("qwen2_5_vl")
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     seen, prompts = set(), mixed_prompts(policy, processor)
     hook = policy.hf.get_decoder().layers[0].mlp.register_forward_hook(
-        lambda module, *_: seen.add(module.gate_proj.weight.dtype))
+        lambda module, *_: seen.add((module.gate_proj.weight.dtype, "forward" in vars(module.gate_proj))))
     policy.dtype = torch.bfloat16
     kwargs = dict(num_generations=4, max_completion_length=12, temperature=1.0, seed=0)
     try:
         sampled = rollout.sample(policy, prompts, [0, 1, 2], **kwargs)
-        assert seen == {torch.bfloat16}
+        assert seen == {(torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported())}
         with pytest.raises(rollout.Interrupted):
             rollout.sample(policy, prompts, [0, 1, 2], stop=lambda: True, **kwargs)
         policy.train()
@@ -288,6 +288,7 @@ def test_bf16_weights_come_and_go(loaded):
         hook.remove()
     for name, p in policy.named_parameters():
         assert p.dtype == torch.float32 and torch.equal(p, before[name]), name
+    assert not any({"forward", "product"} & vars(module).keys() for module in policy.hf.modules())
 
 
 def test_sampling_leaves_no_trace(loaded):
