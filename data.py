@@ -22,6 +22,7 @@ on with it, and it alone is scored (Step-DPO: the right steps there, the next on
 losses.COLUMNS are numbers that some losses take; every other column reaches the reward functions untouched.
 """
 
+import base64
 import json
 import math
 import os
@@ -430,6 +431,19 @@ def encode_prompt(policy: Policy, processor, row: dict) -> Prompt:
     return Prompt(tokens, positions, pixels, row, policy.prompt_images(tokens))
 
 
+def chat_request(row: dict) -> dict:
+    """What encode_prompt encodes, for a server's own processor (rollout.VLLMServer): OpenAI chat messages,
+    images as PNG in data URLs, and whether the answer begins a turn or goes on with the last."""
+    messages, images = to_messages(row), iter([load_image(image, row) for image in row["images"]])
+    for block in (b for m in messages for b in m["content"] if b["type"] == "image"):
+        png = BytesIO()
+        next(images).save(png, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+        block |= {"type": "image_url", "image_url": {"url": url}}
+    begun = messages[-1]["role"] == "assistant"
+    return {"messages": messages, "add_generation_prompt": not begun, "continue_final_message": begun}
+
+
 def encode_completion(policy: Policy, processor, row: dict, column: str) -> torch.Tensor:
     """The ids (len,) that the policy should have produced after the prompt to say row[column], EOS included.
 
@@ -544,6 +558,16 @@ def draw_shares(sizes: list[int], shares: list[float], num_draws: int, seed: int
         plans.append(iter([start + i for i in own]))
         start += size
     return [next(plans[j]) for j in order]
+
+
+def draw_by_variance(plan, draws, seed: int, share: float, variance: dict):
+    """The rows of these draws: the plan's; at a `share` of them, keyed by (seed, draw), one by the weights
+    {row: variance of its rewards} (MMR1, arXiv 2509.21268, without its score of trajectory diversity)."""
+    rows, total = [int(i) for i in variance], np.cumsum([0.0, *variance.values()])
+    for draw in draws:
+        u, v = np.random.default_rng([seed, draw, 1]).random(2)
+        chosen = np.searchsorted(total[1:-1], v * total[-1], "right")
+        yield rows[chosen] if u < share and total[-1] > 0 else plan[draw]
 
 
 def group_length(group) -> int:

@@ -588,6 +588,14 @@ def gmpo_term(ratio, A, *, token_log_ratios, mask, epsilon, epsilon_high, **_):
     return -mean.clamp(-20, 20).exp()[:, None].expand_as(ratio) * A
 
 
+def gtpo_term(ratio, A, *, entropies, initial_entropy, mask, gtpo_gamma=0.1, **_):
+    """GTPO (arXiv 2508.03772): -c (A - gamma H), no clip, H the completion's mean token entropy; 0 where H is
+    above log 2 and the starting policy's is not. Conflict tokens are weighed by `gtpo_weights`, as `keep`."""
+    H = (masked_sum(entropies.detach(), mask) / mask.sum(-1).clamp(min=1))[:, None]         # (N, 1)
+    kept = (H <= math.log(2)) | (initial_entropy > math.log(2))
+    return -ratio * torch.where(kept, A - gtpo_gamma * H, 0.0)
+
+
 POLICY_LOSSES = {  # name: (term, mean over tokens)
     "grpo": (clipped_term, "sequence"),          # arXiv 2402.03300
     "bnpo": (clipped_term, "micro_batch"),       # TRL's name; see token_mean
@@ -597,7 +605,8 @@ POLICY_LOSSES = {  # name: (term, mean over tokens)
     "cispo": (cispo_term, "token"),
     "sapo": (sapo_term, "sequence"),
     "vespo": (vespo_term, "token"),
-    "gmpo": (gmpo_term, "sequence")}             # arXiv 2507.20673
+    "gmpo": (gmpo_term, "sequence"),             # arXiv 2507.20673
+    "gtpo": (gtpo_term, "sequence")}             # arXiv 2508.03772
 
 
 def token_mean(x, mask, kind):
@@ -668,6 +677,24 @@ def top_entropy_mask(entropies, mask, quantile):
     return mask & (entropies >= entropies[mask].quantile(1 - quantile)) if mask.any() else mask
 
 
+def gtpo_weights(completion_ids, advantages, mask, num_generations):
+    """GTPO's lambda (arXiv 2508.03772), (N, T), of N completions in whole groups; advantages (N,).
+
+    A token conflicts if a completion of the group with the other sign of A has the same token at its place,
+    counted from the start or the end, and all tokens before (behind) it do: 2 for A > 0, 0 for A < 0; else 1.
+    """
+    T, sign = mask.shape[1], advantages.sign().view(-1, num_generations)                    # (P, G)
+    opposed = (sign[:, :, None] * sign[:, None] < 0)[..., None]                             # (P, G, G, 1)
+    turn = (mask.sum(-1, keepdim=True) - 1 - torch.arange(T, device=mask.device)).clamp(min=0)
+
+    def conflicts(ids):  # without a break from the start
+        ids = ids.masked_fill(~mask, -1).view(-1, num_generations, T)
+        return (opposed & (ids[:, :, None] == ids[:, None])).any(2).view(-1, T).int().cumprod(-1).bool()
+
+    found = conflicts(completion_ids) | conflicts(completion_ids.gather(-1, turn)).gather(-1, turn)
+    return torch.where(found & mask, 1 + sign.view(-1, 1), 1.0)
+
+
 def sampler_correction(old_logps, sampling_logps, mask, mode, clip_max=3.0, clip_min=None):
     """Importance weights pi_old / pi_sampler, (N, T), detached, for samples of another engine or precision.
 
@@ -689,18 +716,18 @@ def sampler_correction(old_logps, sampling_logps, mask, mode, clip_max=3.0, clip
 
 def policy_loss(logps, old_logps, advantages, mask, *, loss_type, importance_sampling_level="token",
                 epsilon=0.2, epsilon_high=0.2, delta=None, keep=None, correction=None, ref_logps=None,
-                beta=0.0, kl_estimator="k3", use_bias_correction_kl=True, sapo_temperature_pos=1.0,
-                sapo_temperature_neg=1.05, vespo_k_pos=2.0, vespo_lambda_pos=3.0, vespo_k_neg=3.0,
-                vespo_lambda_neg=2.0):
+                entropies=None, initial_entropy=0.0, beta=0.0, kl_estimator="k3", use_bias_correction_kl=True,
+                sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, vespo_k_pos=2.0, vespo_lambda_pos=3.0,
+                vespo_k_neg=3.0, vespo_lambda_neg=2.0):
     """The policy loss of GRPO and its relatives, as a sum; divide by the step's `policy_loss_count`.
 
         L_t = keep_t * correction_t * term(c_t, A) + beta * KL_t [* c_t]
 
     logps, old_logps, ref_logps: (N, T); mask: (N, T); advantages: (N,). On-policy, old_logps is
     logps.detach(): the ratio is 1, and the gradient of every loss_type the plain policy gradient, up to the
-    mean over tokens. keep (N, T) or (N, 1): `off_policy_mask`, `top_entropy_mask`; correction (N, T):
-    `sampler_correction`. use_bias_correction_kl multiplies the KL by the unclipped ratio. The last six are
-    the papers' constants, no flags. Padding may hold anything, nan included.
+    mean over tokens. keep (N, T) or (N, 1): `off_policy_mask`, `top_entropy_mask`, `gtpo_weights`;
+    correction (N, T): `sampler_correction`; entropies (N, T), initial_entropy: gtpo's. use_bias_correction_kl
+    multiplies the KL by the unclipped ratio. The last six are the papers' constants. Padding may be anything.
     Returns (loss sum, {metric: (sum, count)}).
     """
     if loss_type not in POLICY_LOSSES:
@@ -717,9 +744,10 @@ def policy_loss(logps, old_logps, advantages, mask, *, loss_type, importance_sam
         correction = None
     per_token_loss = term(                                                                  # (N, T)
         ratio, A, logps=logps, mask=mask, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta,
-        sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg,
-        token_log_ratios=token_log_ratios, log_correction=log_correction, vespo_k_pos=vespo_k_pos,
-        vespo_lambda_pos=vespo_lambda_pos, vespo_k_neg=vespo_k_neg, vespo_lambda_neg=vespo_lambda_neg)
+        entropies=entropies, initial_entropy=initial_entropy, sapo_temperature_pos=sapo_temperature_pos,
+        sapo_temperature_neg=sapo_temperature_neg, token_log_ratios=token_log_ratios,
+        log_correction=log_correction, vespo_k_pos=vespo_k_pos, vespo_lambda_pos=vespo_lambda_pos,
+        vespo_k_neg=vespo_k_neg, vespo_lambda_neg=vespo_lambda_neg)
     for weight in (keep, correction):
         per_token_loss = per_token_loss if weight is None else per_token_loss * weight
 
@@ -742,7 +770,7 @@ def policy_loss(logps, old_logps, advantages, mask, *, loss_type, importance_sam
 
 # ------------------------------------------------------------------------------------------------------------
 # Group losses compare a prompt's completions. All (P, G): rewards r (0: the highest there is, nan: unknown),
-# log-probs s summed over n tokens, u = s - s_ref. Each gives (P,); its count, of r alone, is in GROUP_LOSSES.
+# log-probs s summed over n tokens, u = s - s_ref, rho = s - s_old. Each gives (P,); counts: GROUP_LOSSES.
 
 
 def better(r):
@@ -791,6 +819,16 @@ def disco_loss(r, u, s, n, *, drift, disco_tau=10.0, disco_delta=1e-4, disco_bet
     return torch.where(has_spread(r), disco_tau * low - high + penalty, 0.0)
 
 
+def reg_grpo_loss(r, u, s, n, *, rho, eps=1e-4, **_):
+    """Reg-GRPO (arXiv 2506.07464): mean_i (A_i - (rho_i - mean rho) / std rho)^2, A as GRPO's; no clip. std
+    is (var + eps^2)^(1/2): at a rollout's first update rho is 0, the gradient that of -2 A_i s_i / eps."""
+    known, k = ~r.isnan(), (~r.isnan()).sum(-1, keepdim=True).clamp(min=2)
+    A = group_advantages(r.flatten(), r.shape[-1]).view_as(r)                               # unknown: 0
+    rho = torch.where(known, rho - torch.where(known, rho, 0.0).sum(-1, keepdim=True) / k, 0.0)
+    error = A - rho / ((rho**2).sum(-1, keepdim=True) / (k - 1) + eps**2).sqrt()
+    return torch.where(has_spread(r), (error**2).sum(-1) / k.squeeze(-1), 0.0)
+
+
 def has_spread(r):
     return better(r).any(-1).any(-1)
 
@@ -801,7 +839,8 @@ GROUP_LOSSES = {  # name: (loss, count of a group)
     "ipo_sum": (partial(best_against_worst, ipo_sum_loss), has_spread),
     "copg": (copg_loss, lambda r: (~r.isnan()).sum(-1) > 1),
     "trpa": (trpa_loss, lambda r: better(r).sum((1, 2))),
-    "disco": (disco_loss, has_spread)}
+    "disco": (disco_loss, has_spread),
+    "reg_grpo": (reg_grpo_loss, has_spread)}
 
 
 def group_loss(logps, old_logps, rewards, mask, *, loss_type, num_generations, ref_logps=None, beta=0.0,
@@ -813,7 +852,7 @@ def group_loss(logps, old_logps, rewards, mask, *, loss_type, num_generations, r
     (loss, count_of), r = GROUP_LOSSES[loss_type], rewards.view(-1, num_generations)
     s, n = masked_sum(logps, mask).view_as(r), mask.sum(-1).clamp(min=1).view_as(r)
     u = None if ref_logps is None else masked_sum(logps - ref_logps, mask).view_as(r)
-    drift = masked_sum(old_logps - logps, mask).sum() / mask.sum().clamp(min=1)
+    rho = masked_sum(logps - old_logps, mask).view_as(r)
     metrics = {"frac_groups_skipped": ((count_of(r) == 0).sum(), len(r))}
     if u is not None:
         wins, margins = better(r), beta * (u[:, :, None] - u[:, None, :]).detach()          # (P, G, G)
@@ -822,4 +861,4 @@ def group_loss(logps, old_logps, rewards, mask, *, loss_type, num_generations, r
                                            wins.sum()),
                     "kl": (masked_sum(kl_penalty(logps, ref_logps, kl_estimator).detach(), mask).sum(),
                            mask.sum())}
-    return loss(r, u, s, n, beta=beta, drift=drift).sum(), metrics
+    return loss(r, u, s, n, beta=beta, rho=rho, drift=-rho.sum() / mask.sum().clamp(min=1)).sum(), metrics

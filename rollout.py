@@ -1,6 +1,6 @@
 """KV-cached sampling for groups, and the runner that scores completions in a killable process.
 
-The sampler runs the training module itself: no second engine, no second copy of the weights, nothing to sync.
+The sampler runs the training module itself: no second engine, and no weights to keep in sync.
 A prompt and its images are prefilled once; its keys and values then serve all of the group's completions.
 Sizes in comments: P prompts, G num_generations, N = P * G completions (group-major), S longest prompt, T
 longest completion, R position rows (3 for M-RoPE models, else 1).
@@ -16,17 +16,23 @@ import re
 import resource
 import signal
 import traceback
+import urllib.request
 from collections import deque
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+from urllib.error import HTTPError
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from model import InputError, Interrupted, Policy, Prompt, attention_mask_of, pack_groups, to_device
+from model import (InputError, Interrupted, Policy, Prompt, all_gather_object, attention_mask_of, export,
+                   pack_groups, to_device)
 
 # ------------------------------------------------------------------------------------------------------------
 # Keyed randomness
@@ -165,7 +171,7 @@ class GroupCache(DynamicCache):
             return x[self.places.view(-1)].view(p, g, kv, r, -1).transpose(1, 2).reshape(p, kv, g * r, -1)
 
         def to_rows(x):  # and back
-            return x.view(p, kv, g, r, -1).transpose(1, 2).reshape(p * g, kv, r, -1)[self.place]
+            return x.view(p, kv, g, r, -1).transpose(1, 2).reshape(p * g, kv, r, -1)[self.place[:n]]
 
         q, prefix_bias = query.view(n, kv, r, D), self.prefix_bias[:p]
         if window is not None:  # hide what is further back; a group's completions are of one age
@@ -182,12 +188,12 @@ class GroupCache(DynamicCache):
         out = to_rows(shared.to(q.dtype) @ prefix_v[:p]) + own.to(q.dtype) @ own_v[:n, :, :W]
         return (out / total).to(q.dtype).view(n, 1, heads, D)
 
-    def place_rows(self, slot_of: list[int], size: int, shape: tuple[int, int], device):
+    def place_rows(self, slot_of: list[int], shape: tuple[int, int], device):
         """Say which slot each row belongs to: `places`, of that shape at least, and `place` of `attend`; rows
-        up to `size` belong to none.
+        beyond these belong to none.
 
         A place that nobody takes computes row 0 once more, and a row without a place takes the first's: for
-        nobody. The tensors keep their memory while their shapes last, as a CUDA graph needs.
+        nobody. If `shape` suffices the tensors keep their memory, for every size that a CUDA graph is of.
         """
         counts, place = [0] * (max(slot_of) + 1), []
         for slot in slot_of:
@@ -197,9 +203,10 @@ class GroupCache(DynamicCache):
         places = torch.zeros(max(len(counts), shape[0]), g, dtype=torch.long)
         for n, at in enumerate(place):
             places[at] = n
-        place = torch.tensor([slot * g + k for slot, k in place] + [0] * (size - len(place)))
-        if self.place is None or (len(place), places.shape) != (len(self.place), self.places.shape):
-            self.place, self.places = place.to(device), places.to(device)
+        place = torch.tensor([slot * g + k for slot, k in place] + [0] * (self.sizes[1] - len(place)))
+        place, places = unwaited(place, device), unwaited(places, device)
+        if self.places is None or places.shape != self.places.shape:
+            self.place, self.places = place, places
         self.place.copy_(place), self.places.copy_(places)
 
     def move(self, sources, targets, width: int):
@@ -208,7 +215,12 @@ class GroupCache(DynamicCache):
             buffer[targets, :, :width] = buffer[sources, :, :width]
 
 
-CHECK_EVERY = 8  # tokens between two looks at who has ended (and a device sync)
+def unwaited(x: torch.Tensor, device) -> torch.Tensor:
+    """x there, without the host waiting for a GPU: from pinned memory."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+CHECK_EVERY = {"cuda": 16}  # tokens between two looks at who has ended (and a device sync); elsewhere 8
 # On a GPU a step is a CUDA graph, one for each size of the batch, rounded up to these: rows, own tokens.
 CUDA_GRAPHS, BUCKETS = True, {"cuda": (64, 128)}
 PREFILL_TOKENS = 16_384  # prompt tokens in one forward, at most, if they are of several prompts
@@ -221,7 +233,7 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
     """num_generations completions of every prompt; temperature 0 is greedy (log-probs are then those at 1).
 
     top_k, top_p and min_p narrow what is drawn, not the log-probs returned: those are of the whole softmax,
-    which is what the trainer computes. stop() is asked every 8 tokens; if True, Interrupted is raised.
+    which is what the trainer computes. stop() is asked every 8 tokens (GPU: 16); if True: Interrupted.
 
     draws: the prompts' draw numbers, which key the randomness. Results come back on the CPU. Completions end
     when they end: every 8 tokens those that have leave the batch, and prompts that wait take their place.
@@ -296,7 +308,7 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
     def run(size: int, width: int):
         """`step`; on a GPU as a CUDA graph, which spares the launches of its hundreds of kernels."""
         key = size, width, cache.places.shape
-        if device.type != "cuda" or not CUDA_GRAPHS or key not in graphs:
+        if device.type not in BUCKETS or not CUDA_GRAPHS or key not in graphs:
             graphs[key] = None  # the first of a size runs as it is, and warms up what a capture may not do
             return step(size, width)
         if graphs[key] is None:
@@ -319,17 +331,17 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
                 admit(chosen, free[:len(chosen)])
                 waiting, n = waiting + len(chosen), n + len(chosen) * G
             size = min(-(-n // row_bucket) * row_bucket, rows)
-            cache.place_rows(slot_of, size, (slots, G) if device.type in BUCKETS else (0, 0), device)
-            for _ in range(min(CHECK_EVERY, T - 1 - min(age_of))):
+            cache.place_rows(slot_of, (slots, G) if device.type in BUCKETS else (0, 0), device)
+            for _ in range(min(CHECK_EVERY.get(device.type, 8), T - 1 - min(age_of))):
                 run(size, min(-(-(max(age_of) + 1) // width_bucket) * width_bucket, T))
                 age_of = [age + 1 for age in age_of]
             if stop is not None and stop():
                 raise Interrupted
             # Rows from the end take the places of those that have ended.
-            keep = running[:n].nonzero().squeeze(-1).tolist()
+            keep = [i for i, alive in enumerate(running[:n].tolist()) if alive]
             sources, targets = [i for i in keep if i >= len(keep)], sorted(set(range(len(keep))) - set(keep))
             if sources:
-                a, b = torch.tensor(sources, device=device), torch.tensor(targets, device=device)
+                a, b = unwaited(torch.tensor([sources, targets]), device)
                 cache.move(a, b, min(max(age_of) + 1, T))
                 for x in (row, token, t, position, running):
                     x[b] = x[a]
@@ -344,6 +356,121 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
     mask = ended.long().cumsum(-1) - ended.long() == 0  # up to the first EOS, which is included
     longest = max(1, int(mask.sum(-1).max()))
     return Rollout(*(x[:, :longest].cpu() for x in (ids, mask, logps)), (~ended.any(-1)).cpu())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling by a vLLM server
+
+
+SERVER_TIMEOUT = 1800  # seconds that one answer may take
+SERVER_REQUESTS = 64  # groups asked for at once, by each rank
+
+
+class VLLMServer:
+    """`sample` by a stock vLLM server with GPUs of its own, for rollouts that outgrow the trainers'.
+
+        VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm
+
+    MODEL: what --model_name_or_path names. Run with vLLM 0.32.0 (CPU build, fp32); older ones are refused.
+    Every rank sends its own prompts, one /v1/chat/completions each, n = G. The server renders, tokenizes and
+    prepares images itself: the prompt ids that it answers must be the trainer's. Its log-probs are at the
+    temperature, and without never_sampled (logit_bias -100 where the trainer has probability 0).
+
+    Weights go through `folder`, which the server must see under the same path, before every rollout: /pause
+    (which empties the prefix, image and encoder caches: they are of the old weights), /collective_rpc
+    reload_weights, /resume. vLLM's transfer by NCCL needs CUDA at both ends, and could not be tried. A CPU
+    build keeps the old output head where it is tied to the embeddings (the run then ends: its log-probs).
+
+    The server draws with its own generator: --seed does not reach it, a rollout drawn again is another one.
+    (Seeded requests are slower, and kill a CPU build when a prompt is prefilled in chunks.) A server that is
+    away, older, started otherwise or of another model is an InputError; nothing is tried twice.
+    """
+
+    def __init__(self, url: str, folder: str | Path, chat):
+        """chat(row): the messages of a request, and how the prompt ends (data.chat_request)."""
+        self.url, self.folder, self.chat = url.rstrip("/"), Path(folder).resolve(), chat
+        self.version = self.ask("/version")["version"]
+        if [int(n) for n in re.findall(r"\d+", self.version)[:2]] < [0, 32]:
+            raise self.error(f"vLLM {self.version} is older than 0.32, for which this was written")
+        mode = self.ask("/server_info?config_format=json")["vllm_config"]["model_config"]["logprobs_mode"]
+        if mode != "processed_logprobs":
+            raise self.error(f"it gives {mode}; start it with --logprobs-mode processed_logprobs")
+
+    def error(self, text: str) -> InputError:
+        return InputError(f"--vllm_server_base_url {self.url}: {text}")
+
+    def ask(self, path: str, body: dict | None = None):
+        """GET, or POST of a body; the JSON that is answered, None for nothing."""
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=SERVER_TIMEOUT) as answer:
+                return json.loads(answer.read() or "null")
+        except (OSError, HTTPException, ValueError) as error:
+            reason = str(error)
+            if isinstance(error, HTTPError):
+                reason += " " + error.read().decode(errors="replace")[:500]
+                reason += " (was it started with VLLM_SERVER_DEV_MODE=1?)" if error.code == 404 else ""
+            raise self.error(f"{path}: {reason}") from None
+
+    def push(self, policy: Policy, processor, source: str, rank: int):
+        """Give the server the policy's weights. A collective: rank 0 writes and asks, the others wait."""
+        export(policy, processor, source, self.folder, rank)
+        failed, reload = None, {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
+        try:
+            for path, body in ("/pause", {}), ("/collective_rpc", reload), ("/resume", {}):
+                if rank == 0:
+                    self.ask(path, body)
+        except InputError as error:
+            failed = str(error)
+        failed = all_gather_object(failed)[0]
+        if failed:
+            raise InputError(failed)
+
+    def sample(self, policy: Policy, prompts: list[Prompt], draws: list[int], *, num_generations: int,
+               max_completion_length: int, temperature: float, stop=None, **_) -> Rollout:
+        """As `rollout.sample`; draws, seed and rollout_tokens mean nothing to a server, and top_k, top_p and
+        min_p must be off: log-probs would be of what they leave (the script refuses)."""
+        T, eos, banned = max_completion_length, set(policy.eos_ids), policy.never_sampled.tolist()
+        settings = dict(
+            n=num_generations, max_completion_tokens=T, temperature=temperature, top_k=0, top_p=1.0,
+            min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logprobs=True,
+            top_logprobs=0, return_token_ids=True, ignore_eos=True, stop_token_ids=policy.eos_ids,
+            logit_bias={str(token): -100 for token in banned})
+
+        def complete(prompt: Prompt):
+            """[(ids, log-probs) of each of the prompt's completions]."""
+            answer = self.ask("/v1/chat/completions", self.chat(prompt.row) | settings)
+            theirs, ours, group = answer.get("prompt_token_ids"), prompt.tokens.tolist(), []
+            if theirs != ours:
+                raise self.error(f"{prompt.row['_source']}: another model, chat template or image processor: "
+                                 f"it reads {str(theirs)[:200]}, the trainer {str(ours)[:200]}")
+            for choice in sorted(answer["choices"], key=lambda choice: choice["index"]):
+                ids, logps = choice["token_ids"], [x["logprob"] for x in choice["logprobs"]["content"]]
+                how = "stop" if ids and ids[-1] in eos else "length" if len(ids) == T else "neither"
+                if choice["finish_reason"] != how or len(ids) != len(logps) or set(ids) & set(banned):
+                    raise self.error(f"{prompt.row['_source']}: cut off, or an id that is never sampled: "
+                                     f"{json.dumps(choice)[:500]}")
+                group.append((torch.tensor(ids), torch.tensor(logps)))
+            return group
+
+        pool = ThreadPoolExecutor(SERVER_REQUESTS)
+        try:
+            groups = [pool.submit(complete, prompt) for prompt in prompts]
+            pending = set(groups)
+            while pending:
+                done, pending = wait(pending, 0.5, FIRST_COMPLETED)
+                for group in done:
+                    group.result()  # the first error ends the rollout
+                if stop is not None and stop():
+                    self.ask("/abort_requests", {})
+                    raise Interrupted
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        ids, logps = zip(*(completion for group in groups for completion in group.result()))
+        mask = pad_sequence([torch.ones(len(x), dtype=torch.bool) for x in ids], True)          # (N, T)
+        return Rollout(pad_sequence(ids, True, policy.pad_id), mask, pad_sequence(logps, True),
+                       torch.tensor([int(x[-1]) not in eos for x in ids]))
 
 
 # ------------------------------------------------------------------------------------------------------------

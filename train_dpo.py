@@ -31,7 +31,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads ruin a shared machine
 
 import argparse
-import difflib
 import hashlib
 import itertools
 import math
@@ -45,7 +44,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import get_scheduler
 
 import data
 import losses
@@ -101,143 +99,43 @@ def build_parser():
     on_off = argparse.BooleanOptionalAction
     # what
     add("--algo", choices=list(PRESETS), default="mpo", help="a preset of the loss flags; a flag given wins")
-    add("--model_name_or_path", help="folder or hub id of a vision-language model; none: a tiny one is built")
     add("--dataset", nargs="+", help="files, folders, hub ids of pairs (see data.py); none: shapes")
-    add("--dataset_weights", nargs="+", type=float, help="each one's share of the draws; default: its rows")
-    add("--image_root", help="folder that image paths are relative to, and may not leave")
-    add("--eval_dataset", help="held-out rows, same columns and --image_root")
-    add("--dataloader_num_workers", type=int, default=0, help="threads that read and process rows ahead")
-    add("--output_dir", help="default: a new runs/<algo>-N")
-    add("--report_to", choices=model.TRACKERS, default="none", help="send metrics there too; pip install it")
-    add("--push_to_hub", metavar="OWNER/NAME", help="upload final/ there at the end; made private if new")
     add("--ref_cache", default="runs/ref_cache", help="folder of cached reference log-probs")
     # losses
     add("--loss_type", nargs="+", help=f"any of {', '.join(losses.PREFERENCE_LOSSES)}; spaces or commas")
-    add("--loss_weights", nargs="+", type=float, help="one per loss_type; default 1 each")
-    add("--beta", type=float, default=0.1, help="strength of the pull to the reference, in every pair loss")
+    add("--loss_weights", nargs="+", type=model.finite, help="one per loss_type; default 1 each")
+    add("--beta", type=model.positive, default=0.1,
+        help="strength of the pull to the reference, in every pair loss")
     add("--bco_delta", choices=["running", "ema", "none"], default="running", help="BCO's reward shift")
     add("--nll_normalization", choices=["sequence", "token"], default="sequence", help="the mean in `sft`")
-    add("--label_smoothing", type=float, default=0.0, help="share of wrong labels assumed by "
+    add("--label_smoothing", type=model.within("[0, 0.5)"), default=0.0,
+        help="share of wrong labels assumed by "
         f"{', '.join(sorted(losses.SMOOTHED_LOSSES))}")
-    add("--simpo_gamma", type=float, default=0.5, help="SimPO's margin gamma (its paper tunes gamma / beta)")
-    add("--ld_alpha", type=float, default=1.0, help="LD-DPO: weight of an answer's tokens beyond the other's")
+    add("--simpo_gamma", type=model.finite, default=0.5,
+        help="SimPO's margin gamma (its paper tunes gamma / beta)")
+    add("--ld_alpha", type=model.share, default=1.0,
+        help="LD-DPO: weight of an answer's tokens beyond the other's")
     add("--use_weighting", action=on_off, default=False, help="WPO: weigh pairs by how on-policy they are")
     add("--weight_column", help="column of the data that multiplies each pair's losses")
     add("--guide_model", help="tgdpo: folder or hub id of the DPO-trained model that weighs the tokens")
     add("--f_divergence_type", default="reverse_kl", help="of the pull to the reference",
         choices=["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"])
-    add("--f_alpha_divergence_coef", type=float, default=0.5, help="alpha of alpha_divergence")
+    add("--f_alpha_divergence_coef", type=model.finite, default=0.5, help="alpha of alpha_divergence")
     # steps
-    add("--sort_by", help="column of the data: train in its order, lowest first, in each epoch (Curry-DPO)")
-    add("--per_device_train_batch_size", type=int, default=8, help="pairs (SFT: rows) of a micro-batch")
-    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of an optimizer step")
-    add("--max_tokens_per_batch", type=int, help="cut a step into micro-batches of whole pairs by tokens, "
-        "not by per_device_train_batch_size")
-    add("--num_train_epochs", type=float, default=1.0, help="passes over the data; max_steps wins")
-    add("--max_steps", type=int, default=-1, help="optimizer steps; -1: from the epochs")
-    add("--learning_rate", type=float, default=1e-6, help="peak, after the warm-up")
-    add("--lr_scheduler_type", choices=["cosine", "linear", "constant"], default="linear", help="the decay")
-    add("--warmup_steps", type=float, default=0.0, help="steps, or below 1 a share of all steps")
-    add("--weight_decay", type=float, default=0.0, help="of AdamW, on every parameter")
-    add("--adam_beta1", type=float, default=0.9, help="of AdamW")
-    add("--adam_beta2", type=float, default=0.999, help="of AdamW")
-    add("--max_grad_norm", type=float, default=1.0, help="global norm that gradients are clipped to")
+    add("--per_device_train_batch_size", type=model.size, default=8,
+        help="pairs (SFT: rows) of a micro-batch")
     # limits
-    add("--max_length", type=int, help="longest prompt + completion in tokens; default: the model's context")
-    add("--overlong", choices=["error", "skip"], default="error", help="rows beyond; never cut, skip counts")
-    add("--max_completion_length", type=int, default=256, help="tokens of a held-out answer")
-    # model
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute; weights are fp32")
-    add("--gradient_checkpointing", action=on_off, default=False, help="recompute layers in the backward")
-    add("--freeze_vision_tower", action=on_off, default=False, help="train the language model only")
-    add("--shard_size", type=int, help="ranks that hold one copy of the weights between them; default: all")
-    add("--lora_r", type=int, help="rank of LoRA adapters, which alone are trained; none: train all weights")
-    add("--lora_alpha", type=int, help="adapters are scaled by lora_alpha / lora_r; default 32")
-    add("--lora_target_modules", nargs="+", help="names of linear layers (q_proj v_proj), or all-linear, "
-        "the default: all but the output head")
-    add("--use_rslora", action=on_off, default=False, help="scale by lora_alpha / sqrt(lora_r)")
-    add("--use_dora", action=on_off, default=False, help="DoRA: train the norm of each row as well")
-    add("--share_prompt", action=on_off, default=True,
-        help="a pair is one row; --no-share_prompt gives each completion its own")
-    add("--cold_start_steps", type=int, help="most SFT steps before the run, on the built-in model and task "
-        "only; default 200 there (0 in --algo sft), it stops at 0.4 sampled accuracy")
-    add("--preflight", action=on_off, help="try the largest micro-batch before step 1; default: on cuda")
-    # checkpoints
-    add("--save_steps", type=int, default=100, help="write a checkpoint every so many steps")
-    add("--save_total_limit", type=int, default=2, help="checkpoints that are kept")
-    add("--resume", default="auto", help="auto: go on with the run in --output_dir; never; or a checkpoint")
-    add("--allow_changed", nargs="+", default=[], help="settings that may differ from the resumed run's")
-    add("--max_hours", type=float, help="write a checkpoint and end after so long, as on SIGTERM")
+    add("--max_length", type=model.size,
+        help="longest prompt + completion in tokens; default: the model's context")
+    add("--max_completion_length", type=model.size, default=256, help="tokens of a held-out answer")
     # evaluation and the rest
-    add("--eval_steps", type=int, default=100, help="evaluate every so many steps, and before and after")
-    add("--per_device_eval_batch_size", type=int, default=16, help="prompts answered, pairs scored at once")
-    add("--eval_temperature", type=float, default=0.0, help="of held-out answers; 0 is greedy")
-    add("--num_generations_eval", type=int, default=1, help="answers to each held-out row; above 1 adds "
-        "eval/pass@k, and needs --eval_temperature")
-    add("--stop_at_accuracy", type=float, help="stop once eval/accuracy reaches it")
-    add("--reward_timeout", type=float, default=60.0, help="seconds for scoring the held-out answers")
-    add("--seed", type=int, default=0, help="of the data order, the sampling, the tiny model")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where there is one")
+    add("--stop_at_accuracy", type=model.within("(0, 1]"), help="stop once eval/accuracy reaches it")
+    model.add_run_flags(p)
     return p
 
 
-# === the same in train_dpo.py and train_grpo.py =============================================================
-
-
 def parse_args(argv):
-    """Flags over --algo's and the built-in model's defaults; a typo is an error naming the nearest flag."""
-    parser = build_parser()
-    first, _ = parser.parse_known_args(argv)
-    preset = dict(PRESETS[first.algo])
-    if first.loss_type is not None:
-        preset.pop("loss_weights", None)  # they belong to the preset's own losses
-    parser.set_defaults(**preset)
-    if first.model_name_or_path is None:
-        parser.set_defaults(**TINY_DEFAULTS | TINY_BY_ALGO.get(first.algo, {}))
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [f for action in parser._actions for f in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
-    args.loss_type = [name for item in args.loss_type for name in item.split(",") if name]
-    built_in = args.model_name_or_path is None and args.dataset is None
-    if args.cold_start_steps and not built_in:
-        parser.error("--cold_start_steps is for the built-in model and task; train your own with --algo sft")
-    if args.cold_start_steps is None:
-        args.cold_start_steps = 200 if built_in and args.algo != "sft" else 0
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps",
-                 "save_total_limit", "per_device_eval_batch_size", "max_completion_length",
-                 "num_generations_eval"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.num_generations_eval > 1 and args.eval_temperature <= 0:
-        parser.error("--num_generations_eval needs --eval_temperature above 0: greedy answers are alike")
-    for name in ("max_tokens_per_batch", "rollout_tokens"):
-        if (getattr(args, name, None) or 1) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.dataloader_num_workers < 0:
-        parser.error(f"--dataloader_num_workers must be at least 0, got {args.dataloader_num_workers}")
-    if args.max_steps < 1 and args.max_steps != -1:
-        parser.error(f"--max_steps must be at least 1, or -1 for --num_train_epochs, got {args.max_steps}")
-    weights = args.dataset_weights
-    if weights is not None and (len(weights) != len(args.dataset or []) or min(weights) <= 0):
-        parser.error(f"--dataset_weights must be one number above 0 for each --dataset, got {weights}")
-    model.check_lora(args, parser)
-    check_args(args, parser)
-    return args
-
-
-def make_optimizer(args, policy, max_steps: int):
-    """AdamW on everything trainable, fp32 state; warm-up, then cosine, linear or constant."""
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-                                  weight_decay=args.weight_decay, fused=policy.device.type == "cuda")
-    warmup = args.warmup_steps if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * max_steps)
-    name = "constant_with_warmup" if args.lr_scheduler_type == "constant" else args.lr_scheduler_type
-    return optimizer, get_scheduler(name, optimizer, int(warmup), max_steps), parameters
-
-
-# === end of the shared part =================================================================================
+    return model.parse_args(argv, build_parser(), PRESETS, TINY_DEFAULTS, TINY_BY_ALGO, check_args)
 
 
 def check_args(args, parser):
@@ -249,14 +147,10 @@ def check_args(args, parser):
         parser.error(f"{len(args.loss_type)} --loss_type but {len(args.loss_weights)} --loss_weights")
     if len(set(args.loss_type)) < len(args.loss_type):
         parser.error(f"a --loss_type stands twice in {' '.join(args.loss_type)}; give it one weight")
-    if args.beta <= 0:
-        parser.error(f"--beta must be above 0, got {args.beta}")
     given, pairs = set(args.loss_type), set(args.loss_type) - {"sft"}
     if args.label_smoothing and not given & losses.SMOOTHED_LOSSES:
         parser.error(f"--label_smoothing is not used by {', '.join(args.loss_type)}, only by "
                      f"{', '.join(sorted(losses.SMOOTHED_LOSSES))}")
-    if not 0 <= args.label_smoothing < 0.5:
-        parser.error(f"--label_smoothing must be at least 0 and below 0.5, got {args.label_smoothing}")
     if "exo_pair" in given and args.label_smoothing == 0:
         parser.error("exo_pair needs --label_smoothing above 0 (1e-3, say): it takes its logarithm")
     without = ", ".join(sorted(given - losses.F_DIVERGENCE_LOSSES - {"sft"}))
@@ -518,7 +412,7 @@ def main(argv=None):
             size = max(1, args.max_tokens_per_batch // group)
         largest = (longest * size)[:size]
         model.preflight(policy, [encode(train_rows[i]) for i in largest], 1.0, rank)
-    optimizer, scheduler, parameters = make_optimizer(args, policy, max_steps)
+    optimizer, scheduler, parameters = model.make_optimizer(args, policy, max_steps)
     weighted = list(zip(args.loss_type, args.loss_weights))
 
     def evaluate(step):
@@ -541,8 +435,9 @@ def main(argv=None):
                 if stop():
                     raise model.Interrupted
             if rewards is not None:
-                prompts = data.in_order(lambda i: data.encode_prompt(policy, processor, eval_rows[i]), held_out,
-                                        args.dataloader_num_workers, args.per_device_eval_batch_size)
+                prompts = data.in_order(
+                    lambda i: data.encode_prompt(policy, processor, eval_rows[i]), held_out,
+                    args.dataloader_num_workers, args.per_device_eval_batch_size)
                 texts, scores = rollout.evaluate(
                     policy, processor, eval_rows, range(rank, rank + len(eval_rows) * world_size, world_size),
                     prompts, rewards,

@@ -35,7 +35,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads ruin a shared machine
 
 import argparse
-import difflib
 import math
 import operator
 import re
@@ -43,6 +42,7 @@ import sys
 import time
 import unicodedata
 from collections import defaultdict, deque
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -50,7 +50,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import get_scheduler
 
 import data
 import losses
@@ -296,15 +295,17 @@ PRESETS = {
                   epsilon_high=0.24),  # arXiv 2509.18851
     "dgpo": dict(loss_type=["dapo"], advantage_estimator="dgpo"),  # arXiv 2601.20614
     "gmpo": dict(loss_type=["gmpo"], epsilon=0.4),  # arXiv 2507.20673
+    "gtpo": dict(loss_type=["gtpo"], scale_rewards="none"),  # arXiv 2508.03772
     "online_dpo": dict(loss_type=["sigmoid"], advantage_estimator="none", beta=0.1),  # arXiv 2402.04792
     "copg": dict(loss_type=["copg"], advantage_estimator="none", beta=0.1),  # arXiv 2406.19185, beta is ours
     "trpa": dict(loss_type=["trpa"], advantage_estimator="none", beta=0.1),  # arXiv 2504.04524
     "disco": dict(loss_type=["disco"], advantage_estimator="none"),  # arXiv 2505.12366
+    "reg_grpo": dict(loss_type=["reg_grpo"], advantage_estimator="none"),  # arXiv 2506.07464
 }
 # Updates that a rollout is cut into: GSPO's paper has four; what else corrects for old samples gets as many
 # here, the other presets take one.
 UPDATES_PER_ROLLOUT = dict.fromkeys(
-    ("gspo", "gspo_token", "sapo", "luspo", "vespo", "ngrpo", "gmpo", "disco"), 4)
+    ("gspo", "gspo_token", "sapo", "luspo", "vespo", "ngrpo", "gmpo", "disco", "reg_grpo"), 4)
 # For the tiny model, used when no --model_name_or_path is given. At temperature 1 one seed of three ceased to
 # try one of the six answers, and stayed at 0.85; at 1.25 none did.
 TINY_DEFAULTS = dict(learning_rate=3e-4, temperature=1.25, per_device_train_batch_size=256, max_steps=75,
@@ -321,22 +322,13 @@ def build_parser():
     on_off = argparse.BooleanOptionalAction
     # what
     add("--algo", choices=list(PRESETS), default="grpo", help="a preset of the loss flags; a flag given wins")
-    add("--model_name_or_path", help="folder or hub id of a vision-language model; none: a tiny one is built")
     add("--dataset", nargs="+", help="files, folders, hub ids of prompts (see data.py); none: shapes")
-    add("--dataset_weights", nargs="+", type=float, help="each one's share of the draws; default: its rows")
-    add("--image_root", help="folder that image paths are relative to, and may not leave")
-    add("--eval_dataset", help="held-out rows, same columns and --image_root")
-    add("--dataloader_num_workers", type=int, default=0, help="threads that read and process rows ahead")
-    add("--output_dir", help="default: a new runs/<algo>-N")
-    add("--report_to", choices=model.TRACKERS, default="none", help="send metrics there too; pip install it")
-    add("--push_to_hub", metavar="OWNER/NAME", help="upload final/ there at the end; made private if new")
     # rewards
     add("--reward_funcs", nargs="+", default=["accuracy", "format"],
         help=f"{', '.join(REWARDS)}, or path/to/file.py:function; spaces or commas")
-    add("--reward_weights", nargs="+", type=float, help="one per reward; default 1, 0.1 for format")
-    add("--reward_timeout", type=float, default=60.0, help="seconds for one call of one reward function; a "
-        "completion that it hangs on, also alone, gets no reward")
-    add("--missing_eos_penalty", type=float, default=0.0, help="off the reward of answers cut at the limit")
+    add("--reward_weights", nargs="+", type=model.finite, help="one per reward; default 1, 0.1 for format")
+    add("--missing_eos_penalty", type=model.not_negative, default=0.0,
+        help="off the reward of answers cut at the limit")
     add("--advantage_estimator", choices=["grpo", "rloo", "gdpo", "ngrpo", "dgpo", "none"], default="grpo",
         help="baseline: the group's mean (grpo), its other completions (rloo), per reward function (gdpo), "
         "with a virtual best (ngrpo), by difficulty (dgpo); none: the reward, for losses of a group")
@@ -347,149 +339,69 @@ def build_parser():
         f"{', '.join(losses.POLICY_LOSSES)}; of a group: {', '.join(losses.GROUP_LOSSES)}")
     add("--importance_sampling_level", choices=losses.RATIO_LEVELS, default="token",
         help="the ratio: GRPO's, GSPO's, GSPO-token's, RLOO's")
-    add("--epsilon", type=float, default=0.2, help="ratio clipped below at 1 - epsilon")
-    add("--epsilon_high", type=float, help="ratio clipped above at 1 + epsilon_high; default: epsilon. "
+    add("--epsilon", type=model.not_negative, default=0.2, help="ratio clipped below at 1 - epsilon")
+    add("--epsilon_high", type=model.not_negative,
+        help="ratio clipped above at 1 + epsilon_high; default: epsilon. "
         "cispo: at epsilon_high itself")
-    add("--delta", type=float, help="upper bound of the ratio also for negative advantages")
-    add("--beta", type=float, default=0.0, help="weight of the KL to the starting policy; 0: no reference")
+    add("--delta", type=model.within("(1, inf)"),
+        help="upper bound of the ratio also for negative advantages")
+    add("--beta", type=model.not_negative, default=0.0,
+        help="weight of the KL to the starting policy; 0: no reference")
     add("--kl_estimator", choices=["k1", "k2", "k3"], default="k3", help="of the KL per token")
     add("--sync_ref_model", action=on_off, default=False, help="let the reference follow the policy")
-    add("--ref_model_mixup_alpha", type=float, default=0.6, help="a sync: alpha * policy + rest * reference")
-    add("--ref_model_sync_steps", type=int, default=512, help="optimizer steps between syncs")
+    add("--ref_model_mixup_alpha", type=model.share, default=0.6,
+        help="a sync: alpha * policy + rest * reference")
+    add("--ref_model_sync_steps", type=model.size, default=512, help="optimizer steps between syncs")
     add("--use_bias_correction_kl", action=on_off, default=True,
         help="multiply the KL by the ratio, so that its gradient is the KL's")
     add("--kl_in_reward", action=on_off, default=False, help="take beta * KL off the rewards, as RLOO does")
-    add("--entropy_coef", type=float, default=0.0, help="weight of the bonus for mean token entropy")
-    add("--top_entropy_quantile", type=float, default=1.0, help="share of tokens, by entropy, trained")
+    add("--entropy_coef", type=model.finite, default=0.0, help="weight of the bonus for mean token entropy")
+    add("--top_entropy_quantile", type=model.within("(0, 1]"), default=1.0,
+        help="share of tokens, by entropy, trained")
     add("--mask_truncated_completions", action=on_off, default=False,
         help="no gradient from answers that met the length limit")
-    add("--off_policy_mask_threshold", type=float, help="drop completions of negative advantage whose mean "
+    add("--off_policy_mask_threshold", type=model.not_negative,
+        help="drop completions of negative advantage whose mean "
         "log-prob fell by more than this since they were sampled")
-    add("--importance_sampling_correction", default="none", help="weigh by trainer / sampler probabilities",
+    add("--importance_sampling_correction", help="weigh by trainer / sampler probabilities; default none, "
+        "with a server TRL's sequence_mask",
         choices=["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
-    add("--importance_sampling_clip_max", type=float, default=3.0, help="largest such weight: cut, or 0")
+    add("--importance_sampling_clip_max", type=model.positive, default=3.0,
+        help="largest such weight: cut, or 0")
     # sampling
-    add("--dynamic_sampling", type=int, default=0, metavar="N", help="at most N more rounds of prompts until "
+    add("--vllm_server_base_url", metavar="URL", help="let this `vllm serve` sample, on GPUs of its own; "
+        "started as rollout.VLLMServer says, it must see --output_dir under the same path")
+    add("--dynamic_sampling", type=model.count, default=0, metavar="N",
+        help="at most N more rounds of prompts until "
         "each group of the batch has rewards that differ (DAPO); costs a rollout a round")
-    add("--num_generations", type=int, default=8, help="G, completions per prompt")
-    add("--max_completion_length", type=int, default=256, help="tokens sampled at most")
-    add("--temperature", type=float, default=1.0, help="of sampling; every log-prob is taken at it")
-    add("--top_k", type=int, default=0, help="sample among the k likeliest tokens; 0: all")
-    add("--top_p", type=float, default=1.0, help="sample among the likeliest tokens that sum to p")
-    add("--min_p", type=float, default=0.0, help="sample tokens of at least this share of the likeliest's")
+    add("--variance_sampling", type=model.within("[0, 1)"), default=0.0, metavar="SHARE",
+        help="of the prompts, drawn by how much their rewards varied when last sampled (MMR1: 0.5)")
+    add("--num_generations", type=model.within("[2, inf)", int), default=8, help="G, completions per prompt")
+    add("--max_completion_length", type=model.size, default=256, help="tokens sampled at most")
+    add("--temperature", type=model.positive, default=1.0, help="of sampling; every log-prob is taken at it")
+    add("--top_k", type=model.count, default=0, help="sample among the k likeliest tokens; 0: all")
+    add("--top_p", type=model.within("(0, 1]"), default=1.0,
+        help="sample among the likeliest tokens that sum to p")
+    add("--min_p", type=model.share, default=0.0,
+        help="sample tokens of at least this share of the likeliest's")
     # steps
-    add("--per_device_train_batch_size", type=int, default=8, help="completions of a micro-batch")
-    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches of an optimizer step")
-    add("--steps_per_generation", type=int, help="micro-batches of a rollout, a multiple of "
+    add("--per_device_train_batch_size", type=model.size, default=8, help="completions of a micro-batch")
+    add("--steps_per_generation", type=model.size, help="micro-batches of a rollout, a multiple of "
         "gradient_accumulation_steps; default: one update per rollout, in "
         f"{', '.join(UPDATES_PER_ROLLOUT)} four")
-    add("--num_iterations", type=int, default=1, help="passes over a rollout")
-    add("--max_tokens_per_batch", type=int, help="cut an update into micro-batches of whole groups by "
-        "tokens, not by per_device_train_batch_size")
-    add("--rollout_tokens", type=int, default=262_144, help="keys and values in memory while sampling, in "
+    add("--num_iterations", type=model.size, default=1, help="passes over a rollout")
+    add("--rollout_tokens", type=model.size, default=262_144,
+        help="keys and values in memory while sampling, in "
         "tokens; prompts beyond wait")
-    add("--num_train_epochs", type=float, default=1.0, help="passes over the data; max_steps wins")
-    add("--max_steps", type=int, default=-1, help="optimizer steps; -1: from the epochs")
-    add("--learning_rate", type=float, default=1e-6, help="peak, after the warm-up")
-    add("--lr_scheduler_type", choices=["cosine", "linear", "constant"], default="linear", help="the decay")
-    add("--warmup_steps", type=float, default=0.0, help="steps, or below 1 a share of all steps")
-    add("--weight_decay", type=float, default=0.0, help="of AdamW, on every parameter")
-    add("--adam_beta1", type=float, default=0.9, help="of AdamW")
-    add("--adam_beta2", type=float, default=0.999, help="of AdamW")
-    add("--max_grad_norm", type=float, default=1.0, help="global norm that gradients are clipped to")
     # limits
-    add("--max_prompt_length", type=int, help="tokens; default: what the context leaves the completion")
-    add("--overlong", choices=["error", "skip"], default="error", help="rows beyond; never cut, skip counts")
-    # model
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute; weights are fp32")
-    add("--gradient_checkpointing", action=on_off, default=False, help="recompute layers in the backward")
-    add("--freeze_vision_tower", action=on_off, default=False, help="train the language model only")
-    add("--shard_size", type=int, help="ranks that hold one copy of the weights between them; default: all")
-    add("--lora_r", type=int, help="rank of LoRA adapters, which alone are trained; none: train all weights")
-    add("--lora_alpha", type=int, help="adapters are scaled by lora_alpha / lora_r; default 32")
-    add("--lora_target_modules", nargs="+", help="names of linear layers (q_proj v_proj), or all-linear, "
-        "the default: all but the output head")
-    add("--use_rslora", action=on_off, default=False, help="scale by lora_alpha / sqrt(lora_r)")
-    add("--use_dora", action=on_off, default=False, help="DoRA: train the norm of each row as well")
-    add("--share_prompt", action=on_off, default=True,
-        help="a group is one row; --no-share_prompt gives each completion its own")
-    add("--cold_start_steps", type=int, help="most SFT steps before the run, on the built-in model and task "
-        "only; default 200 there, it stops at 0.4 sampled accuracy")
-    add("--preflight", action=on_off, help="try the largest micro-batch before step 1; default: on cuda")
-    # checkpoints
-    add("--save_steps", type=int, default=100, help="write a checkpoint every so many steps")
-    add("--save_total_limit", type=int, default=2, help="checkpoints that are kept")
-    add("--resume", default="auto", help="auto: go on with the run in --output_dir; never; or a checkpoint")
-    add("--allow_changed", nargs="+", default=[], help="settings that may differ from the resumed run's")
-    add("--max_hours", type=float, help="write a checkpoint and end after so long, as on SIGTERM")
-    # evaluation and the rest
-    add("--eval_steps", type=int, default=100, help="evaluate every so many steps, and before and after")
-    add("--per_device_eval_batch_size", type=int, default=16, help="prompts answered at once")
-    add("--eval_temperature", type=float, default=0.0, help="of held-out answers; 0 is greedy")
-    add("--num_generations_eval", type=int, default=1, help="answers to each held-out row; above 1 adds "
-        "eval/pass@k, and needs --eval_temperature")
-    add("--seed", type=int, default=0, help="of the data order, the sampling, the tiny model")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where there is one")
+    add("--max_prompt_length", type=model.size,
+        help="tokens; default: what the context leaves the completion")
+    model.add_run_flags(p)
     return p
 
 
-# === the same in train_dpo.py and train_grpo.py =============================================================
-
-
 def parse_args(argv):
-    """Flags over --algo's and the built-in model's defaults; a typo is an error naming the nearest flag."""
-    parser = build_parser()
-    first, _ = parser.parse_known_args(argv)
-    preset = dict(PRESETS[first.algo])
-    if first.loss_type is not None:
-        preset.pop("loss_weights", None)  # they belong to the preset's own losses
-    parser.set_defaults(**preset)
-    if first.model_name_or_path is None:
-        parser.set_defaults(**TINY_DEFAULTS | TINY_BY_ALGO.get(first.algo, {}))
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [f for action in parser._actions for f in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
-    args.loss_type = [name for item in args.loss_type for name in item.split(",") if name]
-    built_in = args.model_name_or_path is None and args.dataset is None
-    if args.cold_start_steps and not built_in:
-        parser.error("--cold_start_steps is for the built-in model and task; train your own with --algo sft")
-    if args.cold_start_steps is None:
-        args.cold_start_steps = 200 if built_in and args.algo != "sft" else 0
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps",
-                 "save_total_limit", "per_device_eval_batch_size", "max_completion_length",
-                 "num_generations_eval"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.num_generations_eval > 1 and args.eval_temperature <= 0:
-        parser.error("--num_generations_eval needs --eval_temperature above 0: greedy answers are alike")
-    for name in ("max_tokens_per_batch", "rollout_tokens"):
-        if (getattr(args, name, None) or 1) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.dataloader_num_workers < 0:
-        parser.error(f"--dataloader_num_workers must be at least 0, got {args.dataloader_num_workers}")
-    if args.max_steps < 1 and args.max_steps != -1:
-        parser.error(f"--max_steps must be at least 1, or -1 for --num_train_epochs, got {args.max_steps}")
-    weights = args.dataset_weights
-    if weights is not None and (len(weights) != len(args.dataset or []) or min(weights) <= 0):
-        parser.error(f"--dataset_weights must be one number above 0 for each --dataset, got {weights}")
-    model.check_lora(args, parser)
-    check_args(args, parser)
-    return args
-
-
-def make_optimizer(args, policy, max_steps: int):
-    """AdamW on everything trainable, fp32 state; warm-up, then cosine, linear or constant."""
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-                                  weight_decay=args.weight_decay, fused=policy.device.type == "cuda")
-    warmup = args.warmup_steps if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * max_steps)
-    name = "constant_with_warmup" if args.lr_scheduler_type == "constant" else args.lr_scheduler_type
-    return optimizer, get_scheduler(name, optimizer, int(warmup), max_steps), parameters
-
-
-# === end of the shared part =================================================================================
+    return model.parse_args(argv, build_parser(), PRESETS, TINY_DEFAULTS, TINY_BY_ALGO, check_args)
 
 
 def check_loss(args, parser):
@@ -521,10 +433,10 @@ def check_loss(args, parser):
         for name, value in neutral.items():
             if getattr(args, name) != value:
                 parser.error(f"--loss_type {loss} compares whole completions: --{name} does not go with it")
-        if bool(args.beta) == (loss == "disco"):
+        if bool(args.beta) == (loss in ("disco", "reg_grpo")):
             parser.error(f"--loss_type {loss} " + ("has no --beta" if args.beta else "needs --beta above 0"))
-    if args.sync_ref_model and (not args.beta or args.ref_model_sync_steps < 1):
-        parser.error("--sync_ref_model needs --beta above 0, and --ref_model_sync_steps of at least 1")
+    if args.sync_ref_model and not args.beta:
+        parser.error("--sync_ref_model needs --beta above 0")
     if args.delta is not None and (reductions[loss][0] is not losses.clipped_term
                                    or args.delta <= 1 + args.epsilon_high):
         clipped = ", ".join(n for n, (term, _) in reductions.items() if term is losses.clipped_term)
@@ -535,10 +447,6 @@ def check_loss(args, parser):
     if loss == "vespo" and (level != "token" or args.importance_sampling_correction.startswith("sequence")):
         parser.error("vespo builds the ratio of the whole sequence itself: it takes "
                      "--importance_sampling_level token, --importance_sampling_correction none or token_*")
-    if not 0 < args.top_entropy_quantile <= 1:
-        parser.error(f"--top_entropy_quantile must be in (0, 1], got {args.top_entropy_quantile}")
-    if args.top_k < 0 or not 0 < args.top_p <= 1 or not 0 <= args.min_p <= 1:
-        parser.error("--top_k must be at least 0, --top_p in (0, 1] and --min_p in [0, 1]")
     if level in ("sequence", "sequence_sum") and reductions[loss][1] in ("token", "constant", "micro_batch"):
         warn(f"{loss} sums over tokens, so with one ratio a sequence (--importance_sampling_level {level}) "
              "each completion weighs as much as it is long; GSPO is --loss_type grpo")
@@ -558,6 +466,14 @@ def check_args(args, parser):
         parser.error(f"unknown --loss_type {' '.join(args.loss_type)}; choose one of {', '.join(known)}")
     args.loss_type = args.loss_type[0]
     args.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    served = args.vllm_server_base_url is not None
+    if args.importance_sampling_correction is None:
+        default = "token_truncate" if args.loss_type == "vespo" else "sequence_mask"
+        args.importance_sampling_correction = (
+            default if served and args.loss_type in losses.POLICY_LOSSES else "none")
+    if served and (args.top_k or args.top_p < 1 or args.min_p):
+        parser.error("--vllm_server_base_url does not go with --top_k, --top_p or --min_p: vLLM's log-probs "
+                     "would be those of what they leave, the trainer's are of the whole softmax")
     check_loss(args, parser)
     args.reward_funcs = [name for item in args.reward_funcs for name in item.split(",") if name]
     for name in args.reward_funcs:
@@ -571,12 +487,6 @@ def check_args(args, parser):
     if len(args.reward_weights) != len(args.reward_funcs):
         parser.error(f"{len(args.reward_funcs)} --reward_funcs "
                      f"but {len(args.reward_weights)} --reward_weights")
-    if args.temperature <= 0:
-        parser.error("--temperature must be above 0: a greedy group has no variance")
-    if args.num_iterations < 1:
-        parser.error(f"--num_iterations must be at least 1, got {args.num_iterations}")
-    if args.num_generations < 2:
-        parser.error("--num_generations must be at least 2: an advantage compares a prompt's completions")
     ga, size, G = args.gradient_accumulation_steps, args.per_device_train_batch_size, args.num_generations
     args.steps_per_generation = args.steps_per_generation or ga * UPDATES_PER_ROLLOUT.get(args.algo, 1)
     if args.steps_per_generation % ga:
@@ -587,11 +497,9 @@ def check_args(args, parser):
         parser.error(f"an update of {size} x {ga} completions (per_device_train_batch_size x "
                      f"gradient_accumulation_steps) must hold whole groups of --num_generations {G}; "
                      f"{math.ceil(size * ga / G) * G} completions would")
-    if args.loss_type in losses.GROUP_LOSSES and size % G:
+    if args.loss_type in (*losses.GROUP_LOSSES, "gtpo") and size % G:
         parser.error(f"--loss_type {args.loss_type} compares the completions of a group: "
                      f"--per_device_train_batch_size {size} must be a multiple of --num_generations {G}")
-    if args.dynamic_sampling < 0:
-        parser.error(f"--dynamic_sampling must be at least 0, got {args.dynamic_sampling}")
 
 
 def main(argv=None):
@@ -623,12 +531,17 @@ def main(argv=None):
         eval_rows = []
     if args.eval_dataset is not None:
         eval_rows = data.read_rows(args.eval_dataset, args.image_root, need, "test")
+    if args.sort_by is not None:
+        data.check_numbers(train_rows, args.sort_by, -1e300, 1e300, "--sort_by")
     rollouts = args.num_train_epochs * len(train_rows) / prompts_per_rollout
     max_steps = args.max_steps if args.max_steps > 0 else math.ceil(rollouts) * steps_per_rollout
     rollouts = math.ceil(max_steps / steps_per_rollout)
     if rank == 0:
         print(f"rollout: {prompts_per_rollout} prompts x {G} completions, {steps_per_rollout} updates each; "
               f"{rollouts} rollouts, {max_steps} steps", flush=True)
+        if args.variance_sampling:
+            print("variance sampling: no rollout more, but an epoch leaves out "
+                  f"{args.variance_sampling:.0%} of its rows, for rows whose last rewards varied")
 
     # --- policy, the prompts that it will meet, reference, optimizer
     source = model.start_model(args, output_dir, rank)
@@ -643,7 +556,8 @@ def main(argv=None):
         ref, _ = model.load_policy(source, args.dtype, device, shard_size=args.shard_size)
         ref.requires_grad_(False)
     if world_size > 1 and hasattr(processor, "image_processor"):
-        policy.filler = data.encode_prompt(policy, processor, data.shapes_rows(1, 0, "train")[0])
+        filler = data.encode_prompt(policy, processor, data.shapes_rows(1, 0, "train")[0])
+        policy.filler = policy.see([filler])[0]
 
     def encode(row):
         return data.encode_prompt(policy, processor, row)
@@ -653,7 +567,7 @@ def main(argv=None):
     most_draws = rollouts * prompts_per_rollout * (1 + args.dynamic_sampling)
     plan, longest = data.check_rows(train_rows, most_draws, args.seed, args.overlong,
                                     limit, rank, world_size, lambda row: len(encode(row).tokens),
-                                    workers=args.dataloader_num_workers)
+                                    args.sort_by, args.dataloader_num_workers)
     if rank == 0:
         data.show_sample(processor, (encode(train_rows[plan[0]]), []))
     eval_rows = data.check_eval_rows(eval_rows, limit, rank, world_size, lambda row: len(encode(row).tokens),
@@ -667,7 +581,7 @@ def main(argv=None):
         largest = [encode(train_rows[i]) for i in (longest * count)[:count]]
         groups = [(prompt, [answer] * min(G, size)) for prompt in largest]
         model.preflight(policy, groups, args.temperature, rank)
-    optimizer, scheduler, parameters = make_optimizer(args, policy, max_steps)
+    optimizer, scheduler, parameters = model.make_optimizer(args, policy, max_steps)
     rewards.wait_until_ready()
     weights = torch.tensor(args.reward_weights, dtype=torch.float64)                          # (functions,)
     policy_loss = partial(
@@ -678,6 +592,14 @@ def main(argv=None):
     if args.loss_type in losses.GROUP_LOSSES:
         policy_loss = partial(losses.group_loss, loss_type=args.loss_type, num_generations=G, beta=args.beta,
                               kl_estimator=args.kl_estimator)
+
+    server, sample = None, rollout.sample
+    if args.vllm_server_base_url is not None:
+        server = rollout.VLLMServer(args.vllm_server_base_url, output_dir / "vllm_weights", data.chat_request)
+        sample = server.sample
+        if rank == 0:
+            print(f"rollouts by vLLM {server.version}, --importance_sampling_correction "
+                  f"{args.importance_sampling_correction}; held-out answers by the own sampler", flush=True)
 
     def evaluate(step):
         """Means over the held-out rows; None if the run is asked to stop meanwhile."""
@@ -710,15 +632,16 @@ def main(argv=None):
 
     # --- what a checkpoint holds besides weights and optimizer. Data order and randomness follow from step.
     #     pending: metrics of `step` that still wait for their evaluation; rows: the rollout being used;
-    #     draws: its prompts' draw numbers, of all ranks; next_draw: the first of the next rollout
+    #     draws: its prompts' draw numbers, of all ranks; next_draw: the first of the next rollout;
+    #     variance, measured: {row: variance of its rewards} as known before this rollout, and in it
     state = {"step": 0, "pending": {"step": 0}, "start": {}, "end": {}, "skipped": 0,
-             "draws": [], "next_draw": 0}
+             "draws": [], "next_draw": 0, "variance": {}, "measured": {}, "initial_entropy": None}
     stop, parts, rows = model.Stop(args.max_hours), [], {}
     moving_ref = ref if args.sync_ref_model else None
     if resumed or args.resume not in ("auto", "never"):
         path = None if args.resume in ("auto", "never") else args.resume
         found, parts = model.load_checkpoint(output_dir, policy, optimizer, rank, path, moving_ref)
-        state = found or state
+        state |= found or {}
         model.forget_after(output_dir, rank, state["step"] - (state["pending"] is not None))
     if "scheduler" in state:
         scheduler.load_state_dict(state["scheduler"])
@@ -746,6 +669,9 @@ def main(argv=None):
             saver.save(state | {"pending": None}, unfinished, last=stopping)
         return stopping
 
+    def rows_drawn(draws):
+        return data.draw_by_variance(plan, draws, args.seed, args.variance_sampling, state["variance"])
+
     def share_of(draws):
         """This rank's among a rollout's draw numbers: its slice of every update, so that the ranks together
         make the updates of one rank."""
@@ -755,7 +681,7 @@ def main(argv=None):
 
     def prompts_of(draws):
         """The prompts of these draws, one by one; a rollout's are prepared ahead."""
-        return data.in_order(lambda d: encode(train_rows[plan[d]]), draws, args.dataloader_num_workers,
+        return data.in_order(lambda i: encode(train_rows[i]), rows_drawn(draws), args.dataloader_num_workers,
                              prompts_per_rank)
 
     def cut(prompts, rows):
@@ -776,7 +702,7 @@ def main(argv=None):
                                "it is of another algorithm, or of other --steps_per_generation")
     if parts:  # in the middle of a rollout
         draws = share_of(state["draws"])
-        prompts = list(prompts_of(draws))
+        prompts = policy.see(list(prompts_of(draws)))
         rows, rollout_sums = rows_of_draws(parts, draws, G), sums_of(parts, rank)
         rows |= {f"sum:{key}": torch.tensor(pair, dtype=torch.float64) for key, pair in rollout_sums.items()}
         updates_of_rollout = cut(prompts, rows)
@@ -792,21 +718,25 @@ def main(argv=None):
     while state["step"] < max_steps and not stopped:
         number, update = divmod(state["step"], steps_per_rollout)
         if not candidates:
-            began, rollout_time = time.perf_counter(), 0.0
+            began, rollout_time, failed, scored = time.perf_counter(), 0.0, 0, 0
         if update == 0:
             # 1. sample G completions for each of this rank's P prompts of the rollout, N = P * G in all
             #    and score them
+            state["variance"] |= state["measured"]
             first = state["next_draw"] + sum(len(part["draws"]) for part in candidates)
             following = first + prompts_per_rollout
             drawn = range(first, following)
-            if first != due:
-                starts = range(first, len(plan) - prompts_per_rollout + 1, prompts_per_rollout)
+            if first != due or args.variance_sampling:  # what is measured here says which rows come next
+                last = first if args.variance_sampling else len(plan) - prompts_per_rollout
+                starts = range(first, last + 1, prompts_per_rollout)
                 coming = prompts_of(d for i in starts for d in share_of(range(i, i + prompts_per_rollout)))
             draws, due = share_of(drawn), following
-            prompts = list(islice(coming, len(draws)))
+            prompts = policy.see(list(islice(coming, len(draws))))
+            if server is not None and not candidates:
+                server.push(policy, processor, source, rank)
             with stop.passes():
-                with model.gathered(policy):
-                    sampled = rollout.sample(
+                with model.gathered(policy) if server is None else nullcontext():
+                    sampled = sample(
                         policy, prompts, draws, num_generations=G, temperature=args.temperature,
                         max_completion_length=args.max_completion_length, seed=args.seed, top_k=args.top_k,
                         top_p=args.top_p, min_p=args.min_p, rollout_tokens=args.rollout_tokens, stop=stop)
@@ -816,20 +746,23 @@ def main(argv=None):
                     texts, [p.row for p in prompts for _ in range(G)], state["step"] + 1,
                     completion_ids=rollout.id_lists(sampled),
                     max_completion_length=[args.max_completion_length] * len(texts))      # (functions, N)
+                failed, scored = failed + rewards.failed, scored + scores.numel()
             if stop.agreed():  # the rollout is dropped: drawn again, it will be the same
                 saver.save(state | {"pending": None}, {}, last=True)
                 stopped = True
                 break
 
             rows = sampled._asdict() | {"draws": torch.tensor(draws)}
-            if args.dynamic_sampling:
+            if args.dynamic_sampling or args.variance_sampling:
                 columns = rows | {f"score {k}": row for k, row in enumerate(scores)}
                 candidates += model.all_gather_object(columns)
-                drawn, accepted, following = choose_groups(candidates, weights, G, prompts_per_rollout)
+                drawn, accepted, following, found = choose_groups(candidates, weights, G, prompts_per_rollout)
                 if accepted < prompts_per_rollout and len(candidates) <= args.dynamic_sampling * world_size:
                     continue  # another round
+                if args.variance_sampling:
+                    state["measured"] = dict(zip(map(str, rows_drawn(found)), found.values()))
                 draws, tried = share_of(drawn), following - state["next_draw"]
-                prompts = list(prompts_of(draws))
+                prompts = policy.see(list(prompts_of(draws)))
                 rows, candidates = rows_of_draws(candidates, draws, G), []
                 scores = torch.stack([rows.pop(f"score {k}") for k in range(len(names))])
                 sampled = rollout.Rollout(*(rows[field] for field in rollout.Rollout._fields))
@@ -863,8 +796,8 @@ def main(argv=None):
             for micro in micro_batches:
                 micro["advantages"] = rows["advantages"][micro["rows"]]
             rollout_sums = rollout_metrics(names, scores, weights, sampled, G)
-            rollout_sums["rewards/failed"] = (float(rewards.failed), float(scores.numel()))
-            if args.dynamic_sampling:
+            rollout_sums["rewards/failed"] = (float(failed), float(scored))
+            if args.dynamic_sampling or args.variance_sampling:
                 rollout_sums["frac_groups_accepted"] = (accepted * (rank == 0), tried * (rank == 0))
             if args.kl_in_reward:
                 tokens = sum(int(m["completion_mask"].sum()) for m in micro_batches)
@@ -894,6 +827,7 @@ def main(argv=None):
             mask, old_logps = micro["completion_mask"], micro.get("old_logps", logps.detach())
             loss, metrics = policy_loss(
                 logps, old_logps, micro["advantages"], mask, ref_logps=micro.get("ref_logps"),
+                entropies=entropies, initial_entropy=state["initial_entropy"] or math.inf,
                 **weigh_tokens(args, logps, old_logps, entropies, micro))
             loss = loss / count
             if args.entropy_coef:
@@ -928,6 +862,11 @@ def main(argv=None):
                    "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate,
                    "update_skipped": float(not math.isfinite(grad_norm)),
                    **{k: s / n for k, (s, n) in sums.items() if n}}
+        state["initial_entropy"] = state["initial_entropy"] or metrics.get("entropy")
+        gap = metrics["sampling/sampling_logp_difference/mean"]
+        if server is not None and update == 0 and gap > 0.2:
+            raise server.error(f"its log-probs differ from the trainer's by {gap:.3g} a token: its weights "
+                               "are not those it was given, or it computes another model")
         if rank == 0 and update == 0 and number == 0:
             expected = {"ratio": "1", "clip_ratio/region_mean": "0", "grad_norm": "> 0"}
             tqdm.write("step 1 must start at: " + ", ".join(
@@ -1013,17 +952,18 @@ def sums_of(parts, rank) -> dict:
 def choose_groups(parts, weights, G, count):
     """Dynamic sampling: (draw numbers of the `count` groups to train on, how many of the candidates' groups
     have rewards that differ, the next rollout's first draw). The first that differ, in the order of draws,
-    whichever rank drew them; if they are too few, the first of the others fill up."""
-    differ = {}
+    whichever rank drew them; if they are too few, the first of the others fill up. And {draw: variance of its
+    group's rewards}: p (1 - p) for rewards of 0 and 1, 0 if they do not differ."""
+    variance = {}
     for part in parts:
         scores = torch.stack([part[name] for name in part if name.startswith("score ")])
-        spread = losses.centred(losses.weighted_rewards(scores, weights), G)[0].ne(0).any(-1)     # (P,)
-        differ |= dict(zip(part["draws"].tolist(), spread.tolist()))
-    accepted = sorted(d for d in differ if differ[d])
-    if len(accepted) >= count:
-        return accepted[:count], count, accepted[count - 1] + 1
-    others = sorted(d for d in differ if not differ[d])
-    return sorted(accepted + others[:count - len(accepted)]), len(accepted), max(differ) + 1
+        deviations, _ = losses.centred(losses.weighted_rewards(scores, weights), G)               # (P, G)
+        variance |= zip(part["draws"].tolist(), deviations.square().mean(-1).tolist())
+    variance = dict(sorted(variance.items()))
+    accepted = [d for d in variance if variance[d]][:count]
+    others = [d for d in variance if not variance[d]][:count - len(accepted)]
+    following = max(variance if others else accepted) + 1
+    return sorted(accepted + others), len(accepted), following, variance
 
 
 def weigh_tokens(args, logps, old_logps, entropies, micro) -> dict:
@@ -1039,6 +979,9 @@ def weigh_tokens(args, logps, old_logps, entropies, micro) -> dict:
         ours = losses.off_policy_mask(logps, micro["sampling_logps"], micro["advantages"], mask,
                                       args.off_policy_mask_threshold)
         weighing["keep"] = ours & weighing.get("keep", mask)
+    if args.loss_type == "gtpo":
+        ids, A, G = micro["completion_ids"], micro["advantages"], args.num_generations
+        weighing["keep"] = losses.gtpo_weights(ids, A, mask, G) * weighing.get("keep", mask)
     return weighing
 
 

@@ -217,7 +217,8 @@ class Peer:
         self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith('{"seconds"'):
-                return json.loads(line)["seconds"]
+                self.answer = json.loads(line)
+                return self.answer["seconds"]
         raise SystemExit(f"the peer {self.process.args} died; set BENCH_PEER_LOG to a file to see why")
 
     def close(self):
@@ -467,17 +468,20 @@ def bench_head(args, work: Path):
 # Whole steps: each side is the real program in a process of its own, which waits for a line before each step.
 
 
+BESIDE = {}  # what else a gate answers
+
+
 def gate(began=[None]):
     """At the end of a step: answer what it took, and wait to be told to go on."""
     if began[0] is not None:
-        print(json.dumps({"seconds": time.process_time() - began[0]}), flush=True)
+        print(json.dumps({"seconds": time.process_time() - began[0], **BESIDE}), flush=True)
     sys.stdin.readline()
     began[0] = time.process_time()
 
 
 def our_steps(args):
     """The real script, gated at its log line. What it does before its first step is not in the steps; the
-    reference pass of train_dpo.py is measured apart and printed to stderr."""
+    reference pass of train_dpo.py, once for each pair, is measured apart."""
     import train_dpo
     import train_grpo
     real = model.log_step
@@ -500,7 +504,7 @@ def our_steps(args):
                 began = time.process_time()
                 result = add(*a)
                 if result[0]:
-                    sys.stderr.write(f"reference: {(time.process_time() - began) / result[0]} s a pair\n")
+                    BESIDE["reference"] = (time.process_time() - began) / result[0] * args.P
                 return result
             train_dpo.ReferenceCache.add = timed
             train_dpo.main([*flags, "--algo", "mpo", "--per_device_train_batch_size", str(args.P), "--ref_cache",
@@ -575,9 +579,14 @@ def bench_steps(args, work: Path, kind: str):
         peers = {"trl": Peer(args.trl_python, "_trl", *flags), "flatpo": Peer(sys.executable, "_ours", *flags)}
         # a gate's first answer ends the work before step 1
         medians = alternate({name: lambda _, peer=peer: peer.ask() for name, peer in peers.items()}, args.repeats)
+        more, ours = {}, medians["flatpo"]
+        if kind == "dpo":  # TRL scores the reference in every step, flatpo in a pair's first epoch
+            reference = peers["flatpo"].answer["reference"]
+            more = dict(reference_seconds=round(reference, 4),
+                        ratio_in_the_first_epoch=round(medians["trl"] / (ours + reference), 3))
         for peer in peers.values():
             peer.process.kill()
-        report(args, kind, point, medians)
+        report(args, kind, point, medians, **more)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import FAMILIES, TEXT_ONLY, make_group, make_row
+from conftest import FAMILIES, TEXT_ONLY, VISION, make_group, make_row
 from test_group_rows import transformers_logps
 from test_runs import SCRIPTS, shared_runner, write_task
 
@@ -67,6 +67,73 @@ def test_both_scripts_train_and_reload(folders, tasks, monkeypatch, tmp_path, ca
     out = capsys.readouterr().out
     for note in model.load_policy(source)[0].notes:
         assert out.count(f": {note}\n") == 2
+
+
+def tower_calls(hf):
+    """A list that grows by one whenever the vision tower runs."""
+    calls, kinds = [], (torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.Linear)
+    first = next(m for m in hf.get_encoder(modality="image").modules() if isinstance(m, kinds))
+    first.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize("family", VISION)
+def test_a_frozen_tower_runs_once(folders, loaded, family):
+    """What a frozen tower made of a prompt's images serves every later pass, of another model (the reference) too, in a
+    batch of prompts with 1, 0 and 2 images: log-probs and gradients, the projector's among them, are the same."""
+    loaded(family)  # or the test is skipped
+    policy, processor = model.load_policy(str(folders[family]), freeze_vision_tower=True)
+    groups = [make_group(policy, processor, images, [5, 3], seed=images) for images in (1, 0, 2)]
+    calls, results = tower_calls(policy.hf), []
+    for _ in range(3):  # the third: what was kept is not used up
+        policy.zero_grad()
+        logps, *_ = policy(policy.pack(groups))
+        logps.sum().backward()
+        results.append([logps.detach(), *(p.grad for p in policy.parameters() if p.grad is not None)])
+        if len(results) == 1:
+            del calls[:]
+            prompts = policy.see([prompt for prompt, _ in groups])
+            assert len(calls) == 2 and "tower" not in prompts[1].pixels  # once for each prompt with images
+            sampled = rollout.sample(policy, prompts, [0, 1, 2], num_generations=2, max_completion_length=4,
+                                     temperature=1.0, seed=0)
+    with torch.no_grad():
+        ref = loaded(family)[0](policy.pack(groups))[0]
+    assert len(calls) == 2
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(ref, results[0][0], atol=1e-6, rtol=0)
+    groups = [(p, [sampled.completion_ids[n][sampled.completion_mask[n]] for n in (2 * i, 2 * i + 1)])
+              for i, p in enumerate(prompts)]
+    for prompt in prompts:
+        prompt.pixels.pop("tower", None)
+    again = policy(policy.pack(groups))[0]
+    torch.testing.assert_close(sampled.sampling_logps, again, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_run_encodes_an_image_once_a_rollout(folders, tasks, monkeypatch, tmp_path, frozen):
+    """Two iterations over a rollout, and a reference: sampling, old and reference log-probs and both updates share one
+    pass of a frozen tower over 4 prompts; one that is trained runs in all of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rollout, "RewardRunner", shared_runner(tasks))
+    load, calls = model.load_policy, []
+
+    def watched(*args, **kwargs):
+        policy, processor = load(*args, **kwargs)
+        calls.append(tower_calls(policy.hf))
+        return policy, processor
+
+    monkeypatch.setattr(model, "load_policy", watched)
+    rows = [json.loads(line) for line in open(tasks / "pairs.jsonl")]
+    with open("images.jsonl", "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows if len(row["images"]) == 1)
+    SCRIPTS["train_grpo"].main([
+        "--model_name_or_path", str(folders["qwen2_5_vl"]), "--dataset", "images.jsonl", "--image_root", str(tasks),
+        "--num_generations", "2", "--per_device_train_batch_size", "8", "--num_iterations", "2", "--beta", "0.1",
+        "--max_completion_length", "5", "--max_steps", "2", "--output_dir", "run", "--reward_funcs",
+        f"{tasks / 'rewards.py'}:spread", *(["--freeze_vision_tower"] if frozen else [])])
+    assert [len(x) for x in calls] == ([4, 0] if frozen else [4, 1])
 
 
 def test_what_a_family_lacks_is_said(loaded):

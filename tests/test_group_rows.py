@@ -200,6 +200,24 @@ def test_chunked_logps_value_and_gradient(tokens):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("entropy", [False, True])
+def test_a_frozen_head_costs_two_products(monkeypatch, entropy):
+    """With LoRA the forward keeps d logp / dh, and the backward computes no logits again; only an entropy term needs
+    them. The gradient is the same; a lost temperature or sign would show."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(10, 6, requires_grad=True), torch.randn(11, 6, requires_grad=True)
+    targets, never, a = torch.randint(0, 9, (10,)), torch.tensor([9, 10]), torch.randn(10)
+    grads, chunks, scaled = [], [], model.scaled_logits
+    monkeypatch.setattr(model, "scaled_logits", lambda *x: (chunks.append(1), scaled(*x))[1])
+    for head in (weight, weight.detach()):
+        logps, entropies, _ = model.ChunkedLogps.apply(hidden, head, targets, never, 1.3, 4)
+        del chunks[:]
+        loss = (a * logps).sum() + (a * entropies).sum() if entropy else (a * logps).sum()
+        grads.append(torch.autograd.grad(loss, hidden)[0])
+        assert len(chunks) == (3 if entropy or head is weight else 0)
+    torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-5)
+
+
 def test_chunked_logps_under_autocast():
     """bf16 means that the head's matrix product is in bf16 and its softmax in fp32, also in the backward."""
     torch.manual_seed(0)

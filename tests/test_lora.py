@@ -170,8 +170,8 @@ def test_expert_weights_are_named(folders, capsys, monkeypatch):
 @pytest.mark.parametrize("arguments, message", [
     (["--lora_alpha", "16"], "--lora_alpha needs --lora_r"), (["--use_dora"], "--use_dora needs --lora_r"),
     (["--lora_target_modules", "q_proj"], "--lora_target_modules needs --lora_r"),
-    (["--lora_r", "0"], "--lora_r 0 and --lora_alpha 32 must be at least 1"),
-    (["--lora_r", "8", "--lora_alpha", "-1"], "--lora_r 8 and --lora_alpha -1 must be"),
+    (["--lora_r", "0"], "--lora_r: must be in [1, inf), got 0"),
+    (["--lora_r", "8", "--lora_alpha", "-1"], "--lora_alpha: must be in [1, inf), got -1"),
     (["--lora_r", "8", "--lora_dropout", "0.1"], "unknown argument --lora_dropout")])
 @pytest.mark.parametrize("module", [train_dpo, train_grpo], ids=["dpo", "grpo"])
 def test_wrong_flags(module, arguments, message, capsys):

@@ -607,7 +607,7 @@ CLIP = dict(epsilon=0.2, epsilon_high=0.3)
 
 def policy(logps, old, A, mask, level="token", loss_type="grpo", **kwargs):
     return losses.policy_loss(logps, old, A, mask, importance_sampling_level=level, loss_type=loss_type,
-                              **{**CLIP, **kwargs})
+                              **{"entropies": torch.zeros_like(old), **CLIP, **kwargs})
 
 
 @pytest.mark.parametrize("A", [1.5, -1.5])
@@ -833,6 +833,42 @@ def test_top_entropy_mask_by_hand():
     assert not losses.top_entropy_mask(entropies, torch.zeros(2, 3).bool(), 0.5).any()
 
 
+def test_gtpo_by_hand():
+    """GTPO: -c (A - 0.1 H), H the mean entropy of the completion's own tokens and a constant; no clip, also far off policy;
+    a completion of H above log 2 is dropped (the authors' code also drops all of a policy that started above it, which
+    never learns), and one of A = 0 is still pushed down by its entropy."""
+    logps, old, A, mask = policy_batch()
+    old, A[1] = old - 0.5, 0.0
+    entropies = torch.tensor([[0.5, 0.1, 0.0, 0.0], [0.3, 0.3, 0.3, 0.3], [0.9, 0.9, 0.9, 0.9]], **F64)
+    entropies = torch.where(mask, entropies, math.nan).requires_grad_()
+    H = [entropies[i][mask[i]].mean().item() for i in range(3)]
+    assert max(H[:2]) < math.log(2) < H[2]
+    loss, metrics = policy(logps, old, A, mask, loss_type="gtpo", entropies=entropies)
+    expected = sum(-(logps[i] - old[i])[mask[i]].exp().mean() * (A[i] - 0.1 * H[i]) for i in range(2))
+    torch.testing.assert_close(loss, expected)
+    (grad,), (theirs,) = torch.autograd.grad(loss, logps, retain_graph=True), torch.autograd.grad(expected, logps)
+    torch.testing.assert_close(grad, theirs)
+    assert (grad[2] == 0).all() and (grad[1][mask[1]] > 0).all() and "clip_ratio/region_mean" not in metrics
+    assert torch.autograd.grad(loss, entropies, allow_unused=True) == (None,)
+    loss, _ = policy(logps, old, A, mask, loss_type="gtpo", entropies=entropies, initial_entropy=0.7)
+    torch.testing.assert_close(loss, expected - (logps[2] - old[2])[mask[2]].exp().mean() * (A[2] - 0.1 * H[2]))
+
+
+def test_gtpo_weights_by_hand():
+    """GTPO's lambda: tokens that a better and a worse completion share at the same place from the start (here 7 8, and in
+    rows 0 and 1 also 5) or from the end (9 1), without a break; not the 9 behind a break, not what completions of one sign
+    share, or with one of A = 0 (4), not padding (whose id is that of the last token), not another group."""
+    rows = [([7, 8, 5, 4, 9, 1], 1.0), ([7, 8, 5, 6, 9, 2, 3, 9, 1], -2.0), ([7, 3, 1], -1.0), ([7, 8, 5, 4], 0.0),
+            ([7, 8, 9, 1], 1.0), ([7, 8, 9, 1], 1.0), ([2, 1], 0.5), ([2], -1.0)]
+    mask = torch.arange(9) < torch.tensor([len(ids) for ids, _ in rows])[:, None]
+    ids = torch.full((8, 9), 1).masked_scatter(mask, torch.tensor(sum((ids for ids, _ in rows), [])))
+    weights = losses.gtpo_weights(ids, torch.tensor([A for _, A in rows]), mask, 4)
+    expected = [[2, 2, 2, 1, 2, 2], [0, 0, 0, 1, 1, 1, 1, 0, 0], [0, 1, 0], [1, 1, 1, 1],
+                [1, 1, 1, 1], [1, 1, 1, 1], [2, 1], [0]]
+    assert [row[:len(e)].tolist() for row, e in zip(weights, expected)] == expected
+    assert (weights[~mask] == 1).all()
+
+
 @pytest.mark.parametrize("mode, expected", [
     ("token_truncate", [[2.0, 0.5], [3.0, 1.0]]), ("token_mask", [[2.0, 0.5], [0.0, 1.0]]),
     ("sequence_truncate", [[1.0, 1.0], [3.0, 3.0]]), ("sequence_mask", [[1.0, 1.0], [0.0, 0.0]])])
@@ -1030,6 +1066,29 @@ def test_disco_by_hand(drift):
     torch.testing.assert_close(grad, theirs)
     assert count == 2
     loss, count, _ = grouped("disco", logps, old, None, mask, torch.zeros(6, **F64), beta=0.0)
+    assert (loss, count) == (0, 0) and (torch.autograd.grad(loss, logps)[0] == 0).all()
+
+
+def test_reg_grpo_by_hand():
+    """Reg-GRPO: the mean square of GRPO's advantage less the log-ratio to the sampling policy, normalised like a reward in
+    its group; a completion without reward and a group without spread are left out; at ratio 1 the gradient is finite, and
+    the policy gradient's (a plain std of 0 gives nan)."""
+    logps, old, _, mask, r = group_batch()
+    r[1] = math.nan
+    rho, expected = summed(logps - old, mask), 0
+    for group in (0, 2), (3, 4, 5):
+        x, R = torch.stack([rho[i] for i in group]), r[list(group)]
+        A, Ahat = ((v - v.mean()) / (v.std() + e) for v, e in ((R, 1e-4), (x, 0.0)))
+        expected = expected + ((A - Ahat) ** 2).mean()
+    loss, count, metrics = grouped("reg_grpo", logps, old, None, mask, r, beta=0.0)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    (grad,), (theirs,) = torch.autograd.grad(loss, logps, retain_graph=True), torch.autograd.grad(expected, logps)
+    torch.testing.assert_close(grad, theirs, rtol=1e-4, atol=1e-6)
+    assert count == 2 and metrics["frac_groups_skipped"] == (0, 2) and (grad[1] == 0).all()
+    (grad,) = torch.autograd.grad(grouped("reg_grpo", logps, logps.detach(), None, mask, r, beta=0.0)[0], logps)
+    A = losses.group_advantages(r, 3) / torch.tensor([2, 2, 2, 3, 3, 3])
+    torch.testing.assert_close(grad, torch.where(mask, -2e4 * A[:, None], 0.0))
+    loss, count, _ = grouped("reg_grpo", logps, old, None, mask, torch.full((6,), -1.0, **F64), beta=0.0)
     assert (loss, count) == (0, 0) and (torch.autograd.grad(loss, logps)[0] == 0).all()
 
 

@@ -255,8 +255,8 @@ EXHIBITS = [
         model, "refuse_remote_code", lambda *_: None), "test_faults.test_models_that_are_not_loaded"),
     # sampling
     Exhibit("R1-V #91, verl #3469: the policy samples <|image_pad|>", around(
-        model, "scaled_logits", lambda _, hidden, weight, never, temperature: (hidden @ weight.T).float() /
-        temperature), "test_sampler.test_placeholders_are_never_sampled", QWEN),
+        model, "scaled_logits", lambda _, logits, never, temperature: logits.float() / temperature),
+        "test_sampler.test_placeholders_are_never_sampled", QWEN),
     Exhibit("TRL #4159: no temperature in the trainer's log-probs", around(
         model.Policy, "forward", no_temperature), SAMPLER, QWEN | {"temperature": 1.5}),
     Exhibit("TRL #6789: top-p renormalised in the sampler alone", around(
@@ -379,7 +379,7 @@ EXHIBITS = [
         "state |= {name: state[names[0]] for names in named.values() for name in names if names[0] in state}", "pass"),
         "test_data.test_bf16_export_is_bf16_and_tied_weights_stay_one"),
     Exhibit("ours: a preset's weights were held against another --loss_type", rewrite(
-        train_dpo, "parse_args", "if first.loss_type is not None:", "if False:"),
+        model, "parse_args", "if first.loss_type is not None:", "if False:"),
         "test_runs.test_presets_set_defaults_and_flags_win", red=(SystemExit,)),
 ]
 

@@ -63,10 +63,10 @@ def cases(world: int):
            [*common, *held_out, *lora, "--use_dora", "--freeze_vision_tower", "--gradient_checkpointing",
             "--shard_size", max(world // 2, 1), "--per_device_train_batch_size", 1,
             "--gradient_accumulation_steps", 4 // world])
-    if world < 4:  # groups without spread among the candidates; a reference that moves
+    if world < 4:  # groups without spread among the candidates, prompts by their variance; a reference that moves
         yield (f"online_dpo-{world}x4", "train_grpo",
                [*common, *online, "--reward_funcs", "rewards.py:rare", "--algo", "online_dpo", "--dynamic_sampling", 2,
-                "--sync_ref_model", "--ref_model_sync_steps", 2, "--per_device_train_batch_size", 4,
+                "--variance_sampling", "0.5", "--sync_ref_model", "--ref_model_sync_steps", 2, "--per_device_train_batch_size", 4,
                 "--gradient_accumulation_steps", 4 // world])
     if world == 1:
         yield ("grpo-1x16", "train_grpo", [*common, *online, "--beta", "0.1", "--per_device_train_batch_size", 16])

@@ -212,11 +212,12 @@ def test_choose_groups():
     parts = [{"draws": torch.tensor([10, 13]), "score 0": torch.tensor([0.0, 1, 1, 1])},
              {"draws": torch.tensor([11, 12]), "score 0": torch.tensor([1.0, 0, 0, 1])},
              {"draws": torch.tensor([14]), "score 0": torch.tensor([0.0, 1])}]
-    weights = torch.ones(1)
-    assert train_grpo.choose_groups(parts, weights, 2, 2) == ([10, 11], 2, 12)
-    assert train_grpo.choose_groups(parts, weights, 2, 4) == ([10, 11, 12, 14], 4, 15)
-    assert train_grpo.choose_groups(parts, weights, 2, 5) == ([10, 11, 12, 13, 14], 4, 15)
-    assert train_grpo.choose_groups(parts[:1], weights, 2, 1) == ([10], 1, 11)
+    weights, variance = torch.ones(1), {10: 0.25, 11: 0.25, 12: 0.25, 13: 0, 14: 0.25}
+    assert train_grpo.choose_groups(parts, weights, 2, 2) == ([10, 11], 2, 12, variance)
+    assert train_grpo.choose_groups(parts, weights, 2, 4) == ([10, 11, 12, 14], 4, 15, variance)
+    *chosen, found = train_grpo.choose_groups(parts, weights, 2, 5)
+    assert chosen == [[10, 11, 12, 13, 14], 4, 15] and list(found) == list(variance)  # sorted: ranks would not agree else
+    assert train_grpo.choose_groups(parts[:1], weights, 2, 1) == ([10], 1, 11, {10: 0.25, 13: 0})
 
 
 REWARD_FILE = '''

