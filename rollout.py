@@ -415,7 +415,8 @@ class VLLMServer:
 
     def push(self, policy: Policy, processor, source: str, rank: int):
         """Give the server the policy's weights. A collective: rank 0 writes and asks, the others wait."""
-        if self.device == "cpu" and policy.hf.get_output_embeddings().weight is policy.hf.get_input_embeddings().weight:
+        head, embeddings = policy.hf.get_output_embeddings(), policy.hf.get_input_embeddings()
+        if self.device == "cpu" and head.weight is embeddings.weight:
             raise self.error("on a CPU vLLM keeps the old output head where it is tied to the embeddings")
         export(policy, processor, source, self.folder, rank)
         failed, reload = None, {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
