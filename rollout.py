@@ -378,8 +378,7 @@ class VLLMServer:
 
     Weights go through `folder`, which the server must see under the same path, before every rollout: /pause
     (which empties the prefix, image and encoder caches: they are of the old weights), /collective_rpc
-    reload_weights, /resume. vLLM's transfer by NCCL needs CUDA at both ends, and could not be tried. A CPU
-    build keeps the old output head where it is tied to the embeddings (the run then ends: its log-probs).
+    reload_weights, /resume. vLLM's transfer by NCCL needs CUDA at both ends, and could not be tried.
 
     The server draws with its own generator: --seed does not reach it, a rollout drawn again is another one.
     (Seeded requests are slower, and kill a CPU build when a prompt is prefilled in chunks.) A server that is
@@ -392,7 +391,8 @@ class VLLMServer:
         self.version = self.ask("/version")["version"]
         if [int(n) for n in re.findall(r"\d+", self.version)[:2]] < [0, 32]:
             raise self.error(f"vLLM {self.version} is older than 0.32, for which this was written")
-        mode = self.ask("/server_info?config_format=json")["vllm_config"]["model_config"]["logprobs_mode"]
+        config = self.ask("/server_info?config_format=json")["vllm_config"]
+        self.device, mode = config["device_config"]["device"], config["model_config"]["logprobs_mode"]
         if mode != "processed_logprobs":
             raise self.error(f"it gives {mode}; start it with --logprobs-mode processed_logprobs")
 
@@ -415,6 +415,9 @@ class VLLMServer:
 
     def push(self, policy: Policy, processor, source: str, rank: int):
         """Give the server the policy's weights. A collective: rank 0 writes and asks, the others wait."""
+        head, embeddings = policy.hf.get_output_embeddings(), policy.hf.get_input_embeddings()
+        if self.device == "cpu" and head.weight is embeddings.weight:
+            raise self.error("on a CPU vLLM keeps the old output head where it is tied to the embeddings")
         export(policy, processor, source, self.folder, rank)
         failed, reload = None, {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
         try:
