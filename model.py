@@ -471,7 +471,7 @@ class Policy(nn.Module):
     def compute_weights(self):
         """Within it the weights are of the compute dtype, not cast anew by every forward: for the sampler.
         Under FSDP they are so already, once gathered. On a CPU the decoder's and the head's linear layers
-        multiply by a copy in oneDNN's own layout, 1.3 to 3 times as fast at a sampler's few rows."""
+        multiply by a copy in oneDNN's own layout: a sampler's step is 1.1 (bf16) to 1.7 times as fast."""
         masters = [(p, p.data) for p in self.parameters()
                    if p.is_floating_point() and p.dtype != self.dtype]
         for p, _ in masters:

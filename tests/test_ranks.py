@@ -55,12 +55,12 @@ def cases(world: int):
             yield (f"{start}-{world}x4", "train_dpo",
                    [*common, "--model_name_or_path", start, "--dataset", rows, "--per_device_train_batch_size", 4 // world])
     lora = ["--lora_r", 4, "--learning_rate", "0.1"]  # SGD: B's first steps are what A's gradient comes from
-    if world < 4:  # with a reference: the gathered policy, its adapter off
+    if world < 4:  # with a reference: the gathered policy, its adapter off; a tower that runs for no update, on no rank
         yield (f"lora-{world}x4", "train_grpo",
-               [*common, *online, *lora, "--beta", "0.1", "--per_device_train_batch_size", 4,
+               [*common, *online, *lora, "--beta", "0.1", "--freeze_vision_tower", "--per_device_train_batch_size", 4,
                 "--gradient_accumulation_steps", 4 // world])
     yield (f"dora-{world}x1", "train_dpo",
-           [*common, *held_out, *lora, "--use_dora", "--freeze_vision_tower", "--gradient_checkpointing",
+           [*common, *held_out, *lora, "--use_dora", "--gradient_checkpointing",
             "--shard_size", max(world // 2, 1), "--per_device_train_batch_size", 1,
             "--gradient_accumulation_steps", 4 // world])
     if world < 4:  # groups without spread among the candidates, prompts by their variance; a reference that moves
