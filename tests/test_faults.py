@@ -436,18 +436,18 @@ def test_models_that_are_not_loaded(folders, tmp_path):
 def test_every_import_is_known():
     """Nothing can be unpickled, fetched or executed without an import for it: what the program imports is this. The one
     thing that speaks HTTP by itself is rollout.VLLMServer, to the address of its flag."""
-    known = {"PIL", "argparse", "base64", "bitsandbytes", "collections", "contextlib", "ctypes", "data", "difflib",
-             "functools", "hashlib", "huggingface_hub", "importlib", "inspect", "io", "itertools",
+    known = {"PIL", "argparse", "base64", "bitsandbytes", "collections", "concurrent", "contextlib", "ctypes",
+             "data", "difflib", "functools", "hashlib", "huggingface_hub", "importlib", "inspect", "io", "itertools",
              "json", "losses", "math", "math_verify",
              "model", "multiprocessing", "numpy", "operator", "os", "pathlib", "pyarrow", "random", "re", "resource",
-             "rollout", "safetensors", "shlex", "shutil", "signal", "socket", "subprocess", "sys", "time",
+             "rollout", "safetensors", "shlex", "shutil", "signal", "socket", "subprocess", "sys", "threading", "time",
              "tokenizers", "torch", "tqdm", "traceback", "transformers", "typing", "unicodedata",
              "warnings", "zlib"}
     for file in ROOT.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-                more = {"concurrent", "http", "urllib"} if file.name == "rollout.py" else set()
+                more = {"http", "urllib"} if file.name == "rollout.py" else set()
                 assert {name.split(".")[0] for name in names} <= known | more, (file.name, names)
             if isinstance(node, ast.Call):
                 called, keywords = ast.unparse(node.func), {keyword.arg for keyword in node.keywords}

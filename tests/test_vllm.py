@@ -156,6 +156,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null")
         if self.path == "/collective_rpc":
             assert self.server.seen[-1] == "/pause" and (Path(body["kwargs"]["weights_path"]) / "config.json").exists()
+            self.server.pushed = load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors")
             self.server.state += 1
         self.server.seen.append(self.path)
         asked = {"path": self.path, "state": self.server.state, "body": comparable(body)}
@@ -233,6 +234,7 @@ def test_a_real_servers_answers_are_the_policys_completions(started, tmp_path):
     assert [p for p in replay.seen if "chat" not in p] == [
         "/version", "/server_info?config_format=json", *["/pause", "/collective_rpc", "/resume"] * 2]
     assert len(replay.seen) == 8 + 2 * len(prompts)
+    assert torch.equal(replay.pushed["lm_head.weight"], policy.hf.lm_head.weight)
     set_weights(policy, 1)
     assert gap(policy, prompts, both[1][0]) > 0.1  # the two pushes can be told apart
 
