@@ -863,7 +863,7 @@ def main(argv=None):
                    "update_skipped": float(not math.isfinite(grad_norm)),
                    **{k: s / n for k, (s, n) in sums.items() if n}}
         state["initial_entropy"] = state["initial_entropy"] or metrics.get("entropy")
-        gap = metrics["sampling/sampling_logp_difference/mean"]
+        gap = metrics.get("sampling/sampling_logp_difference/mean", 0.0)  # none where all tokens are masked
         if server is not None and update == 0 and gap > 0.2:
             raise server.error(f"its log-probs differ from the trainer's by {gap:.3g} a token: its weights "
                                "are not those it was given, or it computes another model")

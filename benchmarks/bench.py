@@ -664,11 +664,14 @@ def plot(args):
     import matplotlib.pyplot as plt
     lines = [json.loads(line) for line in open(args.out)]
     figure, axes = plt.subplots(1, len(CURVES), figsize=(16, 3.6))
+    titles = dict(G="completions a prompt", new="new tokens at most", side="side of the image, pixels", vocab="vocabulary")
+    sides = dict(hf="generate, prompts repeated", hf_nrs="generate, num_return_sequences", vllm="vLLM", flatpo="flatpo")
     for axis, (name, values) in zip(axes, CURVES.items()):
         points = [line for line in lines if line.get("point", "").startswith(f"{name}=")]
-        for side in sorted({side for line in points for side in line["seconds"] if not side.endswith("_again")}):
-            axis.plot([line[name] for line in points], [line["seconds"].get(side) for line in points], "o-", label=side)
-        axis.set(xlabel=name, ylabel="CPU seconds", ylim=(0, None))
+        for side, label in sides.items():
+            if any(side in line["seconds"] for line in points):
+                axis.plot([line[name] for line in points], [line["seconds"].get(side) for line in points], "o-", label=label)
+        axis.set(xlabel=titles[name], ylabel="CPU seconds", ylim=(0, None), xticks=values)
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(Path(args.out).with_suffix(".png"), dpi=110)

@@ -527,9 +527,13 @@ def test_every_flag_is_read_and_explained(name):
 
 
 def test_nothing_is_unpickled_or_fetched():
-    """Only safetensors and JSON are read; importing a script does nothing; no module reaches for the network."""
+    """Only safetensors and JSON are read; importing a script does nothing; no module reaches for the network, but for
+    the class that asks the server of --vllm_server_base_url."""
     for file in ROOT.glob("*.py"):
         source = file.read_text()
+        if file.name == "rollout.py":
+            source = re.sub(r"^import urllib.request\n|^from urllib.error import HTTPError\n|^class VLLMServer.*?\n\n\n", "",
+                            source, flags=re.S | re.M)
         assert not re.search(r"torch\.load|import pickle|import requests|urllib|trust_remote_code", source), file.name
 
 
