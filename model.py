@@ -786,7 +786,9 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
     try:
         refuse_remote_code(path)
         processor = load_processor(path)
-    except OSError as error:  # not on this disk, and not on the hub, or the hub is out of reach
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # not on disk or hub, or a processor that needs what is missing
         raise InputError(f"--model_name_or_path {path}: {error}") from error
     if not getattr(processor, "chat_template", None):
         raise InputError(f"{path}: its processor has no chat template")

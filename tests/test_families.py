@@ -27,9 +27,10 @@ def tasks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_both_scripts_train_and_reload(folders, tasks, monkeypatch, tmp_path, capsys, family):
+def test_both_scripts_train_and_reload(folders, loaded, tasks, monkeypatch, tmp_path, capsys, family):
     """A step of MPO and one of GRPO from the command line: the losses of step 1, language model and vision tower that
     both move, and a `final/` that loads with the same weights and trains on."""
+    loaded(family)  # or the test is skipped
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rollout, "RewardRunner", shared_runner(tasks))
     source, seen = str(folders[family]), {}

@@ -409,7 +409,7 @@ def test_ticks_are_few_round_and_inside():
 
 def test_compare_page(folders, task, tmp_path, judge, capsys):
     """Every model's answers beside each other, accuracy over all rows and not only over those shown; pass@k from several."""
-    a, b = folders["qwen2_5_vl"], folders["idefics3"]
+    a, b = folders["qwen2_5_vl"], folders["llava"]
     common = ["--dataset", str(task / "pairs.jsonl"), "--image_root", str(task), "--max_completion_length", "4", "--rows", "3",
               "--output", str(tmp_path)]
     compare.main([f"one={a}", f"two={b}", *common, "--num_generations_eval", "4", "--temperature", "1"])
