@@ -246,6 +246,7 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_hub_ids(root, folders):
     """The hub's own client, against a server on this machine: --dataset takes a hub id, of which row files alone are
     fetched; so does --model_name_or_path, and final/ has all of its files; --push_to_hub uploads final/ as it is."""
