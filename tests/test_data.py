@@ -340,7 +340,8 @@ def test_shapes_task():
     assert a[0]["images"][0].tobytes() != data.shapes_rows(1, 0, "test")[0]["images"][0].tobytes()
 
 
-@pytest.mark.parametrize("families", [["qwen2_5_vl"], pytest.param(FAMILIES, marks=pytest.mark.slow)], ids=["default", "all"])
+@pytest.mark.slow
+@pytest.mark.parametrize("families", [["qwen2_5_vl"], FAMILIES], ids=["default", "all"])
 def test_export_round_trip(loaded, folders, families, tmp_path):
     """F18: every tensor, the processor, the chat template and files the processor does not know come back in a clean
     process; weights through transformers alone, and the processor too where it needs no torchvision."""

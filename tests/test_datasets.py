@@ -349,6 +349,7 @@ def test_lines_are_found_across_blocks(tmp_path):
     assert [(row["prompt"][-1], row["_source"].rpartition(":")[2]) for row in rows] == [("x", "1"), ("y", "2"), ("z", "5")]
 
 
+@pytest.mark.slow
 def test_both_scripts_take_a_mixture(task, monkeypatch, tmp_path, capsys):  # noqa: F811
     """From the command line: a JSONL file and parquet shards with image bytes, weighed; the sample that is printed is the
     decoded first draw. Refused: weights that do not match."""

@@ -189,6 +189,7 @@ def test_entropy_and_nll_gradients_are_likelihoods():
     assert world.grad(at_target).abs().max() < 1e-12 and total > at_target
 
 
+@pytest.mark.slow
 def test_monte_carlo_agrees_with_enumeration():
     """P4: 200,000 completions drawn by the sampler's own inverse CDF and keyed uniforms: mean reward, k1, k3 and a gradient
     entry within 5 standard errors of the sums over all completions."""

@@ -745,6 +745,7 @@ def rows_of_step(folder, step):
     return [int(json.loads(line)["row"].rpartition(":")[2]) - 1 for line in open(folder / "completions" / f"step_{step}.jsonl")]
 
 
+@pytest.mark.slow
 def test_prompts_go_by_a_column(launch, task, tmp_path):
     """--sort_by online: the rollouts' prompts come in the column's order (row i has i % 4), in each epoch again."""
     launch("train_grpo", *grpo(task), "--dataset", task / "columns.jsonl", "--sort_by", "trust", "--max_steps", 3,
