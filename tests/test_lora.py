@@ -195,7 +195,7 @@ def test_sync_ref_model_is_refused(capsys):
 
 
 @pytest.mark.parametrize("extra", [
-    [], pytest.param(["--use_dora", "--dtype", "bfloat16"], marks=pytest.mark.slow), ["--steps_per_generation", 2]],
+    [], *(pytest.param(x, marks=pytest.mark.slow) for x in (["--use_dora", "--dtype", "bfloat16"], ["--steps_per_generation", 2]))],
                          ids=["lora", "dora, bf16", "off-policy"])
 def test_grpo_starts_at_ratio_one_and_kl_zero(launch, task, monkeypatch, tmp_path, extra):  # noqa: F811
     """The reference is the model with its adapter off, no second one is loaded: at step 1 the ratio is exactly 1,

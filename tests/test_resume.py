@@ -282,6 +282,7 @@ def test_a_bad_checkpoint_falls_back(trained, monkeypatch, tmp_path, capsys, dam
     assert [json.loads(line)["step"] for line in open(tmp_path / "r" / "metrics.jsonl")] == list(range(10))
 
 
+@pytest.mark.slow
 def test_only_bad_checkpoints_are_an_error(trained, monkeypatch, tmp_path):
     """F12, F13: never a silent fresh start; an explicit path that is bad or missing is an error, without falling back."""
     dead_run(trained, monkeypatch)

@@ -133,7 +133,7 @@ def test_dpo_gradients_do_not_depend_on_micro_batches(launch, task, algo):
     assert algo != "mpo" or metrics[2]["bco_delta"] != 0
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "luspo", "cispo"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", *(pytest.param(x, marks=pytest.mark.slow) for x in ("luspo", "cispo"))])
 def test_grpo_gradients_do_not_depend_on_micro_batches(launch, task, loss_type):
     """The same for a rollout of 3 groups of 4, in whole groups (12, 4) and in slices of a group (2, 1)."""
     runs = {size: launch("train_grpo", *grpo(task, "--loss_type", loss_type), "--max_steps", 1,
@@ -810,7 +810,8 @@ STEPS = {  # flags, and what the formula below does for them
     "correction": dict(level="token", loss_type="dapo", correction="sequence_mask", delta=1.05)}
 
 
-@pytest.mark.parametrize("case", STEPS)
+@pytest.mark.parametrize("case", [
+    case if case in ("gspo", "dapo", "rloo", "masks") else pytest.param(case, marks=pytest.mark.slow) for case in STEPS])
 def test_grpo_steps_are_the_formula(monkeypatch, tmp_path, task, case):
     """Two rollouts of two updates with two weighted rewards, clipping and a KL: the fourth step's gradient (off-policy,
     second half of the second rollout) is that of the loss written out, on the ids that were sampled. The sampler's

@@ -320,7 +320,7 @@ CHI2 = {1: 23.93, 2: 27.64, 3: 30.67, 4: 33.38, 5: 35.89, 6: 38.26}  # at p = 1e
 
 @pytest.mark.parametrize("options", [dict(top_k=3), dict(top_p=0.8), dict(min_p=0.2), dict(top_k=5, top_p=0.7, min_p=0.1),
                                      dict(top_p=0.999), dict()])
-@pytest.mark.parametrize("temperature", [0.7, 1.6])
+@pytest.mark.parametrize("temperature", [0.7, pytest.param(1.6, marks=pytest.mark.slow)])
 def test_narrowed_sampling_distribution(options, temperature):
     """P7: 200,000 draws with temperature, top-k, top-p and min-p against the softmax of the ids that transformers' own
     warpers keep, chi-square; no other id is ever drawn."""
