@@ -83,33 +83,32 @@ def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor | None, top_k: in
                   min_p: float = 0.0, block: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverse CDF: (N, V) logits, (N,) fp64 uniforms in [0, 1) -> (N,) ids, and their log-probs.
 
-    uniforms None takes the likeliest id. An id of probability 0 is never drawn. The CDF is summed block by
-    block in fp64 (in fp32 a CDF over 150k ids forgets its small ones), so that the vocabulary is passed over
-    twice, for the maximum and for the exponentials; their sum also normalises the log-probs.
+    uniforms None takes the likeliest id. An id of probability 0 is never drawn. The CDF adds up the sums of
+    blocks in fp64 (in fp32 a CDF over 150k ids forgets its small ones), so that the vocabulary is passed over
+    twice, for the softmax and for these sums; their total takes the softmax's own rounding off the log-probs.
     """
-    V, top = logits.shape[-1], logits.amax(-1, keepdim=True)                                    # (N, 1)
-    p = (logits - top).exp_()                                                       # (N, V), unnormalised
-    whole = V // block * block
-    sums = torch.cat([p[:, :whole].view(len(p), -1, block).sum(-1, dtype=torch.float64),
-                      p[:, whole:].sum(-1, dtype=torch.float64, keepdim=True)], -1)             # (N, blocks)
+    V, p = logits.shape[-1], logits.softmax(-1)                                                 # (N, V)
+    likely, whole = p, V // block * block
+    sums = torch.cat([p[:, :whole].view(len(p), -1, block).sum(-1),
+                      p[:, whole:].sum(-1, keepdim=True)], -1).double()                         # (N, blocks)
     log_total = sums.sum(-1).log()                                                              # (N,)
     if uniforms is None:
         token = logits.argmax(-1)
     else:
         if top_k or top_p < 1 or min_p:  # rare, and so not made fast
-            p = keep_likely(logits, top_k, top_p, min_p).softmax(-1)
-            sums = F.pad(p, (0, -V % block)).view(len(p), -1, block).sum(-1, dtype=torch.float64)
+            likely = keep_likely(logits, top_k, top_p, min_p).softmax(-1)
+            sums = F.pad(likely, (0, -V % block)).view(len(p), -1, block).sum(-1).double()
         cdf = sums.cumsum(-1)
         target = uniforms[:, None] * cdf[:, -1:]                                                # (N, 1)
         # right=True skips entries where the CDF does not rise; 1 - 2^-52 keeps it from running off the end.
         chosen = torch.searchsorted(cdf, target, right=True)                                    # (N, 1)
         target = target - (cdf - sums).gather(-1, chosen)
         ids = chosen * block + torch.arange(block, device=p.device)                             # (N, block)
-        within = p.gather(-1, ids.clamp(max=V - 1)).double().masked_fill_(ids >= V, 0.0).cumsum(-1)
+        within = likely.gather(-1, ids.clamp(max=V - 1)).double().masked_fill_(ids >= V, 0.0).cumsum(-1)
         target = torch.minimum(target.clamp(min=0.0), within[:, -1:] * (1 - 2.0**-52))
         token = (chosen * block + torch.searchsorted(within, target, right=True)).squeeze(-1)
-    logp = logits.gather(-1, token[:, None]) - top
-    return token, (logp.squeeze(-1).double() - log_total).float()
+    logp = p.gather(-1, token[:, None]).squeeze(-1).double().log()
+    return token, (logp - log_total).float()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -180,10 +179,10 @@ class GroupCache(DynamicCache):
             prefix_bias = prefix_bias.masked_fill(far[:, None, None], -math.inf)
             far = self.t[:, None] - torch.arange(W, device=q.device) >= window                     # (n, W)
             own_bias = own_bias.masked_fill(far[:, None, None], -math.inf)
-        shared = (to_groups(q) @ prefix_k[:p].transpose(2, 3)).float() * scaling + prefix_bias
-        own = (q @ own_k[:n, :, :W].transpose(2, 3)).float() * scaling + own_bias              # (n, kv, r, W)
+        shared = (to_groups(q) @ prefix_k[:p].transpose(2, 3)).float().mul_(scaling).add_(prefix_bias)
+        own = (q @ own_k[:n, :, :W].transpose(2, 3)).float().mul_(scaling).add_(own_bias)      # (n, kv, r, W)
         top = torch.maximum(to_rows(shared.amax(-1, keepdim=True)), own.amax(-1, keepdim=True))
-        shared, own = (shared - to_groups(top)).exp_(), (own - top).exp_()
+        shared, own = shared.sub_(to_groups(top)).exp_(), own.sub_(top).exp_()
         total = to_rows(shared.sum(-1, keepdim=True)) + own.sum(-1, keepdim=True)              # (n, kv, r, 1)
         out = to_rows(shared.to(q.dtype) @ prefix_v[:p]) + own.to(q.dtype) @ own_v[:n, :, :W]
         return (out / total).to(q.dtype).view(n, 1, heads, D)

@@ -7,6 +7,7 @@
     python benchmarks/bench.py step --trl_python T/bin/python  # a whole GRPO step against TRL 1.16's
     python benchmarks/bench.py dpo  --trl_python T/bin/python  # an MPO step with images against TRL's DPOTrainer
     python benchmarks/bench.py rollout --curve G               # G, new, side (of the image), vocab
+    python benchmarks/bench.py growth                          # 16 completions a prompt against 1
     python benchmarks/bench.py floor --preset h200 --device cuda      # one GRPO step of 64 x 8 against the hardware
     ... --out results.jsonl, then: python benchmarks/bench.py plot --out results.jsonl      # needs matplotlib
 
@@ -325,6 +326,24 @@ def bench_rollout(args, work: Path):
         report(args, "rollout", {"point": name, **point, "prompt_tokens": len(prompts[0][0].tokens)}, medians,
                tokens=tokens, tokens_per_second={k: round(tokens / v, 1) for k, v in medians.items()},
                fp32_logp_gap=gap)
+
+
+def bench_growth(args, work: Path):
+    """What more completions of a prompt cost: 16 against 1, alternating (a curve's points are measured apart)."""
+    point = dict(P=2, new=96, side=448)
+    policy, processor = model.load_policy(str(build_model(work / "model")), args.dtype, args.device)
+    prompts = [data.encode_prompt(policy, processor, row) for row in make_rows(point["P"], point["side"], 7, work)]
+
+    def side(G):
+        def run(r):
+            with scripted(make_lengths(point["P"] * G, point["new"], r), policy.eos_ids[0]):
+                return seconds(lambda: rollout.sample(
+                    policy, prompts, list(range(point["P"])), num_generations=G, temperature=1.0, seed=r,
+                    max_completion_length=point["new"]))
+        return run
+
+    medians = alternate({"G=16": side(16), "G=16_again": side(16), "G=1": side(1)}, args.repeats)
+    report(args, "growth", point, medians, ours="G=1")
 
 
 def serve_vllm(args):
@@ -680,7 +699,7 @@ def plot(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("bench", choices=["rollout", "train", "head", "step", "dpo", "floor", "plot", "_vllm", "_head", "_ours", "_trl"])
+    add("bench", choices=["rollout", "growth", "train", "head", "step", "dpo", "floor", "plot", "_vllm", "_head", "_ours", "_trl"])
     add("--points", nargs="+", default=list(POINTS), choices=list(POINTS), help="of the rollout")
     add("--curve", choices=list(CURVES), help="of the rollout, instead of --points")
     add("--repeats", type=int, default=5)
@@ -695,7 +714,7 @@ def main():
     for name in ("tokens", "vocab", "hidden", "P", "G", "new"):
         add(f"--{name}", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.dtype = args.dtype or ("bfloat16" if args.bench in ("rollout", "_vllm") else "float32")
+    args.dtype = args.dtype or ("bfloat16" if args.bench in ("rollout", "growth", "_vllm") else "float32")
     if args.bench in ("_vllm", "_trl", "plot"):  # environments without this project's own requirements
         return {"_vllm": serve_vllm, "_trl": trl_steps, "plot": plot}[args.bench](args)
     global data, model, rollout
@@ -711,8 +730,8 @@ def main():
     with tempfile.TemporaryDirectory() as work:
         if args.bench in ("step", "dpo"):
             return bench_steps(args, Path(work), {"step": "grpo"}.get(args.bench, args.bench))
-        {"rollout": bench_rollout, "train": bench_train, "head": bench_head, "floor": bench_floor}[args.bench](
-            args, Path(work))
+        {"rollout": bench_rollout, "growth": bench_growth, "train": bench_train, "head": bench_head,
+         "floor": bench_floor}[args.bench](args, Path(work))
 
 
 if __name__ == "__main__":

@@ -45,6 +45,12 @@ def test_rollout_against_generate(small, monkeypatch):
     assert set(line["seconds"]) == {"hf", "hf_again", "flatpo", "hf_nrs"} and line["ratio"] > 0
 
 
+def test_growth_with_completions(small):
+    """Both sizes are sampled to their scripted lengths, and the ratio is 16's over 1's."""
+    line, = small("growth")
+    assert line["ratio"] == pytest.approx(line["seconds"]["G=16"] / line["seconds"]["G=1"], rel=0.02)
+
+
 def test_training_pass_against_repeated_rows(small, monkeypatch):
     """The two sides compute the same sum and the same gradient; the token bound is that of the lengths used."""
     monkeypatch.setattr(bench, "TRAIN", [dict(G=3, new=8, side=56)])

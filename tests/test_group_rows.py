@@ -1,10 +1,14 @@
 """A packed group is its repeated rows: log-probs, gradients, and what is computed once."""
 
 import inspect
+import itertools
+import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import FAMILIES, VISION, make_group
+from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 import model
 
@@ -95,6 +99,44 @@ def test_segments_are_the_dense_mask(loaded, batch):
             found.append((hidden[used].detach(), gradients(policy, loss)))
         torch.testing.assert_close(found[0][0], found[1][0], atol=2e-5, rtol=1e-5)
         assert_same_gradients(found[0][1], found[1][1], atol=2e-4)
+
+
+@pytest.mark.parametrize("window", [None, 1, 9, 40])
+@pytest.mark.parametrize("images", [False, True], ids=["causal", "images see all of themselves"])
+def test_block_mask_is_the_dense_mask(images, window):
+    """The GPU's form, held to the rule on a CPU: a block left out would hide tokens, one called whole that is not would
+    show them, and neither is an error on a GPU. Little may be listed that is empty (images: some is; windows: more)."""
+    rng, listed, needed, whole, called_whole = random.Random(0), 0, 0, 0, 0
+    for case in range(12):
+        groups = []
+        for _ in range(rng.randint(1, 5)):
+            P, lengths = rng.choice((3, 24, 40, 61)), [rng.choice((1, 8, 9, 24, 50)) for _ in range(rng.randint(0, 4))]
+            image_ids = torch.arange(P) // rng.choice((2, 5, 11)) - 1 if images else None
+            prompt = model.Prompt(torch.arange(P), torch.arange(P)[None], {}, {}, image_ids)
+            groups.append((prompt, [torch.ones(n, dtype=torch.long) for n in lengths]))
+        batch = model.pack_groups(groups, 0, one_row=case % 2 == 0)
+        ids = batch["segment_ids"], batch["group_ids"], batch["image_ids"]
+        dense, (B, S) = model.group_attention_mask(*ids)[:, 0], ids[0].shape
+        place = torch.zeros(B, S, dtype=torch.long)
+        for b, row in enumerate(batch["segments"]):
+            places = [i for P, lengths in row for i in (*range(P), *(P + i for n in lengths for i in range(n)))]
+            place[b, :len(places)] = torch.tensor(places)
+        if window is not None:
+            dense &= place[:, :, None] - place[:, None] < window
+        mask = model.group_block_mask(*ids, place, window, block=8)
+        torch.testing.assert_close(create_mask(mask.mask_mod, B, None, S, S, device="cpu")[:, 0], dense)
+        blocks = F.pad(dense, (0, -S % 8, 0, -S % 8)).unflatten(1, (-1, 8)).unflatten(-1, (-1, 8))   # (B, n, 8, n, 8)
+        full = torch.zeros(B, *2 * [blocks.shape[1]], dtype=torch.bool)
+        for b, i in itertools.product(range(B), range(blocks.shape[1])):
+            full[b, i, mask.full_kv_indices[b, 0, i, :mask.full_kv_num_blocks[b, 0, i]]] = True
+        some = mask.to_dense()[:, 0].bool()
+        assert blocks.amax((2, 4))[~some].sum() == 0 and blocks.amin((2, 4))[full].all()
+        listed, needed = listed + int(some.sum()), needed + int(blocks.amax((2, 4)).sum())
+        called_whole, whole = called_whole + int(full.sum()), whole + int(blocks.amin((2, 4)).sum())
+        query, key, value = torch.randn(3, B, 2, S, 4, generator=torch.Generator().manual_seed(case)).unbind()
+        theirs = F.scaled_dot_product_attention(query, key, value, dense[:, None])
+        torch.testing.assert_close(flex_attention(query, key, value, block_mask=mask), theirs, atol=1e-5, rtol=1e-5)
+    assert window or listed <= (1.7 if images else 1.1) * needed and called_whole >= 0.9 * whole
 
 
 @pytest.mark.parametrize("family", FAMILIES)
