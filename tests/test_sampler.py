@@ -307,7 +307,7 @@ def test_sampling_distribution():
     logits = torch.tensor([1.0, -1e30, 0.0, 2.0, -3.0, -1e30])
     n = 200_000
     u = rollout.keyed_uniform(7, torch.arange(n // 100)[:, None], torch.arange(100)[None], torch.tensor(0)).flatten()
-    counts = torch.bincount(rollout.sample_tokens(logits.expand(n, -1), u)[0], minlength=6).double()
+    counts = torch.bincount(rollout.sample_tokens(logits.expand(n, -1), u, block=4)[0], minlength=6).double()
     expected = n * logits.softmax(-1).double()
     assert (counts[[1, 5]] == 0).all()
     live = expected > 0
@@ -336,8 +336,7 @@ def test_narrowed_sampling_distribution(options, temperature):
     torch.testing.assert_close(kept.double().softmax(-1)[0], expected, atol=1e-9, rtol=0)
     n, zero = 200_000, torch.zeros((), dtype=torch.long)
     uniforms = rollout.keyed_uniform(3, torch.arange(n), zero, zero)
-    counts = torch.bincount(rollout.sample_tokens(logits.expand(n, -1), uniforms, **options)[0],
-                            minlength=7)
+    counts = torch.bincount(rollout.sample_tokens(logits.expand(n, -1), uniforms, **options, block=4)[0], minlength=7)
     live = expected > 0
     assert (counts[~live] == 0).all() and (2 <= live.sum() <= 6)
     assert ((counts - n * expected)[live] ** 2 / (n * expected[live])).sum() < CHI2[int(live.sum()) - 1]
