@@ -445,19 +445,19 @@ def head_memory(args):
     print(json.dumps({"seconds": peak() - before}), flush=True)
 
 
-def head_inputs(N, V, H):
+def head_inputs(N, V, H, frozen=False):
     import torch
     torch.manual_seed(0)
     hidden = torch.randn(N, H).requires_grad_()
-    return hidden, (torch.randn(V, H) / H**0.5).requires_grad_(), torch.randint(0, V, (N,))
+    return hidden, (torch.randn(V, H) / H**0.5).requires_grad_(not frozen), torch.randint(0, V, (N,))
 
 
 def head_side(name, hidden, weight, targets):
     import torch
-    none = torch.zeros(0, dtype=torch.long)
+    none, chunk = torch.zeros(0, dtype=torch.long), model.Policy.forward.__defaults__[-1]
 
     def flatpo():
-        model.ChunkedLogps.apply(hidden, weight, targets, none, 1.0, 256)[0].sum().backward()
+        model.ChunkedLogps.apply(hidden, weight, targets, none, 1.0, chunk)[0].sum().backward()
 
     def full():
         (hidden @ weight.T).log_softmax(-1).gather(-1, targets[:, None]).sum().backward()
@@ -468,10 +468,13 @@ def head_side(name, hidden, weight, targets):
 def bench_head(args, work: Path):
     V, H = 151_936, 512
     memory = {}
-    for N in (512, 1024, 2048):
-        inputs = head_inputs(N, V, H)
+    for N, frozen in ((1024, True), (512, False), (1024, False), (2048, False)):  # frozen: as with LoRA
+        inputs = head_inputs(N, V, H, frozen)
         sides = {name: (lambda _, run=head_side(name, *inputs): seconds(run)) for name in ("full", "full_again", "flatpo")}
         medians = alternate(sides, args.repeats)
+        if frozen:
+            report(args, "head", dict(tokens=N, vocab=V, hidden=H, frozen=True), medians)
+            continue
         for name in ("full", "flatpo"):
             peer = Peer(sys.executable, "_head", "--side_name", name, "--tokens", N, "--vocab", V, "--hidden", H)
             memory[name, N] = peer.ask()
