@@ -395,6 +395,7 @@ class ChunkedLogps(torch.autograd.Function):
                 if slope is not None:
                     p.scatter_add_(-1, target, -torch.ones_like(logps[at, None]))
                     slope[at] = p.to(dtype) @ W / -temperature
+                del logits, log_p, p  # or the next chunk's are made beside them
         ctx.save_for_backward(hidden, weight, targets, never_sampled, lse, entropy, slope)
         ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, dtype
         ctx.mark_non_differentiable(log_sum_sq)
@@ -428,6 +429,7 @@ class ChunkedLogps(torch.autograd.Function):
                     grad_weight.addmm_(grad.T, h)  # spares a (V, H) tensor a chunk
                 elif grad_weight is not None:
                     grad_weight += grad.T @ h
+                del log_p, grad
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None
 
