@@ -38,10 +38,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
 
-from model import InputError, Policy, Prompt
+from model import InputError, Policy, Prompt, all_gather_object
 
 ALIASES = {
     "prompt": ("prompt", "problem", "query", "question"),
@@ -222,6 +221,17 @@ def read_rows(names, image_root: str | None, need: tuple[str, ...], split="train
         shares += times if weight is None else [weight * n / sum(times) for n in times]
     uneven = weights is not None or shares != [len(part) for part, _ in parts]
     return Rows(parts, image_root, need, shares if uneven else None)
+
+
+def rows_of_run(args, need: tuple[str, ...]):
+    """(training rows, held-out rows) that the flags name; without --dataset those of the built-in task."""
+    if args.dataset is None:
+        train, held_out = shapes_rows(4096, args.seed, "train"), shapes_rows(256, args.seed, "test")
+    else:
+        train, held_out = read_rows(args.dataset, args.image_root, need, weights=args.dataset_weights), []
+    if args.eval_dataset is not None:
+        held_out = read_rows(args.eval_dataset, args.image_root, need, "test")
+    return train, held_out
 
 
 def open_file(file: Path):
@@ -527,7 +537,7 @@ def draw_plan(num_rows: int, num_draws: int, seed: int, dropped: set[int] = froz
     are. There is no ragged last batch: a batch that crosses an epoch's end goes on into the next one.
     """
     kept = num_rows - len(dropped)
-    if kept == 0:
+    if kept == 0 and num_draws:
         raise InputError("no row is left: every one of them is too long")
     plan, epoch = [], 0
     while len(plan) < num_draws:
@@ -582,10 +592,10 @@ def length_limit(policy: Policy, max_length: int | None) -> int:
     return context if max_length is None else min(max_length, context)
 
 
-def check_length(row: dict, length: int, limit: int):
+def check_length(rows, i: int, length: int, limit: int):
     if length > limit:
-        raise RowError(f"{row['_source']}: {length} tokens with the images, more than the {limit} that fit "
-                       f"(nothing is ever cut; --overlong skip leaves such training rows out)")
+        raise RowError(f"{rows[i]['_source']}: {length} tokens with the images, more than the {limit} that "
+                       f"fit (nothing is ever cut; --overlong skip leaves such training rows out)")
 
 
 def check_rows(rows, num_draws: int, seed: int, overlong: str, limit: int, rank: int, world_size: int,
@@ -597,34 +607,28 @@ def check_rows(rows, num_draws: int, seed: int, overlong: str, limit: int, rank:
     error, or with overlong "skip" left out, counted and printed; then others take their place, which are
     checked in turn. The work is split over the ranks, and on each over `workers` threads.
     """
-    dropped, checked, lengths = set(), set(), {}
+    dropped, lengths = set(), {}
     keys = None if sort_by is None else [row[sort_by] for row in rows]
     while True:
         shares = getattr(rows, "shares", None)
         plan = (draw_plan(len(rows), num_draws, seed, dropped, keys) if shares is None else
                 draw_shares(rows.sizes, shares, num_draws, seed, dropped, keys))
-        todo = sorted(set(plan) - checked)
+        todo = sorted(set(plan) - lengths.keys())
         if not todo:
             break
         mine = todo[rank::world_size]
         found = dict(zip(mine, in_order(lambda i: length_of(rows[i]), mine, workers), strict=True))
-        if dist.is_initialized():
-            parts = [None] * world_size
-            dist.all_gather_object(parts, found)
-            found = {i: n for part in parts for i, n in part.items()}
-        for i, length in found.items():
-            if length > limit and overlong == "error":
-                check_length(rows[i], length, limit)
-            if length > limit:
-                dropped.add(i)
-            else:
-                lengths[i] = length
-        checked |= set(todo)
+        for i, length in (pair for part in all_gather_object(found) for pair in part.items()):
+            if overlong == "error":
+                check_length(rows, i, length, limit)
+            lengths[i] = length
+        dropped = {i for i, length in lengths.items() if length > limit}
+    longest = sorted(set(plan), key=lambda i: (-lengths[i], i))
     if rank == 0:
-        print(f"data: {len(rows)} rows, {len(set(plan))} of them in this run, {len(dropped)} skipped as "
-              f"longer than {limit} tokens; lengths {min(lengths.values())} to {max(lengths.values())}, "
-              f"mean {sum(lengths.values()) / len(lengths):.0f}", flush=True)
-    return plan, sorted(set(plan), key=lambda i: (-lengths[i], i))
+        print(f"data: {len(rows)} rows, {len(longest)} of them in this run, {len(dropped)} skipped as longer "
+              f"than {limit} tokens; lengths {lengths[longest[-1]]} to {lengths[longest[0]]}, "
+              f"mean {sum(lengths[i] for i in longest) / len(longest):.0f}", flush=True)
+    return plan, longest
 
 
 def show_sample(processor, group):
@@ -642,8 +646,7 @@ def check_eval_rows(rows, limit: int, rank: int, world_size: int, length_of, wor
         raise InputError(f"{len(rows)} held-out rows for {world_size} ranks: every rank needs at least one")
     rows = rows[rank::world_size]  # of files: a view, whose rows are read anew when they are needed
     for i, length in enumerate(in_order(lambda i: length_of(rows[i]), range(len(rows)), workers)):
-        if length > limit:
-            check_length(rows[i], length, limit)
+        check_length(rows, i, length, limit)
     return rows
 
 

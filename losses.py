@@ -299,7 +299,7 @@ def ld_sum(logps, mask, other_mask, ld_alpha):
     """LD-DPO (arXiv 2409.06411): the sum of log-probs, those beyond the length of the pair's shorter answer
     times ld_alpha; for policy and reference alike. (B, T), (B, T), (B, T') -> (B,)"""
     shared = torch.minimum(mask.sum(-1), other_mask.sum(-1))[:, None]                       # (B, 1)
-    tail = mask & (mask.cumsum(-1) > shared)
+    tail = mask & (mask.cumsum(-1) > shared)                                                # (B, T)
     return masked_sum(logps, mask & ~tail) + ld_alpha * masked_sum(logps, tail)
 
 
@@ -707,7 +707,7 @@ def sampler_correction(old_logps, sampling_logps, mask, mode, clip_max=3.0, clip
         raise ValueError("importance_sampling_correction must be token_truncate, token_mask, "
                          f"sequence_truncate or sequence_mask, got {mode!r}")
     level = "token" if level == "token" else "sequence_sum"
-    weight = log_ratios(old_logps.detach(), sampling_logps, mask, level).exp()
+    weight = log_ratios(old_logps.detach(), sampling_logps, mask, level).exp()              # (N, T)
     if bound == "truncate":
         return weight.clamp(clip_min, clip_max)
     low, high = -math.inf if clip_min is None else clip_min, math.inf if clip_max is None else clip_max
@@ -783,15 +783,15 @@ def best_against_worst(loss, r, u, s, n, *, beta, **_):
     tie. TRL trains on ties."""
     w = r.nan_to_num(-math.inf).argmax(-1, keepdim=True)                                    # (P, 1)
     l = r.nan_to_num(math.inf).argmin(-1, keepdim=True)
-    (r_w, r_l), (n_w, n_l) = ([x.gather(-1, i).squeeze(-1) for i in (w, l)] for x in (u, n))
-    return torch.where(has_spread(r), loss(r_w, r_l, beta=beta, n_w=n_w, n_l=n_l), 0.0)
+    (u_w, u_l), (n_w, n_l) = ([x.gather(-1, i).squeeze(-1) for i in (w, l)] for x in (u, n))   # (P,) each
+    return torch.where(has_spread(r), loss(u_w, u_l, beta=beta, n_w=n_w, n_l=n_l), 0.0)
 
 
 def copg_loss(r, u, s, n, *, beta, **_):
     """CoPG (arXiv 2406.19185): (R_i - R_j)^2 over all pairs, R = r - beta u: the group's variance of R; over
     2 beta, so that its gradient on policy is that of RLOO with the KL in the reward."""
-    known, k = ~r.isnan(), (~r.isnan()).sum(-1, keepdim=True)
-    R = torch.where(known, r - beta * u, 0.0)
+    known, k = ~r.isnan(), (~r.isnan()).sum(-1, keepdim=True)                           # (P, G), (P, 1)
+    R = torch.where(known, r - beta * u, 0.0)                                               # (P, G)
     squares = torch.where(known, (R - R.sum(-1, keepdim=True) / k.clamp(min=1)) ** 2, 0.0)
     return squares.sum(-1) / (k - 1).clamp(min=1).squeeze(-1) / (2 * beta)
 
@@ -812,9 +812,9 @@ def disco_loss(r, u, s, n, *, drift, disco_tau=10.0, disco_delta=1e-4, disco_bet
     drift: mean log pi_old - log pi over the micro-batch's tokens, the KL that the last term bounds by delta.
     """
     mean = r.nanmean(-1, keepdim=True)
-    right, wrong = r - mean > 1e-7, mean - r > 1e-7
+    right, wrong = r - mean > 1e-7, mean - r > 1e-7                                         # (P, G)
     low = (s / n / disco_tau).masked_fill(~wrong, -1e9).logsumexp(-1) - wrong.sum(-1).clamp(min=1).log()
-    high = masked_sum(s / n, right) / right.sum(-1).clamp(min=1)
+    high = masked_sum(s / n, right) / right.sum(-1).clamp(min=1)                            # (P,)
     penalty = (disco_beta * (drift - disco_delta)).clamp(min=0).detach() * drift
     return torch.where(has_spread(r), disco_tau * low - high + penalty, 0.0)
 
@@ -822,10 +822,10 @@ def disco_loss(r, u, s, n, *, drift, disco_tau=10.0, disco_delta=1e-4, disco_bet
 def reg_grpo_loss(r, u, s, n, *, rho, eps=1e-4, **_):
     """Reg-GRPO (arXiv 2506.07464): mean_i (A_i - (rho_i - mean rho) / std rho)^2, A as GRPO's; no clip. std
     is (var + eps^2)^(1/2): at a rollout's first update rho is 0, the gradient that of -2 A_i s_i / eps."""
-    known, k = ~r.isnan(), (~r.isnan()).sum(-1, keepdim=True).clamp(min=2)
+    known, k = ~r.isnan(), (~r.isnan()).sum(-1, keepdim=True).clamp(min=2)              # (P, G), (P, 1)
     A = group_advantages(r.flatten(), r.shape[-1]).view_as(r)                               # unknown: 0
     rho = torch.where(known, rho - torch.where(known, rho, 0.0).sum(-1, keepdim=True) / k, 0.0)
-    error = A - rho / ((rho**2).sum(-1, keepdim=True) / (k - 1) + eps**2).sqrt()
+    error = A - rho / ((rho**2).sum(-1, keepdim=True) / (k - 1) + eps**2).sqrt()            # (P, G)
     return torch.where(has_spread(r), (error**2).sum(-1) / k.squeeze(-1), 0.0)
 
 

@@ -41,6 +41,7 @@ import time
 import warnings
 import zlib
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -171,11 +172,12 @@ def pack_groups(groups, pad_id: int, one_row: bool = False) -> dict:
             "segments": segments}
 
 
-def spans_within(sizes: list[int], budget: int) -> list[tuple[int, int]]:
+def spans_within(sizes: list[int], budget: int, alike: bool = True) -> list[tuple[int, int]]:
     """Micro-batches by tokens: consecutive items (start, stop), of these sizes, that `budget` holds together.
+    An item alone may be larger than the budget.
 
-    A collective: every rank needs the same number of them, or FSDP's gathers would not match. A rank that
-    needs fewer halves its longest. An item alone may be larger than the budget.
+    alike, a collective: every rank needs the same number of them, or FSDP's gathers would not match. A rank
+    that needs fewer halves its longest.
 
     >>> spans_within([50, 30, 20, 60], budget=100)
     [(0, 3), (3, 4)]
@@ -185,7 +187,8 @@ def spans_within(sizes: list[int], budget: int) -> list[tuple[int, int]]:
         if i == len(sizes) or sum(sizes[start:i + 1]) > budget:
             spans.append((start, i))
             start = i
-    while len(spans) < max(all_gather_object(len(spans))):
+    most = max(all_gather_object(len(spans))) if alike else 0  # once: not as often as a rank has to halve
+    while len(spans) < most:
         start, stop = max(spans, key=lambda span: span[1] - span[0])
         at = spans.index((start, stop))
         spans[at:at + 1] = [(start, (start + stop) // 2), ((start + stop) // 2, stop)]
@@ -230,17 +233,17 @@ def group_block_mask(segment_ids, group_ids, image_ids=None, place=None, window=
     def meet(q, k):  # two pairs of (lowest, highest) -> (B, n, n), whether they have a number in common
         return (k[0][:, None] <= q[1][:, :, None]) & (k[1][:, None] >= q[0][:, :, None])
 
-    S, prompt = segment_ids.shape[1], segment_ids == 0
+    S, prompt = segment_ids.shape[1], segment_ids == 0                                    # (B, S)
     run = F.pad((segment_ids.diff() != 0) | (group_ids.diff() != 0), (1, 0)).cumsum(-1)
-    runs, groups = ends(run, S), ends(group_ids.masked_fill(group_ids < 0, S), S)
+    runs, groups = ends(run, S), ends(group_ids.masked_fill(group_ids < 0, S), S)         # pairs of (B, n)
     prompts = (ends(group_ids.masked_fill(~prompt, S + 1), S + 1)[0],
                ends(group_ids.masked_fill(~prompt, -1), -1)[1])
     earlier = torch.ones(2 * [runs[0].shape[1]], dtype=torch.bool, device=run.device).tril()    # (n, n)
     some = earlier if image_ids is None else earlier | meet(runs, runs)  # an image is of one run
     some = some & (meet(runs, runs) | meet(groups, prompts))
     own, shared = (((k[:, None] == q[0][:, :, None]) & (k[:, None] == q[1][:, :, None]))
-                   for q, k in ((runs, runs[0]), (groups, prompts[0])))
-    all_of_it = earlier.tril(-1) & (runs[0] == runs[1])[:, None] & (own | shared)               # (B, n, n)
+                   for q, k in ((runs, runs[0]), (groups, prompts[0])))                   # (B, n, n)
+    all_of_it = earlier.tril(-1) & (runs[0] == runs[1])[:, None] & (own | shared)  # causal: not the diagonal
     if window is not None:
         (nearest, _), (_, furthest) = ends(place, S), ends(place, -1)
         some, all_of_it = some & (nearest[:, :, None] - furthest[:, None] < window), all_of_it & False
@@ -305,7 +308,9 @@ def group_attention(module, query, key, value, attention_mask, scaling=None, sli
 
 @functools.cache
 def compiled_flex_attention():
-    return torch.compile(flex_attention, dynamic=True)  # eager, it builds the (S, S) scores
+    # A variant for each of grad mode, one row or several, one block or several, window and dtype: beyond its
+    # limit of 8 torch would go on uncompiled, and build the (S, S) scores. fullgraph makes that an error.
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True, recompile_limit=64)
 
 
 def attend_segments(query, key, value, segments, scaling) -> torch.Tensor:
@@ -396,6 +401,7 @@ class ChunkedLogps(torch.autograd.Function):
                     p.scatter_add_(-1, target, -torch.ones_like(logps[at, None]))
                     slope[at] = p.to(dtype) @ W / -temperature
                 del logits, log_p, p  # or the next chunk's are made beside them
+        # (M, H), (V, H), (M,), (few,), (M,), (M,), (M, H)
         ctx.save_for_backward(hidden, weight, targets, never_sampled, lse, entropy, slope)
         ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, dtype
         ctx.mark_non_differentiable(log_sum_sq)
@@ -530,10 +536,12 @@ class Policy(nn.Module):
             for p, data in masters:
                 p.data = data
 
-    def pack(self, groups) -> dict:
-        """`pack_groups` into one row. Under FSDP every rank must run the vision tower in every pass, or the
-        others wait for it: there a batch without images gets a group with one, `filler`, of no completion and
-        so of gradient 0."""
+    def pack(self, groups, share_prompt: bool = True) -> dict:
+        """`pack_groups` into one row; without share_prompt each completion behind its own prompt. Under
+        FSDP every rank must run the vision tower in every pass, or the others wait for it: there a batch
+        without images gets a group with one, `filler`, of no completion and so of gradient 0."""
+        if not share_prompt:
+            groups = [(prompt, [completion]) for prompt, completions in groups for completion in completions]
         if self.filler is not None and not any(prompt.pixels for prompt, _ in groups):
             groups = [*groups, (self.filler, [])]
         return pack_groups(groups, self.pad_id, one_row=True)
@@ -577,7 +585,8 @@ class Policy(nn.Module):
         return prompts
 
     def hidden(self, input_ids, position_ids, attention_mask, pixels=None, cache=None) -> torch.Tensor:
-        """Last hidden states (B, S, H) of tokens (B, S), positions (R, B, S), mask (B, 1, S, past + S)."""
+        """Last hidden states (B, S, H) of tokens (B, S) at positions (R, B, S). attention_mask:
+        `attention_mask_of`, or of a step of the sampler GroupCache's own_bias (B, 1, 1, W)."""
         positions, pixels = position_ids if len(position_ids) > 1 else position_ids[0], dict(pixels or {})
         seen = pixels.pop("tower", None)
         if seen is not None:  # a copy each time: transformers writes into its fields
@@ -862,23 +871,18 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
     if not dist.is_initialized():
         return load().to(device), processor
     # The others build the model without weights, shard it, and only then take memory.
-    whole, answer = None, [None]
-    if dist.get_rank() == 0:
-        try:
-            whole = load()
-            answer = [(whole.hf.config, whole.hf.generation_config)]
-        except InputError as error:
-            answer = [error]
-    dist.broadcast_object_list(answer)
-    if isinstance(answer[0], InputError):
-        raise answer[0]
-    config, generation_config = answer[0]
+    whole = []
+
+    def configs():
+        whole.append(load())
+        return whole[0].hf.config, whole[0].hf.generation_config
+
+    config, generation_config = on_rank_0(path, configs)
     with torch.device("meta"):
         hf = auto.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     hf.generation_config = generation_config
     policy = shard(finish(hf), device_mesh(torch.device(device).type, shard_size)).to_empty(device=device)
-    copy_from_rank_0(whole, policy)
-    whole = None
+    copy_from_rank_0(whole.pop() if whole else None, policy)
     # FSDP finds its root in the first forward: it must be this one, and not one of the sampler's.
     token = torch.tensor([policy.eos_ids[0]])
     prompt = Prompt(token, policy.prompt_positions(token, {}, {}), {}, {})
@@ -896,14 +900,13 @@ def export(policy: Policy, processor, source: str, folder: str | Path, rank: int
     LoRA they are the merged ones, and `adapter/` in it holds the adapter alone, in PEFT's format and fp32. A
     collective: every rank calls it, tensors are gathered one by one, rank 0 alone keeps them (on its CPU).
     """
-    folder, base, named, state = Path(folder), source, {}, {}
-    adapter = {}
-    for name, parameter in policy.hf.named_parameters(remove_duplicate=False):
-        named.setdefault(id(parameter), []).append(name)  # tied weights have two names, and are written once
-    first = {name: names[0] for names in named.values() for name in names}
-    for name, tensor in policy.hf.state_dict().items():
-        if first.get(name, name) != name or ".lora_" in name or ".weight." in name:  # 4-bit's tables
+    folder, base, state, adapter = Path(folder), source, {}, {}
+    tensors = policy.hf.state_dict(keep_vars=True)
+    names = {id(x): name for name, x in reversed(tensors.items())}  # tied weights once, by their first name
+    for name in names.values():
+        if ".lora_" in name or ".weight." in name:  # 4-bit's tables
             continue
+        tensor = tensors[name].detach()
         owner, _, kind = name.rpartition(".")
         layer, parts = policy.hf.get_submodule(owner), {}
         if kind == "weight" and isinstance(layer, LoraLinear):
@@ -915,7 +918,6 @@ def export(policy: Policy, processor, source: str, folder: str | Path, rank: int
             state[name] = (tensor.to(policy.dtype) if tensor.is_floating_point() else tensor).cpu()
     if rank != 0:
         return
-    state |= {name: state[names[0]] for names in named.values() for name in names if names[0] in state}
     final, folder = folder, folder.with_name(folder.name + ".tmp")  # complete, or not there
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -1062,13 +1064,8 @@ def start_model(args, output_dir: Path, rank: int) -> str:
     if args.model_name_or_path is not None:
         return args.model_name_or_path
     path = output_dir / "tiny_vlm"
-    if rank == 0:
-        if args.cold_start_steps:
-            cold_start(args, output_dir)  # done in a moment if this run is resumed
-        else:
-            build_tiny_vlm(path, args.seed)
-    if dist.is_initialized():
-        dist.barrier()
+    on_rank_0(path, lambda: cold_start(args, output_dir) if args.cold_start_steps  # done at once if resumed
+              else build_tiny_vlm(path, args.seed))
     return str(output_dir / "cold_start" / "final" if args.cold_start_steps else path)
 
 
@@ -1085,7 +1082,8 @@ def init_distributed(device: str = "auto"):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))  # rank 0 may download, or train a little
     return rank, world_size, torch.device(device)
 
 
@@ -1218,9 +1216,10 @@ def add_run_flags(parser):
     add("--push_to_hub", metavar="OWNER/NAME", help="upload final/ there at the end; made private if new")
     # steps
     add("--gradient_accumulation_steps", type=size, default=1, help="micro-batches of an optimizer step")
-    add("--max_tokens_per_batch", type=size, help="cut a step into micro-batches of whole groups by tokens, "
-        "not by per_device_train_batch_size")
-    add("--num_train_epochs", type=positive, default=1.0, help="passes over the data; max_steps wins")
+    add("--max_tokens_per_batch", type=size, help="cut a step into micro-batches of whole groups by tokens; "
+        "per_device_train_batch_size x gradient_accumulation_steps stays the step")
+    add("--num_train_epochs", type=positive, default=1.0,
+        help="passes over the data, of as many draws as it has rows, skipped ones replaced; max_steps wins")
     add("--max_steps", type=within("[-1, inf)", int), default=-1, help="optimizer steps; -1: from the epochs")
     add("--learning_rate", type=not_negative, default=1e-6, help="peak, after the warm-up")
     add("--lr_scheduler_type", choices=["cosine", "linear", "constant"], default="linear", help="the decay")
@@ -1276,13 +1275,19 @@ def parse_args(argv, parser, presets: dict, tiny: dict, tiny_by_algo: dict, chec
         preset.pop("loss_weights", None)  # they belong to the preset's own losses
     parser.set_defaults(**preset)
     if first.model_name_or_path is None:
-        parser.set_defaults(**tiny | tiny_by_algo.get(first.algo, {}))
+        own = tiny | tiny_by_algo.get(first.algo, {})
+        flags = sys.argv[1:] if argv is None else argv
+        if any(str(flag).startswith("--num_train_epochs") for flag in flags):  # given, it counts
+            own.pop("max_steps", None)
+        parser.set_defaults(**own)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [f for action in parser._actions for f in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
     args.loss_type = [name for item in args.loss_type for name in item.split(",") if name]
+    if not args.loss_type:
+        parser.error("--loss_type names no loss")
     built_in = args.model_name_or_path is None and args.dataset is None
     if args.cold_start_steps and not built_in:
         parser.error("--cold_start_steps is for the built-in model and task; train your own with --algo sft")
@@ -1369,19 +1374,8 @@ def open_run(args, rank: int, world_size: int) -> tuple[Path, bool]:
     """
     if args.shard_size is not None and world_size % args.shard_size:
         raise InputError(f"--shard_size {args.shard_size} must divide the number of ranks, {world_size}")
-    answer = [None]
-    if rank == 0:
-        try:
-            answer = [_open_run(args, world_size)]
-        except InputError as error:
-            answer = [error]
-        except OSError as error:
-            answer = [InputError(f"--output_dir {args.output_dir}: {error}")]
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    if isinstance(answer[0], InputError):
-        raise answer[0]
-    args.output_dir, resumed = answer[0]
+    name = f"--output_dir {args.output_dir}"
+    args.output_dir, resumed = on_rank_0(name, lambda: _open_run(args, world_size))
     return Path(args.output_dir), resumed
 
 
@@ -1425,8 +1419,7 @@ def _open_run(args, world_size: int) -> tuple[str, bool]:
 
 def check_unchanged(before: dict, now: dict, allowed: list[str]):
     """Refuse to resume with other flags, data or start weights; other code or versions are warned of."""
-    before = json.loads(json.dumps(before))
-    now = json.loads(json.dumps(now))  # tuples become lists in both
+    now = json.loads(json.dumps(now))  # tuples become lists, as in `before`, which was read
     changed = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
     for name in sorted(changed & {"code", "versions"}):
         print(f"warning: resumed with other {name} than it was started with", flush=True)
@@ -1507,6 +1500,18 @@ def write_card(args, output_dir: Path, rank: int, before: dict, after: dict):
         json.dumps(run, indent=2), "```", ""]))
 
 
+def finish_run(args, policy, processor, source: str, output_dir: Path, rank: int, state: dict, rewards):
+    """final/, its card, how the held-out rows fared, status done."""
+    export(policy, processor, source, output_dir / "final", rank)
+    write_card(args, output_dir, rank, state["start"], state["end"])
+    if rank == 0:
+        for key in sorted(state["end"].keys() & state["start"].keys()):
+            print(f"{key}: {state['start'][key]:.4f} before, {state['end'][key]:.4f} after")
+        print(f"saved {output_dir / 'final'}")
+    end_run(output_dir, rank, "done", state["step"], rewards)
+    push_to_hub(args, output_dir, rank)
+
+
 def push_to_hub(args, output_dir: Path, rank: int):
     """Upload final/ to --push_to_hub's repository. Called last: no other rank waits for it."""
     if rank == 0 and args.push_to_hub is not None:
@@ -1520,10 +1525,10 @@ def push_to_hub(args, output_dir: Path, rank: int):
         print(f"uploaded {output_dir / 'final'} to {args.push_to_hub}")
 
 
-def preflight(policy: Policy, groups, temperature: float, rank: int):
-    """One forward and backward of the largest micro-batch that the run can meet, before its first step: what
-    does not fit into memory shows now. Weights, gradients and randomness stay as they are."""
-    batch = to_device(policy.pack(groups), policy.device)
+def preflight(policy: Policy, groups, temperature: float, rank: int, share_prompt: bool):
+    """One forward and backward of a micro-batch of the run's longest rows, before its first step: what does
+    not fit into memory shows now. Weights, gradients and randomness stay as they are."""
+    batch = to_device(policy.pack(groups, share_prompt), policy.device)
     shape = f"{len(batch['completion_ids'])} completions in rows of {batch['input_ids'].shape[1]} tokens"
     try:
         logps, *_ = policy(batch, temperature)
@@ -1630,9 +1635,28 @@ def all_gather_object(value) -> list:
     return values
 
 
-def trained(policy: Policy) -> dict:
-    """The parameters that a checkpoint holds; what is frozen is read from the start model again."""
-    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+def on_rank_0(what: str, function):
+    """function() is called on rank 0; every rank returns its value, or raises its InputError, also for an
+    OSError, which `what` failed with. A collective."""
+    answer = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            answer = function()
+        except InputError as error:
+            answer = error
+        except OSError as error:
+            answer = InputError(f"{what}: {error}")
+    answer = all_gather_object(answer)[0]
+    if isinstance(answer, InputError):
+        raise answer
+    return answer
+
+
+def trained(policy: Policy, ref: Policy | None) -> dict:
+    """The parameters that a checkpoint holds, with a reference that moves; what is frozen is read from the
+    start model again."""
+    parts = {"model": {name: p for name, p in policy.named_parameters() if p.requires_grad}}
+    return parts if ref is None else parts | {"ref": dict(ref.named_parameters())}
 
 
 def save_checkpoint(output_dir: Path, policy: Policy, optimizer, state: dict, rows: dict, keep: int,
@@ -1646,19 +1670,14 @@ def save_checkpoint(output_dir: Path, policy: Policy, optimizer, state: dict, ro
     """
     folder = output_dir / "checkpoints" / f"step_{state['step']}"
     temporary, error, written = folder.with_suffix(".tmp"), None, {}
+
+    def make_folder():
+        shutil.rmtree(temporary, ignore_errors=True)  # left over from a killed save
+        temporary.mkdir(parents=True)
+
     try:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)  # left over from a killed save
-            temporary.mkdir(parents=True)
-    except OSError as reason:
-        error = str(reason)
-    error = all_gather_object(error)[0]  # nobody writes before the folder is there
-    try:
-        if error is not None:
-            raise OSError(error)
-        parts = {"model": trained(policy)}
-        if ref is not None:
-            parts["ref"] = dict(ref.named_parameters())
+        on_rank_0("new folder", make_folder)  # nobody writes before it is there
+        parts = trained(policy, ref)
         if optimizer.state:  # none before the first step: torch would make one up, of one step
             parts["optimizer"] = get_optimizer_state_dict(policy, optimizer)
         dcp.save(parts, checkpoint_id=temporary, no_dist=not dist.is_initialized())
@@ -1761,9 +1780,7 @@ def load_checkpoint(output_dir: Path, policy: Policy, optimizer, rank: int, path
         fault = next((f for f in all_gather_object(fault) if f), None)
         if fault is None:
             state = json.loads((folder / "state.json").read_text())
-            parts = {"model": trained(policy)}
-            if ref is not None:
-                parts["ref"] = dict(ref.named_parameters())
+            parts = trained(policy, ref)
             if state.pop("optimizer"):
                 parts["optimizer"] = get_optimizer_state_dict(policy, optimizer)
             dcp.load(parts, checkpoint_id=folder, no_dist=not dist.is_initialized())  # the weights: in place

@@ -19,6 +19,7 @@ import traceback
 import urllib.request
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import suppress
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
@@ -31,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from model import (InputError, Interrupted, Policy, Prompt, all_gather_object, attention_mask_of, export,
+from model import (InputError, Interrupted, Policy, Prompt, attention_mask_of, export, on_rank_0,
                    pack_groups, to_device)
 
 # ------------------------------------------------------------------------------------------------------------
@@ -131,6 +132,8 @@ class GroupCache(DynamicCache):
     (Hydragen, arXiv 2402.05099; bifurcated attention, arXiv 2403.08845). A prompt has a slot, a completion a
     row; all is allocated once, and reused when prompts and completions come and go.
     prefix[layer]: K, V (slots, kv, S, D).  own[layer]: K, V (rows, kv, T, D).
+    Of the prompts: lengths (slots,), prefix_bias (slots, 1, 1, S), 0 or -inf behind the end. Of a step: its
+    rows and their token index t, both (n,). places (slots, G), place (rows,): `place_rows`.
     """
 
     def __init__(self, slots: int, rows: int, S: int, T: int):
@@ -179,8 +182,8 @@ class GroupCache(DynamicCache):
             prefix_bias = prefix_bias.masked_fill(far[:, None, None], -math.inf)
             far = self.t[:, None] - torch.arange(W, device=q.device) >= window                     # (n, W)
             own_bias = own_bias.masked_fill(far[:, None, None], -math.inf)
-        shared = (to_groups(q) @ prefix_k[:p].transpose(2, 3)).float().mul_(scaling).add_(prefix_bias)
-        own = (q @ own_k[:n, :, :W].transpose(2, 3)).float().mul_(scaling).add_(own_bias)      # (n, kv, r, W)
+        shared = fp32_product(to_groups(q), prefix_k[:p]).mul_(scaling).add_(prefix_bias)  # (p, kv, g * r, S)
+        own = fp32_product(q, own_k[:n, :, :W]).mul_(scaling).add_(own_bias)                   # (n, kv, r, W)
         top = torch.maximum(to_rows(shared.amax(-1, keepdim=True)), own.amax(-1, keepdim=True))
         shared, own = shared.sub_(to_groups(top)).exp_(), own.sub_(top).exp_()
         total = to_rows(shared.sum(-1, keepdim=True)) + own.sum(-1, keepdim=True)              # (n, kv, r, 1)
@@ -214,6 +217,15 @@ class GroupCache(DynamicCache):
             buffer[targets, :, :width] = buffer[sources, :, :width]
 
 
+def fp32_product(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """(n, kv, r, D), (n, kv, S, D) -> (n, kv, r, S) in fp32, as the trainer's kernels hold their scores: bf16
+    would round one of 20 by up to 0.06. A CPU has no such product in torch, and does round."""
+    if q.is_cuda and q.dtype != torch.float32:
+        product = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, out_dtype=torch.float32)
+        return product.unflatten(0, q.shape[:2])
+    return (q @ k.mT).float()
+
+
 def unwaited(x: torch.Tensor, device) -> torch.Tensor:
     """x there, without the host waiting for a GPU: from pinned memory."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
@@ -237,7 +249,7 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
     draws: the prompts' draw numbers, which key the randomness. Results come back on the CPU. Completions end
     when they end: every 8 tokens those that have leave the batch, and prompts that wait take their place.
     rollout_tokens bounds the keys and values in memory, in tokens (but one group always fits). Runs in eval()
-    mode and restores the mode it found.
+    mode and restores the mode it found, unless interrupted.
     """
     P, G, T, device = len(prompts), num_generations, max_completion_length, policy.device
     S, was_training = max(len(p.tokens) for p in prompts), policy.training
@@ -261,8 +273,8 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
     waiting, n = 0, 0  # the next prompt, the number of rows
 
     def draw(hidden, at):
-        """The next token of the rows `at`, from the hidden states (rows, H) of their last."""
-        logits = policy.logits(hidden, temperature or 1.0)                                      # (rows, V)
+        """The next token of the n rows `at`, from the hidden states (n, H) of their last."""
+        logits = policy.logits(hidden, temperature or 1.0)                                         # (n, V)
         next_t = (t[at] + 1).clamp(max=T - 1)
         u = None if uniforms is None else uniforms[row[at], next_t]
         token[at], logp = sample_tokens(logits, u, top_k, top_p, min_p)
@@ -303,11 +315,15 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
         draw(hidden[:, 0], at)
 
     graphs, pool = {}, torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    # Experts' grouped_mm waits for the GPU, which a capture may not, but in bf16 on Hopper and Blackwell.
+    waits = device.type == "cuda" and hasattr(policy.hf.config.get_text_config(), "num_experts") and (
+        policy.dtype != torch.bfloat16 or torch.cuda.get_device_capability(device)[0] not in (9, 10))
+    graphed = CUDA_GRAPHS and device.type in BUCKETS and not waits
 
     def run(size: int, width: int):
         """`step`; on a GPU as a CUDA graph, which spares the launches of its hundreds of kernels."""
-        key = size, width, cache.places.shape
-        if device.type not in BUCKETS or not CUDA_GRAPHS or key not in graphs:
+        key = size, width
+        if not graphed or key not in graphs:
             graphs[key] = None  # the first of a size runs as it is, and warms up what a capture may not do
             return step(size, width)
         if graphs[key] is None:
@@ -321,14 +337,12 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
     with policy.compute_weights():
         while waiting < P or n:
             while waiting < P:
-                free = [s for s in range(slots) if s not in slot_of][:(rows - n) // G]
-                chosen = list(range(waiting, min(P, waiting + len(free))))
-                fit = max(1, PREFILL_TOKENS // S)
-                if not chosen:
+                most = min(P - waiting, (rows - n) // G, max(1, PREFILL_TOKENS // S))
+                free = [s for s in range(slots) if s not in slot_of][:most]
+                if not free:
                     break
-                chosen = chosen[:fit]
-                admit(chosen, free[:len(chosen)])
-                waiting, n = waiting + len(chosen), n + len(chosen) * G
+                admit(list(range(waiting, waiting + len(free))), free)
+                waiting, n = waiting + len(free), n + len(free) * G
             size = min(-(-n // row_bucket) * row_bucket, rows)
             cache.place_rows(slot_of, (slots, G) if device.type in BUCKETS else (0, 0), device)
             for _ in range(min(CHECK_EVERY.get(device.type, 8), T - 1 - min(age_of))):
@@ -418,16 +432,9 @@ class VLLMServer:
         if self.device == "cpu" and head.weight is embeddings.weight:
             raise self.error("on a CPU vLLM keeps the old output head where it is tied to the embeddings")
         export(policy, processor, source, self.folder, rank)
-        failed, reload = None, {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
-        try:
-            for path, body in ("/pause", {}), ("/collective_rpc", reload), ("/resume", {}):
-                if rank == 0:
-                    self.ask(path, body)
-        except InputError as error:
-            failed = str(error)
-        failed = all_gather_object(failed)[0]
-        if failed:
-            raise InputError(failed)
+        reload = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
+        steps = ("/pause", {}), ("/collective_rpc", reload), ("/resume", {})
+        on_rank_0(self.url, lambda: [self.ask(path, body) for path, body in steps])
 
     def sample(self, policy: Policy, prompts: list[Prompt], draws: list[int], *, num_generations: int,
                max_completion_length: int, temperature: float, stop=None, **_) -> Rollout:
@@ -457,18 +464,20 @@ class VLLMServer:
             return group
 
         pool = ThreadPoolExecutor(SERVER_REQUESTS)
+        groups = [pool.submit(complete, prompt) for prompt in prompts]
+        pending = set(groups)
         try:
-            groups = [pool.submit(complete, prompt) for prompt in prompts]
-            pending = set(groups)
             while pending:
                 done, pending = wait(pending, 0.5, FIRST_COMPLETED)
                 for group in done:
                     group.result()  # the first error ends the rollout
                 if stop is not None and stop():
-                    self.ask("/abort_requests", {})
                     raise Interrupted
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+            if pending:  # the process would not end before the threads that wait for an answer
+                with suppress(InputError):
+                    self.ask("/abort_requests", {})
         ids, logps = zip(*(completion for group in groups for completion in group.result()))
         mask = pad_sequence([torch.ones(len(x), dtype=torch.bool) for x in ids], True)          # (N, T)
         return Rollout(pad_sequence(ids, True, policy.pad_id), mask, pad_sequence(logps, True),
@@ -508,12 +517,14 @@ def _bound_child():
     """A runaway reward ends itself, by MemoryError, or by being the first that the kernel's OOM killer takes;
     not the run. A hanging one dies with its parent. Linux only."""
     status = Path("/proc/self/status")
-    in_use = re.search(r"VmData:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if not status.exists():
+        return
+    Path("/proc/self/oom_score_adj").write_text("1000")
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    in_use = re.search(r"VmData:\s+(\d+) kB", status.read_text())
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     if in_use and hard == resource.RLIM_INFINITY:  # not RLIMIT_AS: CUDA libraries map far more than they use
         resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(in_use[1]) + REWARD_MEMORY, hard))
-        Path("/proc/self/oom_score_adj").write_text("1000")
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _reward_child(connection, specs: list[str]):
@@ -699,7 +710,7 @@ def checked_rewards(result, count: int, what: str, at) -> torch.Tensor:
 
 def evaluate(policy: Policy, processor, rows: list[dict], draws: list[int], prompts, rewards: RewardRunner, *,
              temperature: float, max_completion_length: int, batch_size: int, seed: int, step: int,
-             num_generations: int = 1, stop=None):
+             num_generations: int = 1, rollout_tokens: int = 1 << 18, stop=None):
     """n answers to every held-out row, a row's after one another -> (texts, rewards (functions, rows * n));
     temperature 0 is greedy.
 
@@ -710,7 +721,8 @@ def evaluate(policy: Policy, processor, rows: list[dict], draws: list[int], prom
     for i in range(0, len(rows), batch_size):
         result = sample(policy, list(islice(prompts, batch_size)), draws[i:i + batch_size],
                         num_generations=num_generations, temperature=temperature,
-                        max_completion_length=max_completion_length, seed=seed, stop=stop)
+                        max_completion_length=max_completion_length, seed=seed,
+                        rollout_tokens=rollout_tokens, stop=stop)
         texts += decode(processor, result)
         ids += id_lists(result)
     rows = [row for row in rows for _ in range(num_generations)]

@@ -215,7 +215,7 @@ class ReferenceCache:
             missing = {k: g for k, g in keyed.items() if k not in self.known and k not in new}
             found |= keyed.keys() & before
             if missing:
-                batch = model.to_device(pack(list(missing.values()), policy, share_prompt), policy.device)
+                batch = model.to_device(policy.pack(list(missing.values()), share_prompt), policy.device)
                 with torch.no_grad():
                     logps, *_ = policy(batch)                                                   # (N, T)
                 mask, n = batch["completion_mask"], 0
@@ -248,18 +248,11 @@ class ReferenceCache:
         return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, flat)
 
 
-def pack(groups, policy, share_prompt: bool):
-    """Group rows, or without share_prompt plain ones: each completion behind its own copy of the prompt."""
-    if not share_prompt:
-        groups = [(prompt, [completion]) for prompt, completions in groups for completion in completions]
-    return policy.pack(groups)
-
-
 def score_groups(args, policy, groups, references, state):
     """One micro-batch -> ({loss: (sum, count)}, {metric: (sum, count)}). Chosen and rejected alternate.
 
     references: the ReferenceCaches of reference and guide, as far as the losses take them."""
-    batch = model.to_device(pack(groups, policy, args.share_prompt), policy.device)
+    batch = model.to_device(policy.pack(groups, args.share_prompt), policy.device)
     logps, _, log_sum_sq_probs = policy(batch)                                                  # (N, T)
     mask = batch["completion_mask"]
     options = dict(
@@ -303,11 +296,9 @@ def start_value(args, name: str) -> str:
     if name in losses.COLUMNS_OF:
         return "of the rows' columns"
     zero, one = torch.zeros(1), torch.ones(1)
-    score = losses.f_divergence_score(zero, args.f_divergence_type, args.f_alpha_divergence_coef)
-    r = score if name in losses.F_DIVERGENCE_LOSSES else zero
-    value = losses.PAIR_LOSSES[name](r, r, beta=args.beta, delta=0.0, label_smoothing=args.label_smoothing,
-                                     s_w=zero, s_l=zero, n_w=one, n_l=one, discopop_tau=0.05, eta=0.9,
-                                     guided_w=zero, guided_l=zero)
+    value = losses.PAIR_LOSSES[name](  # of any f-divergence, too: its score of a log-ratio of 0 is 0
+        zero, zero, beta=args.beta, delta=0.0, label_smoothing=args.label_smoothing, s_w=zero, s_l=zero,
+        n_w=one, n_l=one, discopop_tau=0.05, eta=0.9, guided_w=zero, guided_l=zero)
     return f"{value.item():.4f}"
 
 
@@ -322,15 +313,7 @@ def main(argv=None):
     # --- data
     pairs = any(name in losses.PAIR_LOSSES for name in args.loss_type)
     columns = ("chosen", "rejected") if pairs else ("chosen",)
-    if args.dataset is None:
-        train_rows = data.shapes_rows(4096, args.seed, "train")
-        eval_rows = data.shapes_rows(256, args.seed, "test")
-    else:
-        train_rows = data.read_rows(args.dataset, args.image_root, ("prompt", *columns),
-                                    weights=args.dataset_weights)
-        eval_rows = []
-    if args.eval_dataset is not None:
-        eval_rows = data.read_rows(args.eval_dataset, args.image_root, ("prompt", *columns), "test")
+    train_rows, eval_rows = data.rows_of_run(args, ("prompt", *columns))
     check_columns(args, train_rows, eval_rows)
     rank_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
     step_rows = rank_rows * world_size
@@ -361,18 +344,27 @@ def main(argv=None):
     def encode(row):
         return data.encode_group(policy, processor, row, columns)
 
+    def tokens_of(group):
+        """In a micro-batch, where without share_prompt the prompt stands before each answer."""
+        prompt, answers = group
+        return len(prompt.tokens) * (1 if args.share_prompt else len(answers)) + sum(map(len, answers))
+
     limit = data.length_limit(policy, args.max_length)
     plan, longest = data.check_rows(train_rows, max_steps * step_rows, args.seed, args.overlong, limit, rank,
                                     world_size, lambda row: data.group_length(encode(row)), args.sort_by,
                                     args.dataloader_num_workers)
     if rank == 0:
         data.show_sample(processor, encode(train_rows[plan[0]]))
-    eval_rows = data.check_eval_rows(eval_rows, limit, rank, world_size,
-                                     lambda row: data.group_length(encode(row)),
-                                     args.dataloader_num_workers)
 
-    def batches(items, size):
-        return [items[i:i + size] for i in range(0, len(items), size)]
+    def held_out_length(row):
+        group = encode(row)
+        if rewards is not None:  # it is answered as well
+            answered = len(group[0].tokens) + args.max_completion_length
+            data.check_length([row], 0, answered, data.length_limit(policy, None))
+        return data.group_length(group)
+
+    eval_rows = data.check_eval_rows(eval_rows, limit, rank, world_size, held_out_length,
+                                     args.dataloader_num_workers)
 
     def encoded(rows, places, size):
         """Lists of `size` groups of the rows in these places, of which the next one is prepared meanwhile."""
@@ -386,32 +378,42 @@ def main(argv=None):
 
     stop = model.Stop(args.max_hours)
 
+    def within_budget(batches):
+        """The same groups in smaller lists where a list is more than --max_tokens_per_batch holds."""
+        for groups in batches:
+            spans = [(0, len(groups))]
+            if args.max_tokens_per_batch is not None:
+                sizes = [tokens_of(group) for group in groups]
+                spans = model.spans_within(sizes, args.max_tokens_per_batch, alike=False)
+            yield from (groups[start:stop] for start, stop in spans)
+
     def cached(scorer, name):
         """Its log-probs of every row that the run will visit and of the held-out ones."""
         cache = ReferenceCache(args.ref_cache, scorer)
         batched = encoded(train_rows, dict.fromkeys(places_from(0)), args.per_device_train_batch_size)
         with model.gathered(scorer), model.adapter_off(scorer), stop.passes():
-            computed, found = cache.add(scorer, batched, args.share_prompt, stop)
+            computed, found = cache.add(scorer, within_budget(batched), args.share_prompt, stop)
             batched = encoded(eval_rows, range(len(eval_rows)), args.per_device_eval_batch_size)
-            cache.add(scorer, batched, args.share_prompt, stop)
+            cache.add(scorer, within_budget(batched), args.share_prompt, stop)
             if rank == 0:
-                print(f"{name} log-probs: {computed} pairs computed, {found} found in {cache.folder}",
-                      flush=True)
+                print(f"{name} log-probs: {computed} pairs computed, {found} found in {cache.folder} (rank 0, "
+                      "training rows)", flush=True)
         return cache
 
     references = [cached(policy, "reference")] if set(args.loss_type) - losses.REFERENCE_FREE else []
-    if args.guide_model is not None:
+    asked = bool(references) and stop.agreed()
+    if args.guide_model is not None and not asked:
         references.append(cached(load_guide(args, policy, processor, device), "guide"))
-    if references and stop.agreed():  # what was computed is on disk, and there is nothing else to lose
+        asked = stop.agreed()
+    if asked:  # what was computed is on disk, and there is nothing else to lose
         return model.end_run(output_dir, rank, "stopped", None, rewards)
     if args.preflight or args.preflight is None and device.type == "cuda":
         size = args.per_device_train_batch_size
         if args.max_tokens_per_batch is not None:
-            prompt, answers = encode(train_rows[longest[0]])
-            group = len(prompt.tokens) + sum(map(len, answers))
-            size = max(1, args.max_tokens_per_batch // group)
+            size = max(1, args.max_tokens_per_batch // tokens_of(encode(train_rows[longest[0]])))
         largest = (longest * size)[:size]
-        model.preflight(policy, [encode(train_rows[i]) for i in largest], 1.0, rank)
+        groups = [encode(train_rows[i]) for i in largest]
+        model.preflight(policy, groups, 1.0, rank, args.share_prompt)
     optimizer, scheduler, parameters = model.make_optimizer(args, policy, max_steps)
     weighted = list(zip(args.loss_type, args.loss_weights))
 
@@ -465,8 +467,8 @@ def main(argv=None):
     #     pending: metrics of `step` that still wait for their evaluation
     state = {"step": 0, "pending": {"step": 0}, "delta": 0.0, "eta": 0.9, "start": {}, "end": {},
              "skipped": 0}
-    if resumed or args.resume not in ("auto", "never"):
-        path = None if args.resume in ("auto", "never") else args.resume
+    path = None if args.resume in ("auto", "never") else args.resume
+    if resumed or path is not None:
         state |= model.load_checkpoint(output_dir, policy, optimizer, rank, path)[0] or {}
         model.forget_after(output_dir, rank, state["step"] - (state["pending"] is not None))
     if "scheduler" in state:
@@ -508,10 +510,10 @@ def main(argv=None):
         step = state["step"]
         began = time.perf_counter()
         groups = next(updates)
-        micro_batches = batches(groups, args.per_device_train_batch_size)
+        size = args.per_device_train_batch_size
+        micro_batches = [groups[i:i + size] for i in range(0, len(groups), size)]
         if args.max_tokens_per_batch is not None:
-            sizes = [len(prompt.tokens) + sum(map(len, answers)) for prompt, answers in groups]
-            spans = model.spans_within(sizes, args.max_tokens_per_batch)
+            spans = model.spans_within([tokens_of(group) for group in groups], args.max_tokens_per_batch)
             micro_batches = [groups[start:stop] for start, stop in spans]
 
         # 1. what each loss is divided by, over all micro-batches and ranks
@@ -567,17 +569,9 @@ def main(argv=None):
     progress.close()
     if stopped:
         return model.end_run(output_dir, rank, "stopped", state["step"], rewards)
-    model.export(policy, processor, source, output_dir / "final", rank)
-    model.write_card(args, output_dir, rank, state["start"], state["end"])
-    if rank == 0:
-        if enough():
-            print(f"stopped at step {state['step']}: eval/accuracy {state['end']['eval/accuracy']:.4f}")
-        for key in ("eval/accuracy", "eval/rewards/accuracies", "eval/rewards/margins"):
-            if key in state["end"] and key in state["start"]:
-                print(f"{key}: {state['start'][key]:.4f} before, {state['end'][key]:.4f} after")
-        print(f"saved {output_dir / 'final'}")
-    model.end_run(output_dir, rank, "done", state["step"], rewards)
-    model.push_to_hub(args, output_dir, rank)
+    if rank == 0 and enough():
+        print(f"stopped at step {state['step']}: eval/accuracy {state['end']['eval/accuracy']:.4f}")
+    model.finish_run(args, policy, processor, source, output_dir, rank, state, rewards)
 
 
 if __name__ == "__main__":

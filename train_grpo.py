@@ -19,10 +19,10 @@ Where this differs from the papers and from TRL:
  2. A rollout's groups are cut into updates whole. TRL shuffles completions across the updates of a rollout.
  3. beta is 0 (TRL's default; the GRPO paper has 0.04): no reference model is kept. With LoRA there never is
     one: it is the policy with its adapter off. LoRA has no dropout, since the first ratio must be 1.
- 4. With one update per rollout, old log-probs are the training pass's own, detached: the ratio is exactly 1
-    also in bf16; with more, one no-grad pass of the same function on the same rows. The sampler's own
-    log-probs are compared with them (sampling/sampling_logp_difference/mean), and used for nothing else
-    but --importance_sampling_correction and --off_policy_mask_threshold.
+ 4. With one update per rollout, and no KL in the reward, old log-probs are the training pass's own, detached:
+    the ratio is exactly 1 also in bf16; else one no-grad pass of the same function on the same rows. The
+    sampler's own log-probs are compared with them (sampling/sampling_logp_difference/mean), and used for
+    nothing else but --importance_sampling_correction and --off_policy_mask_threshold.
  5. Ids that can never be an answer (image placeholders) are left out of the softmax, in sampler and trainer.
  6. --algo dapo is its loss, clip range and truncation mask; --dynamic_sampling N (candidates beyond the batch
     are not kept: the next rollout draws them anew) and --reward_funcs ... soft_overlong are to be asked for.
@@ -267,6 +267,18 @@ def same_answer(answer: str, gold: str) -> bool:
                   timeout_seconds=None)  # gold first; the reward process has its own time limit
 
 
+READERS = {"numeric": read_number, "counting": read_count, "choice": read_choice, "iou": read_box}
+
+
+def check_solution(row, reward_funcs):
+    """RowError for a solution that a built-in reward will not be able to read."""
+    for name in READERS.keys() & set(reward_funcs):
+        try:
+            compare(READERS[name], [""], [row["solution"]])
+        except ValueError as error:
+            raise data.RowError(f"{row['_source']}: --reward_funcs {name}: {error}") from None
+
+
 REWARDS = ("accuracy", "format", "tag_count", "numeric", "counting", "choice", "iou", "cosine",
            "repetition_penalty", "soft_overlong")
 NEED_SOLUTION = {"accuracy", "numeric", "counting", "choice", "iou", "cosine"}
@@ -418,6 +430,9 @@ def check_loss(args, parser):
     elif args.scale_rewards is not None:
         parser.error("--scale_rewards is for --advantage_estimator grpo; "
                      f"{args.advantage_estimator} has its own")
+    if (args.beta and args.kl_estimator == "k1" and loss in losses.POLICY_LOSSES
+            and not (args.use_bias_correction_kl or args.kl_in_reward)):
+        warn("the gradient of k1 without the ratio is 0 on average: --beta does nothing. k2 has the KL's")
     if args.kl_in_reward and not args.beta:
         parser.error("--kl_in_reward needs --beta above 0, its weight")
     for name in ("kl_in_reward", "missing_eos_penalty"):
@@ -481,12 +496,16 @@ def check_args(args, parser):
             parser.error(f"unknown --reward_funcs {name}; choose from {', '.join(REWARDS)} "
                          "or path/to/file.py:function")
     names = [name.rpartition(":")[2] for name in args.reward_funcs]
+    if not names:
+        parser.error("--reward_funcs names no function")
     if len(set(names)) < len(names):
         parser.error(f"two --reward_funcs have one name ({', '.join(names)}): their metrics would mix")
     args.reward_weights = args.reward_weights or [0.1 if f == "format" else 1.0 for f in args.reward_funcs]
     if len(args.reward_weights) != len(args.reward_funcs):
         parser.error(f"{len(args.reward_funcs)} --reward_funcs "
                      f"but {len(args.reward_weights)} --reward_weights")
+    if args.advantage_estimator == "dgpo" and max(args.reward_weights) <= 0:
+        parser.error("dgpo measures difficulty by the highest reward: a --reward_weights must be above 0")
     ga, size, G = args.gradient_accumulation_steps, args.per_device_train_batch_size, args.num_generations
     args.steps_per_generation = args.steps_per_generation or ga * UPDATES_PER_ROLLOUT.get(args.algo, 1)
     if args.steps_per_generation % ga:
@@ -520,17 +539,12 @@ def main(argv=None):
     prompts_per_rank = completions_per_update * updates // G
     prompts_per_rollout = prompts_per_rank * world_size
     steps_per_rollout = updates * args.num_iterations
+    share = completions_per_update // G  # prompts of an update, per rank
+    copies = 1 if args.share_prompt else G  # of a prompt in a micro-batch of whole groups
 
     # --- data
     need = ("prompt", "solution") if NEED_SOLUTION & set(args.reward_funcs) else ("prompt",)
-    if args.dataset is None:
-        train_rows = data.shapes_rows(4096, args.seed, "train")
-        eval_rows = data.shapes_rows(256, args.seed, "test")
-    else:
-        train_rows = data.read_rows(args.dataset, args.image_root, need, weights=args.dataset_weights)
-        eval_rows = []
-    if args.eval_dataset is not None:
-        eval_rows = data.read_rows(args.eval_dataset, args.image_root, need, "test")
+    train_rows, eval_rows = data.rows_of_run(args, need)
     if args.sort_by is not None:
         data.check_numbers(train_rows, args.sort_by, -1e300, 1e300, "--sort_by")
     rollouts = args.num_train_epochs * len(train_rows) / prompts_per_rollout
@@ -562,25 +576,29 @@ def main(argv=None):
     def encode(row):
         return data.encode_prompt(policy, processor, row)
 
+    def length_of(row):
+        check_solution(row, args.reward_funcs)
+        return len(encode(row).tokens)
+
     limit = data.length_limit(policy, None) - args.max_completion_length
     limit = limit if args.max_prompt_length is None else min(limit, args.max_prompt_length)
     most_draws = rollouts * prompts_per_rollout * (1 + args.dynamic_sampling)
-    plan, longest = data.check_rows(train_rows, most_draws, args.seed, args.overlong,
-                                    limit, rank, world_size, lambda row: len(encode(row).tokens),
-                                    args.sort_by, args.dataloader_num_workers)
+    plan, longest = data.check_rows(train_rows, most_draws, args.seed, args.overlong, limit, rank, world_size,
+                                    length_of, args.sort_by, args.dataloader_num_workers)
     if rank == 0:
         data.show_sample(processor, (encode(train_rows[plan[0]]), []))
-    eval_rows = data.check_eval_rows(eval_rows, limit, rank, world_size, lambda row: len(encode(row).tokens),
+    eval_rows = data.check_eval_rows(eval_rows, limit, rank, world_size, length_of,
                                      args.dataloader_num_workers)
     if args.preflight or args.preflight is None and device.type == "cuda":
         answer = torch.full((args.max_completion_length,), policy.pad_id)
         size, count = args.per_device_train_batch_size, math.ceil(args.per_device_train_batch_size / G)
         if args.max_tokens_per_batch is not None:
-            group = len(encode(train_rows[longest[0]]).tokens) + G * args.max_completion_length
+            group = copies * len(encode(train_rows[longest[0]]).tokens) + G * args.max_completion_length
             size, count = G, max(1, args.max_tokens_per_batch // group)
         largest = [encode(train_rows[i]) for i in (longest * count)[:count]]
-        groups = [(prompt, [answer] * min(G, size)) for prompt in largest]
-        model.preflight(policy, groups, args.temperature, rank)
+        groups = [(prompt, [answer] * min(G, size - k * G if args.max_tokens_per_batch is None else G))
+                  for k, prompt in enumerate(largest)]
+        model.preflight(policy, groups, args.temperature, rank, args.share_prompt)
     optimizer, scheduler, parameters = model.make_optimizer(args, policy, max_steps)
     rewards.wait_until_ready()
     weights = torch.tensor(args.reward_weights, dtype=torch.float64)                          # (functions,)
@@ -612,8 +630,8 @@ def main(argv=None):
                 policy, processor, eval_rows, range(rank, rank + len(eval_rows) * world_size, world_size),
                 prompts, rewards, temperature=args.eval_temperature,
                 max_completion_length=args.max_completion_length, batch_size=args.per_device_eval_batch_size,
-                seed=args.seed, step=step,
-                num_generations=args.num_generations_eval, stop=stop)
+                seed=args.seed, step=step, num_generations=args.num_generations_eval,
+                rollout_tokens=args.rollout_tokens, stop=stop)
         if stop.agreed():
             return None
         total = losses.weighted_rewards(scores, weights)
@@ -635,11 +653,12 @@ def main(argv=None):
     #     draws: its prompts' draw numbers, of all ranks; next_draw: the first of the next rollout;
     #     variance, measured: {row: variance of its rewards} as known before this rollout, and in it
     state = {"step": 0, "pending": {"step": 0}, "start": {}, "end": {}, "skipped": 0,
-             "draws": [], "next_draw": 0, "variance": {}, "measured": {}, "initial_entropy": None}
+             "draws": [], "next_draw": 0, "variance": {}, "measured": {}, "initial_entropy": None,
+             "rollout_sums": {}}
     stop, parts, rows = model.Stop(args.max_hours), [], {}
     moving_ref = ref if args.sync_ref_model else None
-    if resumed or args.resume not in ("auto", "never"):
-        path = None if args.resume in ("auto", "never") else args.resume
+    path = None if args.resume in ("auto", "never") else args.resume
+    if resumed or path is not None:
         found, parts = model.load_checkpoint(output_dir, policy, optimizer, rank, path, moving_ref)
         state |= found or {}
         model.forget_after(output_dir, rank, state["step"] - (state["pending"] is not None))
@@ -675,7 +694,6 @@ def main(argv=None):
     def share_of(draws):
         """This rank's among a rollout's draw numbers: its slice of every update, so that the ranks together
         make the updates of one rank."""
-        share = completions_per_update // G
         return [draws[(update * world_size + rank) * share + i]
                 for update in range(updates) for i in range(share)]
 
@@ -687,14 +705,15 @@ def main(argv=None):
     def cut(prompts, rows):
         """For each update its micro-batches of packed rows; one smaller than G holds slices of a group."""
         lengths = rows["completion_mask"].sum(-1).view(-1, G).sum(-1)                             # (P,)
-        sizes = [len(p.tokens) + int(n) for p, n in zip(prompts, lengths)]
-        share, found = completions_per_update // G, []
+        sizes = [copies * len(p.tokens) + int(n) for p, n in zip(prompts, lengths)]
+        size, found = args.per_device_train_batch_size, []
         for i in range(0, len(prompts), share):
-            spans = slices(i * G, (i + share) * G, args.per_device_train_batch_size)
+            whole = range(i * G, (i + share) * G)
+            parts = [whole[k:k + size] for k in range(0, len(whole), size)]
             if args.max_tokens_per_batch is not None:
                 spans = model.spans_within(sizes[i:i + share], args.max_tokens_per_batch)
-                spans = [((i + start) * G, (i + stop) * G) for start, stop in spans]
-            found.append([make_micro_batch(args, policy, prompts, rows, range(*span)) for span in spans])
+                parts = [whole[start * G:stop * G] for start, stop in spans]
+            found.append([make_micro_batch(args, policy, prompts, rows, part) for part in parts])
         return found
 
     if state["step"] % steps_per_rollout and not parts:
@@ -703,8 +722,7 @@ def main(argv=None):
     if parts:  # in the middle of a rollout
         draws = share_of(state["draws"])
         prompts = policy.see(list(prompts_of(draws)))
-        rows, rollout_sums = rows_of_draws(parts, draws, G), sums_of(parts, rank)
-        rows |= {f"sum:{key}": torch.tensor(pair, dtype=torch.float64) for key, pair in rollout_sums.items()}
+        rows = rows_of_draws(parts, draws, G)
         updates_of_rollout = cut(prompts, rows)
     coming, due = None, None  # the prompts from the draw `due` on
     candidates = []  # dynamic sampling: the groups drawn so far for this rollout, of all ranks
@@ -769,40 +787,37 @@ def main(argv=None):
                 texts = rollout.decode(processor, sampled)
             state |= {"draws": list(drawn), "next_draw": following}
 
-            # 2. group rows, and the log-probs that the loss compares with
-            updates_of_rollout = cut(prompts, rows)
-            micro_batches, penalty = [micro for update in updates_of_rollout for micro in update], []
+            # 2. group rows, and the log-probs that the loss compares with, (N, T), 0 where nothing is trained
+            updates_of_rollout, passes = cut(prompts, rows), {}
+            if steps_per_rollout > 1 or args.kl_in_reward:  # else `old` is the training pass's
+                passes["old_logps"] = policy
+            if ref is not None:
+                passes["ref_logps"] = ref
+            rows |= {name: torch.zeros(rows["sampling_logps"].shape) for name in passes}
             with torch.no_grad():
-                for micro in micro_batches:
+                for micro in (micro for update in updates_of_rollout for micro in update):
                     batch = model.to_device(micro, device)
-                    if steps_per_rollout > 1 or args.kl_in_reward:  # else `old` is the training pass's
-                        micro["old_logps"] = policy(batch, args.temperature)[0].cpu()
-                    if ref is not None:
-                        with model.adapter_off(ref):
-                            micro["ref_logps"] = ref(batch, args.temperature)[0].cpu()
-                    if args.kl_in_reward:
-                        kl = losses.kl_penalty(micro["old_logps"], micro["ref_logps"], args.kl_estimator)
-                        penalty.append(args.beta * losses.masked_sum(kl, micro["completion_mask"]))
+                    for name, scorer in passes.items():
+                        with model.adapter_off(scorer) if name == "ref_logps" else nullcontext():
+                            logps = scorer(batch, args.temperature)[0].cpu()                      # (n, T')
+                        rows[name][micro["rows"], :logps.shape[1]] = logps
             if ref is not None and world_size > 1:
                 ref.reshard()  # after a pass without backward FSDP leaves the root unit whole
 
             # 3. advantages come from the whole rollout, that of all ranks
-            penalty = torch.cat(penalty).double() if penalty else torch.zeros(len(texts), dtype=torch.float64)
-            minus = penalty + args.missing_eos_penalty * sampled.truncated
+            sums = rollout_metrics(names, scores, weights, sampled, G) | {"rewards/failed": (failed, scored)}
+            minus = args.missing_eos_penalty * sampled.truncated.double()                         # (N,)
+            if args.kl_in_reward:
+                kl = losses.kl_penalty(rows["old_logps"], rows["ref_logps"], args.kl_estimator)   # (N, T)
+                minus += args.beta * kl.sum(-1)
+                sums["kl"] = kl.sum(), sum(m["completion_mask"].sum() for u in updates_of_rollout for m in u)
             everyone = model.all_gather(torch.cat([scores, minus[None]]), device)    # (functions+1, ranks*N)
             advantages = losses.advantages(args.advantage_estimator, everyone[:-1], weights, G,
                                            scale_rewards=args.scale_rewards, penalty=everyone[-1])
             rows["advantages"] = advantages[rank * len(texts):][:len(texts)].float()      # (N,)
-            for micro in micro_batches:
-                micro["advantages"] = rows["advantages"][micro["rows"]]
-            rollout_sums = rollout_metrics(names, scores, weights, sampled, G)
-            rollout_sums["rewards/failed"] = (float(failed), float(scored))
+            state["rollout_sums"] = model.all_reduce_sums(sums, device)
             if args.dynamic_sampling or args.variance_sampling:
-                rollout_sums["frac_groups_accepted"] = (accepted * (rank == 0), tried * (rank == 0))
-            if args.kl_in_reward:
-                tokens = sum(int(m["completion_mask"].sum()) for m in micro_batches)
-                rollout_sums["kl"] = (float(penalty.sum()) / args.beta, float(tokens))
-            rows |= rows_to_keep(micro_batches, rollout_sums, sampled.completion_mask.shape[1])
+                state["rollout_sums"]["frac_groups_accepted"] = accepted, tried
             if rank == 0:  # the first rollout after held-out rows is also shown
                 show = state["step"] % args.eval_steps < steps_per_rollout
                 rollout.save_completions(
@@ -811,7 +826,7 @@ def main(argv=None):
                     dict(zip(names, scores)) | {"advantage": rows["advantages"]},
                     f"step {state['step'] + 1}, best and worst" if show else None)
 
-        mine = updates_of_rollout[update % updates]
+        mine = [with_rows(micro, rows) for micro in updates_of_rollout[update % updates]]
 
         # 4. what the loss, and the entropy bonus, are divided by, over all micro-batches and ranks
         counts = (sum(losses.policy_loss_count(args.loss_type, m["completion_mask"],
@@ -820,7 +835,7 @@ def main(argv=None):
         count, tokens = (max(n, 1) for n in model.all_reduce_sums({"n": counts}, device)["n"])
 
         # 5. gradients, step
-        sums = defaultdict(lambda: (0.0, 0.0), rollout_sums)
+        sums = defaultdict(lambda: (0.0, 0.0))
         for micro in mine:
             micro = model.to_device(micro, device)
             logps, entropies, _ = policy(micro, args.temperature)                         # (n, T), (n, T)
@@ -851,12 +866,12 @@ def main(argv=None):
                 for theirs, ours in zip(ref.parameters(), policy.parameters(), strict=True):
                     theirs.mul_(1 - alpha).add_(ours, alpha=alpha)
         state["skipped"] = model.count_skipped(grad_norm, state["skipped"], output_dir, rank, step,
-                                               [prompt.row for prompt in prompts])
+                                               [p.row for p in prompts[update % updates * share:][:share]])
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
 
         # 6. everything below is diagnostics
-        sums = model.all_reduce_sums(sums, device)
+        sums = state["rollout_sums"] | model.all_reduce_sums(sums, device)
         loss = sums.pop("loss")[0]
         metrics = {"step": step, "epoch": state["next_draw"] / len(train_rows),
                    "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate,
@@ -883,22 +898,14 @@ def main(argv=None):
     progress.close()
     if stopped:
         return model.end_run(output_dir, rank, "stopped", state["step"], rewards)
-    model.export(policy, processor, source, output_dir / "final", rank)
-    model.write_card(args, output_dir, rank, state["start"], state["end"])
-    if rank == 0:
-        for key in sorted(state["end"].keys() & state["start"].keys()):
-            print(f"{key}: {state['start'][key]:.4f} before, {state['end'][key]:.4f} after")
-        print(f"saved {output_dir / 'final'}")
-    model.end_run(output_dir, rank, "done", state["step"], rewards)
-    model.push_to_hub(args, output_dir, rank)
+    model.finish_run(args, policy, processor, source, output_dir, rank, state, rewards)
 
 
-def slices(start: int, stop: int, size: int):
-    return [(i, min(i + size, stop)) for i in range(start, stop, size)]
+LOSS_ROWS = ("advantages", "sampling_logps", "old_logps", "ref_logps")
 
 
 def make_micro_batch(args, policy, prompts, rows, indices) -> dict:
-    """A rollout's completions `indices` as packed rows, beside them what `rows` has for the loss.
+    """A rollout's completions `indices` as packed rows.
 
     Consecutive completions of one prompt share a row (or, with --no-share_prompt, stand in one each).
     """
@@ -906,29 +913,21 @@ def make_micro_batch(args, policy, prompts, rows, indices) -> dict:
     for n in indices:
         prompt = prompts[n // args.num_generations]
         ids = rows["completion_ids"][n][rows["completion_mask"][n]]
-        if groups and groups[-1][0] is prompt and args.share_prompt:
+        if groups and groups[-1][0] is prompt:
             groups[-1][1].append(ids)
         else:
             groups.append((prompt, [ids]))
-    batch = policy.pack(groups)
-    chosen, T = torch.tensor(indices), batch["completion_ids"].shape[1]
-    batch["rows"] = chosen                                                                    # (n,)
-    for name in ("advantages", "sampling_logps", "old_logps", "ref_logps"):                   # (n,), (n, T)
-        if name in rows:
-            batch[name] = rows[name][chosen] if rows[name].dim() == 1 else rows[name][chosen, :T]
+    batch = policy.pack(groups, args.share_prompt) | {"rows": torch.tensor(indices)}                   # (n,)
     if args.mask_truncated_completions:  # not trained, none of its tokens counted, but still one of N
-        batch["completion_mask"] &= ~rows["truncated"][chosen, None]
+        batch["completion_mask"] &= ~rows["truncated"][batch["rows"], None]
     return batch
 
 
-def rows_to_keep(micro_batches, rollout_sums, T) -> dict:
-    """What a checkpoint in the middle of a rollout needs besides the samples: log-probs (N, T) of the policy
-    that drew them and of the reference, and the rollout's metrics."""
-    kept = {f"sum:{key}": torch.tensor(pair, dtype=torch.float64) for key, pair in rollout_sums.items()}
-    for name in ("old_logps", "ref_logps"):
-        if name in micro_batches[0]:
-            kept[name] = torch.cat([F.pad(m[name], (0, T - m[name].shape[1])) for m in micro_batches])
-    return kept
+def with_rows(micro, rows) -> dict:
+    """The micro-batch, and its part of what the rollout's `rows` have for the loss: (n,), or (n, T)."""
+    chosen, T = micro["rows"], micro["completion_ids"].shape[1]
+    found = {name: rows[name][chosen] for name in LOSS_ROWS if name in rows}
+    return micro | {name: x if x.dim() == 1 else x[:, :T] for name, x in found.items()}
 
 
 def rows_of_draws(parts, draws, G) -> dict:
@@ -937,21 +936,14 @@ def rows_of_draws(parts, draws, G) -> dict:
     T = max(part["completion_ids"].shape[1] for part in parts)
     rows = {"draws": torch.tensor(draws)}
     for name in parts[0].keys() - rows.keys():
-        if not name.startswith("sum:"):
-            found = [place[d][0][name][place[d][1]:][:G] for d in draws]                      # (G, ...)
-            rows[name] = torch.cat([F.pad(x, (0, T - x.shape[1])) if x.dim() == 2 else x for x in found])
+        found = [place[d][0][name][place[d][1]:][:G] for d in draws]                          # (G, ...)
+        rows[name] = torch.cat([F.pad(x, (0, T - x.shape[1])) if x.dim() == 2 else x for x in found])
     return rows
 
 
-def sums_of(parts, rank) -> dict:
-    """The interrupted run's rollout metrics as (sum, count), all on rank 0."""
-    totals = {name: sum(part[name] for part in parts) for name in parts[0] if name.startswith("sum:")}
-    return {name.removeprefix("sum:"): tuple((pair * (rank == 0)).tolist()) for name, pair in totals.items()}
-
-
 def choose_groups(parts, weights, G, count):
-    """Dynamic sampling: (draw numbers of the `count` groups to train on, how many of the candidates' groups
-    have rewards that differ, the next rollout's first draw). The first that differ, in the order of draws,
+    """Dynamic sampling: (draw numbers of the `count` groups to train on, how many of them have rewards that
+    differ, the next rollout's first draw). The first that differ, in the order of draws,
     whichever rank drew them; if they are too few, the first of the others fill up. And {draw: variance of its
     group's rewards}: p (1 - p) for rewards of 0 and 1, 0 if they do not differ."""
     variance = {}

@@ -410,6 +410,10 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     ("train_grpo", ["--algo", "gtpo", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"],
      "must be a multiple of --num_generations 8"),
     ("train_grpo", ["--algo", "reg_grpo", "--beta", "0.1"], "reg_grpo has no --beta"),
+    ("train_grpo", ["--loss_type", ""], "--loss_type names no loss"),
+    ("train_dpo", ["--loss_type", ","], "--loss_type names no loss"),
+    ("train_grpo", ["--reward_funcs", ""], "--reward_funcs names no function"),
+    ("train_grpo", ["--algo", "dgpo", "--reward_weights", "-1", "0"], "dgpo measures difficulty by the highest reward"),
     ("train_grpo", ["--kl_estimator", "k4"], "invalid choice: 'k4'")])
 def test_bad_arguments(name, arguments, message, capsys):
     """F45, F46: a typo or an impossible size is one line that says what would be right."""
@@ -436,7 +440,8 @@ def test_every_number_has_bounds(capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--loss_type", "dapo", "--importance_sampling_level", "sequence"], "each completion weighs as much as it is long"),
-    (["--loss_type", "luspo"], "luspo is defined with"), (["--loss_type", "cispo"], "at 0.2 every weight on policy is 0.2"),
+    (["--beta", "0.1", "--kl_estimator", "k1", "--no-use_bias_correction_kl"], "--beta does nothing"),
+    (["--beta", "0.1", "--kl_estimator", "k1"], None), (["--loss_type", "luspo"], "luspo is defined with"), (["--loss_type", "cispo"], "at 0.2 every weight on policy is 0.2"),
     (["--top_p", "0.9"], "the gradient is no longer that"), (["--algo", "luspo"], None), (["--algo", "cispo"], None),
     (["--algo", "gspo"], None), (["--algo", "rloo"], None), (["--algo", "dapo"], None)])
 def test_combinations_that_change_the_objective_warn(arguments, message, capsys, monkeypatch):
@@ -447,6 +452,40 @@ def test_combinations_that_change_the_objective_warn(arguments, message, capsys,
     monkeypatch.setenv("RANK", "1")
     train_grpo.parse_args(arguments)
     assert capsys.readouterr().err == ""
+
+
+def test_epochs_that_are_asked_for_count():
+    """--num_train_epochs was passed over without a word on the built-in task, whose default says max_steps."""
+    for script in SCRIPTS.values():
+        assert script.parse_args(["--num_train_epochs", "1"]).max_steps == -1 < script.parse_args([]).max_steps
+        assert script.parse_args(["--num_train_epochs=2", "--max_steps", "7"]).max_steps == 7
+
+
+def test_unreadable_solutions_end_a_run_before_it_starts(launch, task, tmp_path, monkeypatch):
+    """A solution without a number ended the run at the step that drew it; now when rows are checked, with its line."""
+    rows = [json.loads(line) for line in open(task / "pairs.jsonl")]
+    rows[7]["solution"] = "some"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(rollout, "sample", None)
+    with pytest.raises(model.InputError, match=r"rows.jsonl:8: --reward_funcs numeric: solution 'some'"):
+        launch("train_grpo", "--dataset", tmp_path / "rows.jsonl", "--reward_funcs", "numeric", "--max_steps", 2,
+               "--per_device_train_batch_size", 64)
+
+
+@pytest.mark.parametrize("name", ["train_dpo", "train_grpo"])
+@pytest.mark.parametrize("form", ["--share_prompt", "--no-share_prompt"])
+def test_token_budget_bounds_every_row(launch, task, monkeypatch, name, form):
+    """The budget counted a prompt once where --no-share_prompt repeats it, and neither the reference pass nor the
+    preflight kept to it: they run out of memory in a run that was cut to fit."""
+    rows, pack = [], model.pack_groups
+    monkeypatch.setattr(model, "pack_groups", lambda groups, *x, **k: (
+        rows.append((len({id(p) for p, c in groups if c}), sum(len(p.tokens) + sum(map(len, c)) for p, c in groups))),
+        pack(groups, *x, **k))[1])
+    extra = grpo(task, "--beta", 0.1) if name == "train_grpo" else []
+    launch(name, *extra, "--max_steps", 1, "--per_device_train_batch_size", 12, "--max_tokens_per_batch", 260, form,
+           "--preflight")
+    several = [tokens for prompts, tokens in rows if prompts > 1]
+    assert max(several) <= 260 and len(rows) > 1
 
 
 QUICK = ("mpo", "exo", "simpo", "wpo", "rloo", "gdpo", "cispo", "disco")
@@ -519,7 +558,7 @@ def test_presets_set_defaults_and_flags_win():
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_flag_is_read_and_explained(name):
     """F45: a flag that nothing reads, or without help, is a lie."""
-    source = (ROOT / f"{name}.py").read_text() + (ROOT / "model.py").read_text()
+    source = "".join((ROOT / f"{file}.py").read_text() for file in (name, "model", "data"))
     for action in SCRIPTS[name].build_parser()._actions:
         if action.dest != "help":
             assert action.help, action.dest
