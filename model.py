@@ -310,7 +310,8 @@ def group_attention(module, query, key, value, attention_mask, scaling=None, sli
 def compiled_flex_attention():
     # A variant for each of grad mode, one row or several, one block or several, window and dtype: beyond its
     # limit of 8 torch would go on uncompiled, and build the (S, S) scores. fullgraph makes that an error.
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True, recompile_limit=64)
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def attend_segments(query, key, value, segments, scaling) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import random
+import shutil
 
 import pytest
 import torch
@@ -137,6 +138,23 @@ def test_block_mask_is_the_dense_mask(images, window):
         theirs = F.scaled_dot_product_attention(query, key, value, dense[:, None])
         torch.testing.assert_close(flex_attention(query, key, value, block_mask=mask), theirs, atol=1e-5, rtol=1e-5)
     assert window or listed <= (1.7 if images else 1.1) * needed and called_whole >= 0.9 * whole
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles FlexAttention for a CPU with g++")
+def test_compiled_flex_attention_is_the_dense_mask(loaded):
+    """The GPU's path through transformers, compiled for a CPU, which computes listed blocks only (eager FlexAttention
+    looks at the rule alone): hidden states under the block mask and under the dense one are the same."""
+    policy, processor = loaded("qwen2_5_vl")
+    groups = groups_of(policy, processor, [(2, [200, 300]), (1, [40, 7, 300])])
+    packed = model.pack_groups(groups, policy.pad_id, True)
+    ids, used = (packed["segment_ids"], packed["group_ids"]), packed["logit_index"][packed["completion_mask"]]
+    masks = model.group_block_mask(*ids), model.group_attention_mask(*ids)
+    assert 0 < masks[0].full_kv_num_blocks.sum() and masks[0].sparsity() > 30
+    with torch.no_grad():
+        flex, dense = (policy.hidden(packed["input_ids"], packed["position_ids"], mask, packed["pixels"])[0, used]
+                       for mask in masks)
+    torch.testing.assert_close(flex, dense, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
