@@ -355,7 +355,7 @@ EXHIBITS = [
         model, "save_checkpoint", "except dcp.CheckpointException as reason:", "except ZeroDivisionError as reason:"),
         "test_faults.test_one_rank_cannot_write", {"bad": 1}, slow=True),
     Exhibit("Automodel #3254, ours: an error of rank 0 alone leaves the others waiting", rewrite(
-        model, "save_checkpoint", "        error = str(reason)\n", "        raise\n"),
+        model, "on_rank_0", 'answer = InputError(f"{what}: {error}")', "raise"),
         "test_faults.test_a_folder_that_only_rank_0_cannot_make", slow=True),
     Exhibit("ours: a garbage line of metrics.jsonl raised on rank 0 alone", rewrite(
         model, "forget_after", "except (ValueError, KeyError, TypeError):", "except ZeroDivisionError:"),
