@@ -231,7 +231,7 @@ def unwaited(x: torch.Tensor, device) -> torch.Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-CHECK_EVERY = {"cuda": 16}  # tokens between two looks at who has ended (and a device sync); elsewhere 8
+CHECK_EVERY = {"cuda": 16}  # tokens between two looks at who has ended (and a device sync); elsewhere 4
 # On a GPU a step is a CUDA graph, one for each size of the batch, rounded up to these: rows, own tokens.
 CUDA_GRAPHS, BUCKETS = True, {"cuda": (64, 128)}
 PREFILL_TOKENS = 16_384  # prompt tokens in one forward, at most, if they are of several prompts
@@ -244,10 +244,10 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
     """num_generations completions of every prompt; temperature 0 is greedy (log-probs are then those at 1).
 
     top_k, top_p and min_p narrow what is drawn, not the log-probs returned: those are of the whole softmax,
-    which is what the trainer computes. stop() is asked every 8 tokens (GPU: 16); if True: Interrupted.
+    which is what the trainer computes. stop() is asked every 4 tokens (GPU: 16); if True: Interrupted.
 
     draws: the prompts' draw numbers, which key the randomness. Results come back on the CPU. Completions end
-    when they end: every 8 tokens those that have leave the batch, and prompts that wait take their place.
+    when they end: every 4 tokens those that have leave the batch, and prompts that wait take their place.
     rollout_tokens bounds the keys and values in memory, in tokens (but one group always fits). Runs in eval()
     mode and restores the mode it found, unless interrupted.
     """
@@ -345,7 +345,7 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
                 waiting, n = waiting + len(free), n + len(free) * G
             size = min(-(-n // row_bucket) * row_bucket, rows)
             cache.place_rows(slot_of, (slots, G) if device.type in BUCKETS else (0, 0), device)
-            for _ in range(min(CHECK_EVERY.get(device.type, 8), T - 1 - min(age_of))):
+            for _ in range(min(CHECK_EVERY.get(device.type, 4), T - 1 - min(age_of))):
                 run(size, min(-(-(max(age_of) + 1) // width_bucket) * width_bucket, T))
                 age_of = [age + 1 for age in age_of]
             if stop is not None and stop():
