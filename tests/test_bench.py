@@ -45,6 +45,7 @@ def test_rollout_against_generate(small, monkeypatch):
     assert set(line["seconds"]) == {"hf", "hf_again", "flatpo", "hf_nrs"} and line["ratio"] > 0
 
 
+@pytest.mark.slow
 def test_growth_with_completions(small):
     """Both sizes are sampled to their scripted lengths, and the ratio is 16's over 1's."""
     line, = small("growth")

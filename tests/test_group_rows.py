@@ -102,13 +102,13 @@ def test_segments_are_the_dense_mask(loaded, batch):
         assert_same_gradients(found[0][1], found[1][1], atol=2e-4)
 
 
-@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("window", [None, pytest.param(9, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("images", [False, True], ids=["causal", "images see all of themselves"])
 def test_block_mask_is_the_dense_mask(images, window):
     """The GPU's form, held to the rule on a CPU: a block left out would hide tokens, one called whole that is not would
     show them, and neither is an error on a GPU. Little may be listed that is empty (images: some is; windows: more)."""
     rng, listed, needed, whole, called_whole = random.Random(0), 0, 0, 0, 0
-    for case in range(10):
+    for case in range(6):
         groups = []
         for _ in range(rng.randint(1, 5)):
             P, lengths = rng.choice((3, 24, 40, 61)), [rng.choice((1, 8, 9, 24, 50)) for _ in range(rng.randint(0, 4))]

@@ -472,8 +472,8 @@ def test_unreadable_solutions_end_a_run_before_it_starts(launch, task, tmp_path,
                "--per_device_train_batch_size", 64)
 
 
-@pytest.mark.parametrize("name", ["train_dpo", "train_grpo"])
-@pytest.mark.parametrize("form", ["--share_prompt", "--no-share_prompt"])
+@pytest.mark.parametrize("name", ["train_dpo", pytest.param("train_grpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", [pytest.param("--share_prompt", marks=pytest.mark.slow), "--no-share_prompt"])
 def test_token_budget_bounds_every_row(launch, task, monkeypatch, name, form):
     """The budget counted a prompt once where --no-share_prompt repeats it, and neither the reference pass nor the
     preflight kept to it: they run out of memory in a run that was cut to fit."""
