@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, make_group, make_row, run, script
+from conftest import FAMILIES, TEXT_ONLY, make_group, make_row, run, script
 from safetensors.torch import load_file
 from test_group_rows import transformers_logps
 from test_runs import grpo, launch, task  # noqa: F401
@@ -299,23 +299,23 @@ def test_peft_loads_the_adapter(folders, loaded, family, kind, tmp_path):
     """peft on transformers' model gives our log-probs to 1e-5, saves what we saved under the same names,
     and its own all-linear names the same layers."""
     peft = pytest.importorskip("peft")
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    auto = AutoModelForCausalLM if family in TEXT_ONLY else AutoModelForImageTextToText
     loaded(family)
     policy, processor, final = grow(folders[family], tmp_path, *KINDS[kind])
-    base = AutoModelForImageTextToText.from_pretrained(folders[family], dtype=torch.float32)
+    base = auto.from_pretrained(folders[family], dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, final / "adapter").eval()
-    for images in (0, 1, 2):
+    for images in (0,) if family in TEXT_ONLY else (0, 1, 2):
         group = make_group(policy, processor, images, [5, 3], seed=images)
         ours, *_ = policy(policy.pack([group]))
-        plain = type("Oracle", (), dict(hf=theirs, never_sampled=policy.never_sampled))
-        plain.hf.config = base.config
+        plain = type("Oracle", (), dict(hf=theirs.get_base_model(), never_sampled=policy.never_sampled))
         for n, expected in enumerate(transformers_logps(plain, group, 1.0)):
             torch.testing.assert_close(ours[n, :len(expected)], expected, atol=1e-5, rtol=0)
     theirs.save_pretrained(tmp_path / "theirs")
     a, b = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "theirs", final / "adapter"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    fresh = AutoModelForImageTextToText.from_pretrained(folders[family], dtype=torch.float32)
+    fresh = auto.from_pretrained(folders[family], dtype=torch.float32)
     config = peft.LoraConfig(r=4, target_modules="all-linear")
     names = {n for n, m in peft.get_peft_model(fresh, config).get_base_model().named_modules() if hasattr(m, "lora_A")}
     assert names == set(policy.hf.adapter_config["target_modules"])
