@@ -472,6 +472,13 @@ def test_unreadable_solutions_end_a_run_before_it_starts(launch, task, tmp_path,
                "--per_device_train_batch_size", 64)
 
 
+def test_held_out_rows_leave_room_for_their_answers(launch, task):
+    """train_dpo.py checked that a held-out pair fits the context, and then sampled an answer beyond it."""
+    with pytest.raises(model.InputError, match=r"pairs.jsonl:\d+: 20\d\d tokens with the images, more than the 2048"):
+        launch("train_dpo", "--algo", "sft", "--max_steps", 1, "--eval_dataset", task / "pairs.jsonl",
+               "--max_completion_length", 2040)
+
+
 @pytest.mark.parametrize("name", ["train_dpo", pytest.param("train_grpo", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", [pytest.param("--share_prompt", marks=pytest.mark.slow), "--no-share_prompt"])
 def test_token_budget_bounds_every_row(launch, task, monkeypatch, name, form):
