@@ -207,7 +207,7 @@ def test_sizes_rounded_up_change_nothing(loaded, monkeypatch):
     monkeypatch.setitem(rollout.BUCKETS, "cpu", (4, 8))
     monkeypatch.setattr(rollout, "CUDA_GRAPHS", False)
     rounded = rollout.sample(policy, prompts, [0, 1, 2], **kwargs)
-    assert {n for n, *_ in shapes} == {4, 8, 12, 15} and {w for _, w, _ in shapes} == {8, 16, 24, 30}
+    assert {n for n, *_ in shapes} == {4, 8, 12, 15} and {w for _, w, _ in shapes} == {8, 16, 24, 32}
     assert {places for *_, places in shapes} == {(3, 5)} and len(pointers) == 1
     for name in ("completion_ids", "completion_mask", "truncated"):
         assert torch.equal(getattr(rounded, name), getattr(plain, name)), name
