@@ -842,7 +842,9 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
 
     def finish(hf):
         if gradient_checkpointing:
-            hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # transformers 5.23 has a new name for it, and warns of the old one.
+            enable = getattr(hf, "activation_checkpointing_enable", hf.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         if freeze_vision_tower:
             if text_only:
                 raise InputError(f"--freeze_vision_tower: {path} is a text-only model")

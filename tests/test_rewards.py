@@ -1,7 +1,11 @@
 """The built-in rewards on hand-labelled strings, and the process that runs reward functions."""
 
+import ctypes
 import json
+import os
 import re
+import resource
+import signal
 import time
 from pathlib import Path
 
@@ -295,6 +299,7 @@ def test_columns_reach_the_function_and_none_abstains(reward_file):
     assert scores[0, 0] == 2 and scores[0, 1].isnan() and scores[0, 2] == 1
 
 
+@pytest.mark.xdist_group("rewards")
 @pytest.mark.parametrize("name, parts", [
     ("raises_on_bad", ["ZeroDivisionError", "rows.jsonl:2", "'bad'"]), ("nan", ["nan", "rows.jsonl:2"]),
     ("infinite", ["inf", "rows.jsonl:3"]), ("text", ["'high' is not a number", "rows.jsonl:2"]),
@@ -327,3 +332,21 @@ def test_missing_reward_is_an_error_at_start(reward_file, spec, message):
     with pytest.raises(rollout.RewardError, match=message):
         runner.wait_until_ready()
     runner.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux only")
+def test_the_child_bounds_itself_under_a_memory_limit_too():
+    """Guards against a reward process that outlives its parent where a batch system has set a limit of memory: it has to
+    ask for the parent's death signal, and to offer itself to the OOM killer, before it looks at limits."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            resource.setrlimit(resource.RLIMIT_DATA, (1 << 40, 1 << 40))
+            rollout._bound_child()
+            number = ctypes.c_int()
+            ctypes.CDLL(None).prctl(2, ctypes.byref(number))  # PR_GET_PDEATHSIG
+            adjusted = Path("/proc/self/oom_score_adj").read_text().strip() == "1000"
+            os._exit(number.value if adjusted and resource.getrlimit(resource.RLIMIT_DATA)[0] == 1 << 40 else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == signal.SIGKILL

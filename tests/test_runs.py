@@ -5,6 +5,7 @@ import math
 import random
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,8 +88,8 @@ real_runner = rollout.RewardRunner
 
 
 def shared_runner(task):
-    def make(specs, timeout):
-        key = tuple(specs)
+    def make(specs, timeout):  # for files of one text, wherever they lie: to start a child takes seconds
+        key = tuple((Path(path).read_text() if path else "", name) for path, _, name in (s.rpartition(":") for s in specs))
         if key not in RUNNERS:
             RUNNERS[key] = real_runner(specs, timeout)
             RUNNERS[key].close = lambda: None

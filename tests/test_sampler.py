@@ -49,9 +49,13 @@ def test_sampler_equals_trainer(loaded, monkeypatch, family, temperature):
 
 
 def test_evaluation_is_greedy_and_keyed_by_the_row(loaded, monkeypatch):
-    """Temperature 0 is the greedy answer; above it, a rank that holds every second row draws what one rank would."""
+    """Temperature 0 is the greedy answer; above it, a rank that holds every second row draws what one rank would.
+    --rollout_tokens bounds a batch here too: with room for one prompt, prompts are prefilled one by one."""
     policy, processor = loaded("qwen2_5_vl")
     rows = [make_row(1, i) for i in range(4)]
+    prefills, forward = [], policy.hidden
+    monkeypatch.setattr(policy, "hidden", lambda ids, *a, **k: (prefills.append(len(ids)) if ids.shape[1] > 1 else None,
+                                                                forward(ids, *a, **k))[1])
 
     class Count:
         specs = ["count"]
@@ -59,9 +63,9 @@ def test_evaluation_is_greedy_and_keyed_by_the_row(loaded, monkeypatch):
         def score(self, texts, rows, step, **_):
             return torch.tensor([[float(len(t)) for t in texts]])
 
-    def answers(rows, draws, temperature):
-        return rollout.evaluate(policy, processor, rows, draws, encode(policy, processor, *rows),
-                                Count(), temperature=temperature, max_completion_length=8, batch_size=3, seed=0, step=0)[0]
+    def answers(rows, draws, temperature, **kwargs):
+        return rollout.evaluate(policy, processor, rows, draws, encode(policy, processor, *rows), Count(), seed=0, step=0,
+                                temperature=temperature, max_completion_length=8, batch_size=3, **kwargs)[0]
 
     greedy = rollout.sample(policy, encode(policy, processor, *rows), [9] * 4, num_generations=1,
                             max_completion_length=8, temperature=0, seed=5)
@@ -69,6 +73,9 @@ def test_evaluation_is_greedy_and_keyed_by_the_row(loaded, monkeypatch):
     whole = answers(rows, range(4), 1.0)
     assert whole != answers(rows, range(4), 0)
     assert answers(rows[1::2], range(1, 5, 2), 1.0) == whole[1::2]
+    assert max(prefills) > 1
+    prefills.clear()
+    assert answers(rows, range(4), 1.0, rollout_tokens=1) == whole and prefills == [1] * 4
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl_moe", "gemma3", "qwen2"])

@@ -6,6 +6,7 @@ names a Python that has vLLM, against a server of its own. The recording was mad
 
 import base64
 import hashlib
+import itertools
 import json
 import os
 import socket
@@ -265,6 +266,28 @@ def test_a_server_that_will_not_do_is_an_error_that_names_the_flag(started, tmp_
     with pytest.raises(model.InputError, match="--vllm_server_base_url.*" + message):
         server = rollout.VLLMServer(Replay(change).url, tmp_path / "vllm_weights", data.chat_request)
         list(rollouts(server, policy, processor, prompts, folder))
+
+
+def test_one_failed_request_aborts_the_others(started, tmp_path):
+    """Guards against a run that has failed and does not end: a process waits for its threads, and those for answers."""
+    policy, processor, prompts, folder = started
+    requests, released = itertools.count(), threading.Event()
+
+    def change(path, answer):
+        if "chat" in path:
+            if next(requests) == 0:
+                return answer | {"prompt_token_ids": [1, 2]}
+            released.wait(60)
+        return answer
+
+    replay = Replay(change)
+    server = rollout.VLLMServer(replay.url, tmp_path / "vllm_weights", data.chat_request)
+    try:
+        with pytest.raises(model.InputError, match=r"it reads \[1, 2\]"):
+            list(rollouts(server, policy, processor, prompts, folder))
+        assert replay.seen[-1] == "/abort_requests"
+    finally:
+        released.set()
 
 
 def test_a_tied_head_on_a_cpu_is_refused(tmp_path):
