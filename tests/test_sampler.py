@@ -211,14 +211,19 @@ def test_sizes_rounded_up_change_nothing(loaded, monkeypatch):
         return step(cache, layer, query, own_bias, *rest)
 
     monkeypatch.setattr(rollout.GroupCache, "attend", attend)
-    monkeypatch.setitem(rollout.BUCKETS, "cpu", (4, 8))
     monkeypatch.setattr(rollout, "CUDA_GRAPHS", False)
+    monkeypatch.setitem(rollout.BUCKETS, "cpu", (1, 1))
+    exact = rollout.sample(policy, prompts, [0, 1, 2], **kwargs)
+    assert {w for _, w, _ in shapes} == set(range(1, 30))
+    shapes.clear(), pointers.clear()
+    monkeypatch.setitem(rollout.BUCKETS, "cpu", (4, 8))
     rounded = rollout.sample(policy, prompts, [0, 1, 2], **kwargs)
     assert {n for n, *_ in shapes} == {4, 8, 12, 15} and {w for _, w, _ in shapes} == {8, 16, 24, 32}
     assert {places for *_, places in shapes} == {(3, 5)} and len(pointers) == 1
-    for name in ("completion_ids", "completion_mask", "truncated"):
-        assert torch.equal(getattr(rounded, name), getattr(plain, name)), name
-    torch.testing.assert_close(rounded.sampling_logps, plain.sampling_logps, atol=1e-5, rtol=0)
+    for other in (plain, rounded):
+        for name in ("completion_ids", "completion_mask", "truncated"):
+            assert torch.equal(getattr(other, name), getattr(exact, name)), name
+        torch.testing.assert_close(other.sampling_logps, exact.sampling_logps, atol=1e-5, rtol=0)
 
 
 class Graph(TorchDispatchMode):
