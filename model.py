@@ -271,12 +271,14 @@ def attention_mask_of(batch: dict, window: int | None = None):
             place[b, :len(found)] = found
     if segment_ids.is_cuda:
         mask = group_block_mask(segment_ids, group_ids, image_ids, place, window)
+    elif window is None and image_ids is None:  # one False for all: who would read it gets nan, not a leak
+        B, S = segment_ids.shape
+        mask = segment_ids.new_zeros((), dtype=torch.bool).expand(B, 1, S, S)
+        mask.segments = batch["segments"]
     else:
         mask = group_attention_mask(segment_ids, group_ids, image_ids)
         if window is not None:
             mask &= (place[:, :, None] - place[:, None, :] < window)[:, None]
-        elif image_ids is None:
-            mask.segments = batch["segments"]
     mask.longest = max(P + max(lengths, default=0) for groups in batch["segments"] for P, lengths in groups)
     mask.within = functools.cache(lambda window: attention_mask_of(batch, window))
     return mask
@@ -319,6 +321,7 @@ def attend_segments(query, key, value, segments, scaling) -> torch.Tensor:
     more, so that nothing masked is computed. Shapes as in `group_attention`; padding comes out as 0."""
     gqa = query.shape[1] != key.shape[1]
     attend = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=gqa)
+    causal = functools.cache(lambda P, T: torch.ones(T, P + T, dtype=torch.bool).tril(P))
     rows = []
     for b, groups in enumerate(segments):
         lengths = [n for P, completions in groups for n in (P, *completions)]
@@ -328,9 +331,8 @@ def attend_segments(query, key, value, segments, scaling) -> torch.Tensor:
         for P, completions in groups:
             out.append(attend(q[at], k[at], v[at], is_causal=True))                      # (1, heads, P, D)
             for i, T in enumerate(completions, at + 1):
-                visible = torch.ones(T, P + T, dtype=torch.bool).tril(P)
                 keys, values = torch.cat([k[at], k[i]], 2), torch.cat([v[at], v[i]], 2)  # (1, kv, P + T, D)
-                out.append(attend(q[i], keys, values, visible))
+                out.append(attend(q[i], keys, values, causal(P, T)))
             at += 1 + len(completions)
         rows.append(torch.cat([*out, torch.zeros_like(q[-1])], 2))
     return torch.cat(rows).transpose(1, 2).contiguous()

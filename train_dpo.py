@@ -428,24 +428,27 @@ def main(argv=None):
                 old = sums[prefix + key]
                 sums[prefix + key] = (old[0] + float(total), old[1] + float(count))
 
-        with torch.no_grad(), model.gathered(policy), stop.passes():
-            held_out = range(len(eval_rows))
-            for groups in encoded(eval_rows, held_out, args.per_device_eval_batch_size):
+        def scored():
+            """The held-out rows' prompts, each batch when its terms are added: no row is encoded twice."""
+            for groups in encoded(eval_rows, range(len(eval_rows)), args.per_device_eval_batch_size):
                 terms, metrics = score_groups(args, policy, groups, references, state)
                 add(terms, "eval/loss/")
                 add(metrics, "eval/")
                 if stop():
                     raise model.Interrupted
+                yield from (prompt for prompt, _ in groups)
+
+        with torch.no_grad(), model.gathered(policy), stop.passes():
+            prompts = scored()
             if rewards is not None:
-                prompts = data.in_order(
-                    lambda i: data.encode_prompt(policy, processor, eval_rows[i]), held_out,
-                    args.dataloader_num_workers, args.per_device_eval_batch_size)
                 texts, scores = rollout.evaluate(
                     policy, processor, eval_rows, range(rank, rank + len(eval_rows) * world_size, world_size),
                     prompts, rewards,
                     temperature=args.eval_temperature, max_completion_length=args.max_completion_length,
                     batch_size=args.per_device_eval_batch_size, seed=args.seed, step=step,
                     num_generations=args.num_generations_eval, stop=stop)
+            for _ in prompts:  # without answers nobody else asks for them
+                pass
         if stop.agreed():
             return None
         if rewards is not None:

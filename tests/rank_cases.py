@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from conftest import InProcess
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,22 +36,6 @@ def fixed_sample(policy, prompts, draws, *, num_generations, **_):
     mask = torch.arange(max(map(len, completions))) < torch.tensor([len(c) for c in completions])[:, None]
     ids = torch.full(mask.shape, policy.pad_id).masked_scatter(mask, torch.cat(completions))
     return rollout.Rollout(ids, mask, torch.zeros(mask.shape), torch.zeros(len(completions), dtype=torch.bool))
-
-
-class InProcess(rollout.RewardRunner):
-    """Without processes: to start one for each rank and kind of reward takes seconds each."""
-
-    def _start(self):
-        self.functions = [rollout._load_function(spec) for spec in self.specs]
-
-    def wait_until_ready(self):
-        pass
-
-    def _call(self, index, columns, rows, *_):
-        return rollout.checked_rewards(self.functions[index](**columns), len(rows), self.specs[index], str)
-
-    def close(self):
-        pass
 
 
 def main(cases: Path):

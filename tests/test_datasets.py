@@ -11,9 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
-from conftest import script
+from conftest import InProcess, script
 from PIL import Image
-from test_runs import SCRIPTS, launch, shared_runner, task  # noqa: F401 (fixtures)
+from test_runs import SCRIPTS, launch, task  # noqa: F401 (fixtures)
 
 import data
 import model
@@ -304,13 +304,22 @@ def test_parquet_and_threads(root):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_each_row_is_encoded_as_often_as_it_is_needed(launch, monkeypatch, workers):  # noqa: F811
-    """Three epochs: once for the check (and the printed sample), once for the reference, once a draw. The reference pass
-    once kept every row of every epoch in memory, and encoded it as often: rows of files are new objects at each reading."""
-    sources, encode = Counter(), data.encode_group
-    monkeypatch.setattr(data, "encode_group", lambda *a: sources.update([a[2]["_source"]]) or encode(*a))
-    metrics, _ = launch("train_dpo", "--max_steps", "9", "--per_device_train_batch_size", "4", "--dataloader_num_workers", workers)
-    assert len(metrics) == 9 and len(sources) == 12 and sorted(sources.values()) == [5] * 11 + [6]
+def test_each_row_is_encoded_as_often_as_it_is_needed(launch, monkeypatch, tmp_path, task, workers):  # noqa: F811
+    """Three epochs: once for the check (and the printed sample), once for the reference, once a draw or an evaluation,
+    whose loss and answers share it. The reference pass once kept every row of every epoch in memory, and encoded it as
+    often: rows of files are new objects at each reading."""
+    rows = [json.loads(line) for line in open(task / "pairs.jsonl")]
+    write_jsonl(tmp_path / "held_out.jsonl", [row | {"solution": "1"} for row in rows[:5]])
+    sources, encode = Counter(), data.encode_prompt
+    monkeypatch.setattr(data, "encode_prompt", lambda *a: sources.update([a[2]["_source"]]) or encode(*a))
+    monkeypatch.setattr(rollout, "RewardRunner", InProcess)
+    metrics, _ = launch("train_dpo", "--max_steps", "9", "--per_device_train_batch_size", "4", "--dataloader_num_workers", workers,
+                        "--eval_dataset", tmp_path / "held_out.jsonl", "--eval_steps", "9", "--per_device_eval_batch_size", "2",
+                        "--max_completion_length", "3")
+    held_out = [n for source, n in sources.items() if "held_out" in source]
+    trained = [n for source, n in sources.items() if "held_out" not in source]
+    assert held_out == [4] * 5 and sorted(trained) == [5] * 11 + [6]
+    assert len(metrics) == 9 and metrics[-1].keys() >= {"eval/loss", "eval/accuracy"}
 
 
 def test_mixtures(root):
@@ -357,7 +366,7 @@ def test_both_scripts_take_a_mixture(task, monkeypatch, tmp_path, capsys):  # no
                   [dict(prompt="how many shapes are there?", images=[{"bytes": png(size=(48, 48)), "path": None}], solution="3",
                         chosen="<answer>3</answer>", rejected="<answer>4</answer>")] * 5)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rollout, "RewardRunner", shared_runner(task))
+    monkeypatch.setattr(rollout, "RewardRunner", InProcess)
     model.build_tiny_vlm(tmp_path / "tiny")
     flags = ["--model_name_or_path", "tiny", "--dataset", str(task / "pairs.jsonl"), "set", "--dataset_weights", "1", "3",
              "--image_root", str(task), "--max_steps", "1", "--max_completion_length", "4"]

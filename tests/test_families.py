@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import FAMILIES, TEXT_ONLY, VISION, make_group, make_row
+from conftest import FAMILIES, TEXT_ONLY, VISION, InProcess, make_group, make_row
 from test_group_rows import transformers_logps
-from test_runs import SCRIPTS, shared_runner, write_task
+from test_runs import SCRIPTS, write_task
 
 import data
 import model
@@ -32,7 +32,7 @@ def test_both_scripts_train_and_reload(folders, loaded, tasks, monkeypatch, tmp_
     both move, and a `final/` that loads with the same weights and trains on."""
     loaded(family)  # or the test is skipped
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rollout, "RewardRunner", shared_runner(tasks))
+    monkeypatch.setattr(rollout, "RewardRunner", InProcess)
     source, seen = str(folders[family]), {}
     rows = tasks / ("texts.jsonl" if family in TEXT_ONLY else "pairs.jsonl")
     export = model.export
@@ -117,7 +117,7 @@ def test_a_run_encodes_an_image_once_a_rollout(folders, tasks, monkeypatch, tmp_
     """Two iterations over a rollout, and a reference: sampling, old and reference log-probs and both updates share one
     pass of a frozen tower over 4 prompts; one that is trained runs in all of them."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rollout, "RewardRunner", shared_runner(tasks))
+    monkeypatch.setattr(rollout, "RewardRunner", InProcess)
     load, calls = model.load_policy, []
 
     def watched(*args, **kwargs):

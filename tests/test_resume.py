@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, InProcess, run
 from safetensors.torch import load_file
-from test_runs import REWARD, SCRIPTS, grpo, shared_runner, write_task
+from test_runs import REWARD, SCRIPTS, grpo, write_task
 
 import losses
 import model
@@ -149,7 +149,7 @@ def test_a_full_disk_on_one_rank(folder, tmp_path):
 def trained(folder, tmp_path, monkeypatch):
     """train(name, *extra): main() in this process, on a copy of a run of 6 steps with checkpoints at 2, 4 and 6."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rollout, "RewardRunner", shared_runner(folder))
+    monkeypatch.setattr(rollout, "RewardRunner", InProcess)
     handlers = [model.signal.getsignal(n) for n in (model.signal.SIGTERM, model.signal.SIGINT)]
 
     def train(name, *extra):

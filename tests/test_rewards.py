@@ -264,14 +264,14 @@ ROWS = [{"_source": f"rows.jsonl:{i}", "prompt": "q", "images": [object()], "sol
 TEXTS = ["one two", "bad", "four"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def reward_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("rewards") / "mine.py"
     path.write_text(REWARD_FILE)
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def score(reward_file):
     """name -> rewards; one child serves all functions, as in a run."""
     names = ("words", "raises_on_bad", "nan", "infinite", "text", "short", "nothing", "blog", "narrow")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, InProcess, script
 
 import data
 import losses
@@ -60,8 +60,8 @@ def flags(task, *extra):
 
 @pytest.fixture
 def launch(monkeypatch, tmp_path, task):
-    """launch("train_dpo", flags...) -> (metrics of each step, gradients of each step); main() in this process, with
-    one reward child for all GRPO runs of the session."""
+    """launch("train_dpo", flags...) -> (metrics of each step, gradients of each step); main() and rewards in this
+    process."""
     monkeypatch.chdir(tmp_path)
 
     def run(name, *extra):
@@ -76,26 +76,11 @@ def launch(monkeypatch, tmp_path, task):
         with monkeypatch.context() as patch:
             patch.setattr(model, "clip_grad_norm_", spy)
             if name == "train_grpo":
-                patch.setattr(rollout, "RewardRunner", shared_runner(task))
+                patch.setattr(rollout, "RewardRunner", InProcess)
             module.main([*flags(task, *extra), "--output_dir", str(output)])
         return [json.loads(line) for line in open(output / "metrics.jsonl")][1:], grads
 
     return run
-
-
-RUNNERS = {}
-real_runner = rollout.RewardRunner
-
-
-def shared_runner(task):
-    def make(specs, timeout):  # for files of one text, wherever they lie: to start a child takes seconds
-        key = tuple((Path(path).read_text() if path else "", name) for path, _, name in (s.rpartition(":") for s in specs))
-        if key not in RUNNERS:
-            RUNNERS[key] = real_runner(specs, timeout)
-            RUNNERS[key].close = lambda: None
-        return RUNNERS[key]
-
-    return make
 
 
 def grpo(task, *extra):
@@ -884,7 +869,7 @@ def test_grpo_steps_are_the_formula(monkeypatch, tmp_path, task, case):
 
     monkeypatch.setattr(model, "load_policy", load_and_end_early)
     monkeypatch.setattr(rollout, "sample", spy)
-    monkeypatch.setattr(rollout, "RewardRunner", shared_runner(task))
+    monkeypatch.setattr(rollout, "RewardRunner", InProcess)
     (task / "more.py").write_text(REWARD + "def length(completions, **_):\n    return [len(c) / 7 for c in completions]\n")
     extra = [] if o["scale"] is None else ["--scale_rewards", o["scale"]]
     extra += [] if o["delta"] is None else ["--delta", o["delta"]]
@@ -989,7 +974,7 @@ def test_online_dpo_steps_are_the_formula(monkeypatch, tmp_path, task):
 
     monkeypatch.setattr(model, "load_policy", load_and_end_early)
     monkeypatch.setattr(rollout, "sample", spy)
-    monkeypatch.setattr(rollout, "RewardRunner", shared_runner(task))
+    monkeypatch.setattr(rollout, "RewardRunner", InProcess)
     train_grpo.main(flags(task, *grpo(task), "--algo", "online_dpo", "--beta", 0.3, "--missing_eos_penalty", 3, "--temperature",
                           1.3, "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 2, "--max_steps", 3,
                           "--output_dir", "out"))
@@ -1034,14 +1019,14 @@ def test_gtpo_gets_its_weights_and_the_starting_entropy(launch, task, monkeypatc
 def test_dynamic_sampling(launch, task, monkeypatch, tmp_path):
     """DAPO: each group of the batch has rewards that differ; candidates go on after the last draw that the batch before
     used, in rounds of a batch; after N rounds groups without spread fill up, and are counted."""
-    rounds, sample, score = [], rollout.sample, real_runner.score
+    rounds, sample, score = [], rollout.sample, InProcess.score
 
     def score_and_fail(runner, *args, **kwargs):  # in the first round of the first step one completion, else none
         scores = score(runner, *args, **kwargs)
         runner.failed = int(len(rounds) == 1)
         return scores
 
-    monkeypatch.setattr(real_runner, "score", score_and_fail)
+    monkeypatch.setattr(InProcess, "score", score_and_fail)
     monkeypatch.setattr(rollout, "sample", lambda policy, prompts, draws, **kwargs: (
         rounds.append(list(draws)), sample(policy, prompts, draws, **kwargs))[1])
     rare = [*grpo(task), "--reward_funcs", f"{task / 'rewards.py'}:rare", "--per_device_train_batch_size", 8,
@@ -1071,7 +1056,7 @@ def test_reference_follows_the_policy(monkeypatch, tmp_path, task):
     monkeypatch.chdir(tmp_path)
     steps, loaded, load = capture(monkeypatch), [], model.load_policy
     monkeypatch.setattr(model, "load_policy", lambda *a, **k: (loaded.append(load(*a, **k)), loaded[-1])[1])
-    monkeypatch.setattr(rollout, "RewardRunner", shared_runner(task))
+    monkeypatch.setattr(rollout, "RewardRunner", InProcess)
     train_grpo.main(flags(task, *grpo(task), "--beta", 0.1, "--sync_ref_model", "--ref_model_sync_steps", 2,
                           "--ref_model_mixup_alpha", 0.25, "--per_device_train_batch_size", 8, "--max_steps", 5,
                           "--output_dir", "out"))

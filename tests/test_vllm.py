@@ -285,7 +285,7 @@ def test_one_failed_request_aborts_the_others(started, tmp_path):
     try:
         with pytest.raises(model.InputError, match=r"it reads \[1, 2\]"):
             list(rollouts(server, policy, processor, prompts, folder))
-        assert replay.seen[-1] == "/abort_requests"
+        assert "/abort_requests" in replay.seen  # another request may come in behind it
     finally:
         released.set()
 

@@ -55,7 +55,7 @@ class Judge:
 @pytest.fixture
 def judge(monkeypatch):
     monkeypatch.setattr(rollout, "RewardRunner", Judge)
-    monkeypatch.setattr(test_runs, "shared_runner", lambda task: Judge)
+    monkeypatch.setattr(test_runs, "InProcess", Judge)
 
 
 def lines_of(file):
