@@ -396,8 +396,8 @@ def main(argv=None):
             batched = encoded(eval_rows, range(len(eval_rows)), args.per_device_eval_batch_size)
             cache.add(scorer, within_budget(batched), args.share_prompt, stop)
             if rank == 0:
-                print(f"{name} log-probs: {computed} pairs computed, {found} found in {cache.folder} (rank 0, "
-                      "training rows)", flush=True)
+                print(f"{name} log-probs: {computed} pairs computed, {found} found in {cache.folder} "
+                      "(rank 0, training rows)", flush=True)
         return cache
 
     references = [cached(policy, "reference")] if set(args.loss_type) - losses.REFERENCE_FREE else []

@@ -305,6 +305,11 @@ class InProcess(rollout.RewardRunner):
         pass
 
 
+def few(families, *quick):
+    """All of them, marked slow but for these."""
+    return [family if family in quick else pytest.param(family, marks=pytest.mark.slow) for family in families]
+
+
 def make_row(images: int, seed: int = 0, text: str = "how many shapes are there?", size=None) -> dict:
     """A row with that many pictures, of different sizes."""
     rng = random.Random(seed)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import FAMILIES, TEXT_ONLY, VISION, InProcess, make_group, make_row
+from conftest import FAMILIES, TEXT_ONLY, VISION, InProcess, few, make_group, make_row
 from test_group_rows import transformers_logps
 from test_runs import SCRIPTS, write_task
 
@@ -26,7 +26,7 @@ def tasks(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", few(FAMILIES, "qwen2_5_vl", "qwen3_vl_moe", "llava", "gemma3", "llama"))
 def test_both_scripts_train_and_reload(folders, loaded, tasks, monkeypatch, tmp_path, capsys, family):
     """A step of MPO and one of GRPO from the command line: the losses of step 1, language model and vision tower that
     both move, and a `final/` that loads with the same weights and trains on."""

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import FAMILIES, VISION, make_row
+from conftest import FAMILIES, VISION, few, make_row
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -165,7 +165,7 @@ def test_randomness_belongs_to_the_draw(loaded):
     assert len({tuple(x) for x in whole.values()}) > 6  # the draws of a group differ
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics3", "llava_next", "gemma3", "qwen3"])
+@pytest.mark.parametrize("family", few(["qwen2_5_vl", "idefics3", "llava_next", "gemma3", "qwen3"], "qwen2_5_vl", "gemma3"))
 def test_a_small_budget_changes_nothing(loaded, monkeypatch, family):
     """Seven prompts, two groups at a time: those that wait enter while others are at work, rows move into the places of
     those that have ended, slots are used again. Tokens, log-probs and masks are those of all groups at once; a row that
