@@ -271,7 +271,7 @@ def attention_mask_of(batch: dict, window: int | None = None):
             place[b, :len(found)] = found
     if segment_ids.is_cuda:
         mask = group_block_mask(segment_ids, group_ids, image_ids, place, window)
-    elif window is None and image_ids is None:  # one False for all: who would read it gets nan, not a leak
+    elif window is None and image_ids is None:  # one False for all: read as a mask, it would hide everything
         B, S = segment_ids.shape
         mask = segment_ids.new_zeros((), dtype=torch.bool).expand(B, 1, S, S)
         mask.segments = batch["segments"]
