@@ -1466,8 +1466,7 @@ def is_done(args, output_dir: Path, rank: int) -> bool:
         if rank == 0:
             print(f"the run in {output_dir} is done; its model is {output_dir / 'final'}")
         push_to_hub(args, output_dir, rank)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        end_ranks()
     return done
 
 
@@ -1479,7 +1478,16 @@ def end_run(output_dir: Path, rank: int, status: str, step: int | None, rewards)
         print(f"stopped {where}; the same command with --output_dir {output_dir} goes on from there")
     if rewards is not None:
         rewards.close()
+    end_ranks()
+
+
+def end_ranks():
+    """Destroy the process group. gloo's threads let go of a collective's tensors after it has returned, and need
+    Python's lock for it: one that waits for the lock still when the interpreter ends aborts the process, and
+    torchrun calls a finished run failed (exit code -6). Sleeping gives them the lock."""
     if dist.is_initialized():
+        if dist.get_backend() == "gloo":
+            time.sleep(0.2)
         dist.destroy_process_group()
 
 

@@ -61,6 +61,7 @@ F45  typos, flags without effect  an error with the nearest name       test_bad_
 F46  sizes that do not divide     an error with one that does          test_bad_arguments
 F47  no vision model, no template one line                             test_wrong_model_paths_are_one_error,
                                                                        test_models_that_are_not_loaded
+F48  gloo's threads end late      exit code 0 for a run that is done   test_a_late_thread_aborts_no_finished_run
 """
 
 import ast
@@ -73,6 +74,7 @@ import re
 import resource
 import shutil
 import struct
+import sys
 import tempfile
 import time
 import zlib
@@ -81,7 +83,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import ROOT, run
 from PIL import Image
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -101,7 +103,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_the_table_is_complete():
     """A row without a test, or with one that is gone, is a promise that nobody keeps."""
     tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
-    assert re.findall(r"^F(\d+) ", __doc__, re.M) == [str(n) for n in range(1, 48)]
+    assert re.findall(r"^F(\d+) ", __doc__, re.M) == [str(n) for n in range(1, 49)]
     for row in re.split(r"^(?=F\d+ )", __doc__, flags=re.M)[1:]:
         named = re.findall(r"test_\w+", row)
         assert named and all(f"def {name}(" in tests for name in named), row
@@ -648,6 +650,39 @@ def nan_on_one_rank():
 def test_nan_on_one_rank_is_seen_by_all():
     """F42: the norm is that of all shards, so that no rank steps while another skips."""
     assert all(norm != norm for norm in nan_on_one_rank())
+
+
+LATE_THREADS = """
+import os, sys
+import torch
+import torch.distributed as dist
+import model
+
+bad = 0
+for trial in range(4):
+    children = []
+    for rank in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            dist.init_process_group("gloo", init_method=f"file://{os.getcwd()}/{trial}", rank=rank, world_size=2)
+            group = dist.group.WORLD  # a mesh holds it past its destruction, and so its threads
+            sys.setswitchinterval(100)  # a thread waits for Python's lock until somebody leaves it
+            parts = [torch.zeros(1000000) for _ in range(2)]
+            for _ in range(5):
+                dist.all_gather(parts, torch.zeros(1000000))
+            del parts
+            model.end_ranks()
+            sys.exit()  # with the interpreter's whole end, which multiprocessing leaves out
+    bad += any([os.waitpid(child, 0)[1] for child in children])
+print("aborted", bad)
+"""
+
+
+@pytest.mark.slow
+def test_a_late_thread_aborts_no_finished_run(tmp_path):
+    """F48, pytorch #179291: a thread of gloo's that lets go of a tensor after the interpreter began to end is "terminate
+    called without an active exception", and torchrun calls the run failed. (Without the wait 12 of 20 trials abort.)"""
+    assert "aborted 0" in run(sys.executable, "-c", LATE_THREADS, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
 
 
 def means_of_two_ranks(nothing=False):
