@@ -28,6 +28,7 @@ import math
 import os
 import random
 import re
+import struct
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 from model import InputError, Policy, Prompt, all_gather_object
 
@@ -49,6 +50,10 @@ ALIASES = {
     "chosen": ("chosen", "completion"),
 }
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+TURNS = dict(enumerate([  # by EXIF's orientation
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90], 2))
 TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # all else: image tensors
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what Pillow may decode: no PSD, EPS, FITS, ...
 MAX_IMAGE_PIXELS = 89_478_485  # looked at before decoding; from here on Pillow warns of decompression bombs
@@ -65,7 +70,7 @@ class RowError(InputError):
 SUFFIXES = (".parquet", ".jsonl", ".json")
 
 
-def find_files(name: str, split: str) -> list[Path]:
+def find_files(name: str, split: str, flag: str = "--dataset") -> list[Path]:
     """The files of a dataset: itself, or the shards in a folder or hub dataset (fetched into its cache) whose
     path names the split, "data/train-00000-of-00002.parquet"; all of them where none names any."""
     path, given = Path(name), None
@@ -73,7 +78,11 @@ def find_files(name: str, split: str) -> list[Path]:
         name, _, given = name.rpartition(":")
         path = Path(name)
     if path.is_file() and path.suffix in SUFFIXES:
+        if given is not None:
+            raise RowError(f"{flag} {name}:{given}: {name} is a file, which has no splits")
         return [path]
+    if path.is_file():
+        raise RowError(f"{flag} {name}: expected a .jsonl, .json or .parquet file")
     if not path.exists() and path.suffix not in SUFFIXES and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         from huggingface_hub import snapshot_download
 
@@ -81,10 +90,10 @@ def find_files(name: str, split: str) -> list[Path]:
             wanted = ["*" + suffix for suffix in SUFFIXES]
             path = Path(snapshot_download(name, repo_type="dataset", allow_patterns=wanted))
         except Exception as error:  # of many kinds: no network, no such dataset, no right to it
-            raise RowError(f"--dataset {name}: no such file or folder, and the hub cannot give a dataset of "
+            raise RowError(f"{flag} {name}: no such file or folder, and the hub cannot give a dataset of "
                            f"that name: {type(error).__name__}: {error}") from None
     if not path.is_dir():
-        raise RowError(f"--dataset {name}: no such file (expected a .jsonl, .json or .parquet file, a folder "
+        raise RowError(f"{flag} {name}: no such file (expected a .jsonl, .json or .parquet file, a folder "
                        "of such files, or a hub id)")
     found = [(f, f.relative_to(path).as_posix().lower()) for f in sorted(path.rglob("*")) if f.is_file()]
     kind = next((suffix for suffix in SUFFIXES if any(f.suffix == suffix for f, _ in found)), None)
@@ -97,7 +106,7 @@ def find_files(name: str, split: str) -> list[Path]:
     if not files and given is None and not named("train|test|val|validation|dev"):
         files = [f for f, _ in found]
     if not files or len({f.parent for f in files}) > 1:
-        raise RowError(f"--dataset {name}: {len(files)} files named after {given or split!r}, expected some, "
+        raise RowError(f"{flag} {name}: {len(files)} files named after {given or split!r}, expected some, "
                        f"in one folder; say {name}:SPLIT or {name}:FOLDER/SPLIT, of: {some or 'no files'}")
     return files
 
@@ -107,7 +116,10 @@ def _parse(text: str, where: str):
         raise ValueError(f"{name} is not JSON")
 
     try:
-        return json.loads(text, parse_constant=refuse, object_pairs_hook=_distinct)
+        value = json.loads(text, parse_constant=refuse, object_pairs_hook=_distinct)
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(value, ensure_ascii=False).encode()  # half an emoji: no tokenizer, no path takes it
+        return value
     except (ValueError, RecursionError) as error:
         raise RowError(f"{where}: not valid JSON: {error}") from None
 
@@ -170,7 +182,11 @@ class Parquet:
             if group != self.group:
                 self.group = self.table = None  # never two of them
                 self.table, self.group = self.read(lambda file: file.read_row_group(group)), group
-            return f"{self.path}[{i}]", self.table.slice(i - self.start[group], 1).to_pylist()[0]
+            row = self.table.slice(i - self.start[group], 1)
+        try:
+            return f"{self.path}[{i}]", row.to_pylist()[0]
+        except UnicodeDecodeError as error:
+            raise RowError(f"{self.path}[{i}]: not UTF-8: {error}") from None
 
 
 class Rows(Sequence):
@@ -201,7 +217,8 @@ class Rows(Sequence):
         return canonical(value, source, self.image_root, folder, self.need)
 
 
-def read_rows(names, image_root: str | None, need: tuple[str, ...], split="train", weights=None) -> Rows:
+def read_rows(names, image_root: str | None, need: tuple[str, ...], split="train", weights=None,
+              flag="--dataset") -> Rows:
     """The rows of the named datasets, in order (`find_files`); JSONL and parquet are not held in memory.
 
     A row is checked for `need` when it is read; images are opened by load_image. weights: one a dataset, its
@@ -211,7 +228,7 @@ def read_rows(names, image_root: str | None, need: tuple[str, ...], split="train
     names = [names] if isinstance(names, str) else names
     for name, weight in zip(names, weights or [None] * len(names), strict=True):
         new, times = [], []
-        for file in find_files(name, split):
+        for file in find_files(name, split, flag):
             for part, folder, repeat in open_file(file):
                 if not len(part):
                     raise RowError(f"{file}: no rows")
@@ -230,12 +247,12 @@ def rows_of_run(args, need: tuple[str, ...]):
     else:
         train, held_out = read_rows(args.dataset, args.image_root, need, weights=args.dataset_weights), []
     if args.eval_dataset is not None:
-        held_out = read_rows(args.eval_dataset, args.image_root, need, "test")
+        held_out = read_rows(args.eval_dataset, args.image_root, need, "test", flag="--eval_dataset")
     return train, held_out
 
 
 def open_file(file: Path):
-    """[(rows, folder of their images under --image_root, how often an epoch takes them), ...]: several for
+    """[(rows, folder of their images under --image_root, the weight of its draws), ...]: several for
     MMPR's meta.json, whose annotation files lie in or beside its folder."""
     if file.suffix != ".json":
         return [((JsonLines if file.suffix == ".jsonl" else Parquet)(file), "", 1)]
@@ -243,6 +260,9 @@ def open_file(file: Path):
         content = _parse(file.read_text(encoding="utf-8-sig"), str(file))
     except UnicodeDecodeError as error:
         raise RowError(f"{file}: not UTF-8: {error}") from None
+    except RowError as error:
+        raise RowError(f"{error} (one object a line is a .jsonl file)"
+                       if "Extra data" in str(error) else str(error)) from None
     if isinstance(content, list):
         return [([(f"{file}[{i}]", value) for i, value in enumerate(content)], "", 1)]
     parts = []
@@ -254,7 +274,10 @@ def open_file(file: Path):
                       and path.resolve().is_relative_to(file.parent.parent.resolve())), None)
         if found is None:
             raise RowError(f"{file}: {name}: no annotation {entry['annotation']} in its folder or beside it")
-        parts.append((JsonLines(found), str(entry.get("root", "")), entry.get("repeat_time", 1)))
+        repeat = entry.get("repeat_time", 1)
+        if isinstance(repeat, bool) or not isinstance(repeat, (int, float)) or not 0 < repeat < math.inf:
+            raise RowError(f"{file}: {name}: repeat_time must be a number above 0, got {repeat!r}")
+        parts.append((JsonLines(found), str(entry.get("root", "")), repeat))
     return parts
 
 
@@ -264,7 +287,7 @@ def canonical(value, source: str, image_root: str | None, folder: str, need: tup
         raise RowError(f"{source}: expected an object, got {type(value).__name__}")
     row = value | {"_source": source, "_image_root": image_root}  # ours win: a row cannot move its root
     for name, aliases in ALIASES.items():
-        found = next((a for a in aliases if value.get(a) not in (None, "")), None)
+        found = next((a for a in aliases if value.get(a) not in (None, "", [])), None)
         if found is not None:  # under both names: a reward function may ask for the dataset's own
             row[name] = value[found]
     turns = value.get("conversations") or value.get("messages")
@@ -349,7 +372,8 @@ def decode_image(file, source: str, name: str) -> Image.Image:
         with Image.open(file, formats=IMAGE_FORMATS) as opened:
             if opened.width * opened.height > MAX_IMAGE_PIXELS:
                 raise ValueError(f"{opened.width} x {opened.height} pixels are more than {MAX_IMAGE_PIXELS}")
-            shown = ImageOps.exif_transpose(opened)
+            shown = opened.getexif().get(0x0112)  # not exif_transpose: it writes all tags anew, odd ones fail
+            shown = opened.transpose(TURNS[shown]) if shown in TURNS else opened
             if shown.mode == "I;16":  # convert() would clip it to white
                 shown = shown.point(lambda value: value / 256).convert("L")
             if shown.has_transparency_data:  # convert() would show the colour beneath, mostly black
@@ -357,7 +381,7 @@ def decode_image(file, source: str, name: str) -> Image.Image:
             return shown.convert("RGB")
     except FileNotFoundError:
         raise RowError(f"{source}: image {name} does not exist") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # corrupt, to Pillow
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:  # corrupt
         raise RowError(f"{source}: image {name} cannot be read: {error}") from None
 
 
@@ -374,6 +398,10 @@ def to_messages(row: dict) -> list[dict]:
             isinstance(m, dict) and isinstance(m.get("role"), str)
             and isinstance(m.get("content"), (str, list)) for m in messages):
         raise RowError(f"{source}: prompt must be a string or a list of {{'role', 'content'}} messages")
+    unknown = {m["role"] for m in messages} - {"system", "user", "assistant"}
+    if unknown:  # many templates would print it as it is
+        raise RowError(f"{source}: a turn has the role {sorted(unknown)[0]!r}; expected system, user (human) "
+                       "or assistant (gpt)")
     out, placeholders = [], 0
     for message in messages:
         content, blocks = message["content"], []
@@ -390,7 +418,9 @@ def to_messages(row: dict) -> list[dict]:
         placeholders += sum(block["type"] == "image" for block in blocks)
         out.append({"role": message["role"], "content": blocks})
     if placeholders == 0 and count:
-        first_user = next((m for m in out if m["role"] == "user"), out[0])
+        first_user = next((m for m in out if m["role"] == "user"), None)
+        if first_user is None:
+            raise RowError(f"{source}: images, but no user message that they could stand in")
         first_user["content"] = [{"type": "image"} for _ in range(count)] + first_user["content"]
     elif placeholders != count:
         raise RowError(f"{source}: the prompt has {placeholders} image placeholders, "
@@ -463,12 +493,14 @@ def encode_completion(policy: Policy, processor, row: dict, column: str) -> torc
     stops there; a template that ends no turn gets the tokenizer's EOS.
     """
     source, answer, tokenizer = row["_source"], row[column], processor.tokenizer
-    if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict):
+    if (isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict)
+            and answer[0].get("role", "assistant") == "assistant"):
         answer = answer[0].get("content")
-        if isinstance(answer, list):
-            answer = "".join(block.get("text") or "" for block in answer)
+        if isinstance(answer, list) and all(isinstance(block, dict) and block.get("type") == "text"
+                                            and isinstance(block.get("text"), str) for block in answer):
+            answer = "".join(block["text"] for block in answer)
     if not isinstance(answer, str) or not answer.strip():
-        raise RowError(f"{source}: {column} must be a non-empty string or one assistant message, "
+        raise RowError(f"{source}: {column} must be a non-empty string or one assistant message of text, "
                        f"got {str(answer)[:80]!r}")
     messages = to_messages(row)
     prompt = _render_prompt(processor, messages, source)
@@ -595,7 +627,8 @@ def length_limit(policy: Policy, max_length: int | None) -> int:
 def check_length(rows, i: int, length: int, limit: int):
     if length > limit:
         raise RowError(f"{rows[i]['_source']}: {length} tokens with the images, more than the {limit} that "
-                       f"fit (nothing is ever cut; --overlong skip leaves such training rows out)")
+                       f"the model's context and the length flags leave (nothing is ever cut; "
+                       f"--overlong skip leaves such training rows out)")
 
 
 def check_rows(rows, num_draws: int, seed: int, overlong: str, limit: int, rank: int, world_size: int,

@@ -482,7 +482,7 @@ def ngrpo_advantages(rewards, num_generations, reward_max, *, eps=1e-4):
 def dgpo_advantages(rewards, num_generations, reward_max, *, temperature=2.0, eps=1e-4):
     """DGPO (arXiv 2601.20614): the mean absolute deviation for the std, and harder prompts weigh more.
 
-        A = (r - mean) / (mean |r - mean| + eps) * Q softmax_q(-p_q / temperature)     (N,) -> (N,)
+        A = n (r - mean) / (sum |r - mean| + eps) * Q softmax_q(-p_q / temperature)     (N,) -> (N,)
 
     over the Q groups with spread; p: mean reward of the group, as a share of the highest.
     """
@@ -648,7 +648,8 @@ def kl_penalty(logps, ref_logps, estimator="k3"):
         k2  E[d grad log pi]: that of KL(pi || ref), exactly
         k3  E[(1 - e^-d) grad log pi] = -E_ref[grad log pi]: that of KL(ref || pi)
         k1, k3 times the ratio (`use_bias_correction_kl`, DeepSeek-V3.2, arXiv 2512.02556): that of
-            KL(pi || ref), exactly; k2 times the ratio is that of E[k2]
+            KL(pi || ref), exactly; k2 times the ratio is that of E[k2]. GSPO's ratio, the |y|-th root, gives
+            k1 1/|y| of it, and k3 another one
 
     per token, given what stands before it: how a token changes the KL of later ones enters only with the
     ratio of the whole sequence (`sequence_sum`). d is clamped so that one outlier cannot overflow exp.
@@ -812,7 +813,7 @@ def disco_loss(r, u, s, n, *, drift, disco_tau=10.0, disco_delta=1e-4, disco_bet
     drift: mean log pi_old - log pi over the micro-batch's tokens, the KL that the last term bounds by delta.
     """
     mean = r.nanmean(-1, keepdim=True)
-    right, wrong = r - mean > 1e-7, mean - r > 1e-7                                         # (P, G)
+    right, wrong = r - mean > 1e-6, mean - r > 1e-6                                         # (P, G)
     low = (s / n / disco_tau).masked_fill(~wrong, -1e9).logsumexp(-1) - wrong.sum(-1).clamp(min=1).log()
     high = masked_sum(s / n, right) / right.sum(-1).clamp(min=1)                            # (P,)
     penalty = (disco_beta * (drift - disco_delta)).clamp(min=0).detach() * drift

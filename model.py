@@ -517,7 +517,7 @@ class Policy(nn.Module):
         Under FSDP they are so already, once gathered. On a CPU the decoder's and the head's linear layers
         multiply by a copy in oneDNN's own layout: a sampler's step is 1.1 (bf16) to 1.7 times as fast."""
         masters = [(p, p.data) for p in self.parameters()
-                   if p.is_floating_point() and p.dtype != self.dtype]
+                   if p.is_floating_point() and p.dtype != self.dtype and not hasattr(p, "quant_state")]
         for p, _ in masters:
             p.data = p.data.to(self.dtype)
         packed, mkldnn = [], torch.ops.mkldnn
@@ -531,11 +531,15 @@ class Policy(nn.Module):
             name = "product" if isinstance(layer, LoraLinear) else "forward"
             setattr(layer, name, lambda x, w=weight, b=layer.bias: mkldnn._linear_pointwise(
                 x.to(w.dtype), w, b, "none", [], ""))
+        dora = [m for m in self.modules() if hasattr(m, "lora_m")]
+        for layer in dora:  # two passes over W: not once a token
+            layer.gain = layer.magnitude().detach()
         try:
             yield
         finally:
-            for layer in packed:
-                vars(layer).pop("product", None), vars(layer).pop("forward", None)
+            for layer in (*packed, *dora):
+                for name in ("product", "forward", "gain"):
+                    vars(layer).pop(name, None)
             for p, data in masters:
                 p.data = data
 
@@ -573,8 +577,8 @@ class Policy(nn.Module):
         """Run a vision tower of which nothing is trained, once for every prompt. What it says stays with the
         prompt's pixels, where all passes, the reference's too, find it (`hidden`). A collective."""
         base, seen = self.hf.base_model, []
-        if not hasattr(base, "get_image_features"):
-            return prompts
+        if not hasattr(base, "get_image_features") or self.hf.config.model_type not in TESTED:
+            return prompts  # another family's tower may answer in a shape that `cat_pixels` cannot join
         tower, known = self.hf.get_encoder(modality="image"), inspect.signature(base.get_image_features)
         if any(p.requires_grad for p in tower.parameters()):
             return prompts
@@ -647,12 +651,17 @@ class LoraLinear:
         update = self.lora_scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
         if not hasattr(self, "lora_m"):
             return y + update
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            W = dense(self)
-            start, norm = W.norm(dim=1), self.added(W, self.lora_A, self.lora_B).norm(dim=1)
-        gain = (start + self.lora_m) / norm                                                   # (out,)
+        gain = vars(self).get("gain")
+        gain = self.magnitude() if gain is None else gain                                     # (out,)
         plain = y if self.bias is None else y - self.bias
         return y + ((gain - 1) * plain + gain * update).to(y.dtype)
+
+    def magnitude(self):
+        """m / |V| (out,), with a gradient to m alone."""
+        with torch.no_grad(), torch.autocast(self.lora_m.device.type, enabled=False):
+            W = dense(self)
+            start, norm = W.norm(dim=1), self.added(W, self.lora_A, self.lora_B).norm(dim=1)
+        return (start + self.lora_m) / norm
 
     def added(self, W, A, B):
         return W + self.lora_scale * (B.float() @ A.float())
@@ -727,7 +736,7 @@ def add_lora(hf, args):
         torch.manual_seed(args.seed)  # the same on all ranks
         for name in sorted(chosen):
             layer, device = chosen[name], chosen[name].weight.device
-            if layer.weight.is_floating_point():
+            if layer.weight.is_floating_point() and not hasattr(layer.weight, "quant_state"):
                 layer.weight.data = layer.weight.data.to(getattr(torch, args.dtype))
             layer.lora_A = nn.Parameter(torch.empty(args.lora_r, layer.in_features, device=device))
             nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))
@@ -855,7 +864,7 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
             add_lora(hf, lora)
         return Policy(hf, processor, getattr(torch, dtype)).train()
 
-    def load():
+    def load():  # on a CPU
         try:
             hf = auto.from_pretrained(
                 path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True)
@@ -871,6 +880,8 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
             del hf.config.quantization_config
             for module in hf.modules():  # in eval() bitsandbytes packs weights for some CPUs, never to unpack
                 module.support_avx512bf16_for_cpu = False
+        elif hf.config.model_type not in TESTED:
+            check_logps(Policy(hf, processor), path)
         return finish(hf)
 
     if not dist.is_initialized():
@@ -895,6 +906,27 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
         policy(to_device(pack_groups([(prompt, [token])], policy.pad_id), device))
     policy.reshard()
     return policy, processor
+
+
+@torch.no_grad()
+def check_logps(policy: Policy, path: str):
+    """Refuse a model whose log-probs in a group row are not those of its own forward: one whose head scales
+    its logits (Granite, Cohere), or whose attention cannot be replaced (Falcon). Of text only."""
+    text_config, never = policy.hf.config.get_text_config(), set(policy.never_sampled.tolist())
+    V = policy.hf.get_output_embeddings().weight.shape[0]
+    tokens = torch.tensor([i for i in range(V) if i not in never][:24 * 7:7])                      # (24,)
+    prompt = Prompt(tokens[:8], policy.prompt_positions(tokens[:8], {}, {}), {}, {})
+    batch = pack_groups([(prompt, [tokens[8:16], tokens[16:]])], policy.pad_id)
+    ours, *_ = policy(batch)                                                                       # (2, 8)
+    text_config._attn_implementation = "sdpa"
+    alone = torch.stack([tokens[:16], torch.cat([tokens[:8], tokens[16:]])])                       # (2, 16)
+    logits = policy.hf(input_ids=alone, use_cache=False).logits[:, 7:-1]
+    text_config._attn_implementation = "flatpo"
+    theirs = scaled_logits(logits, policy.never_sampled, 1.0).log_softmax(-1)                      # (2, 8, V)
+    theirs = theirs.gather(-1, alone[:, 8:, None]).squeeze(-1)
+    if not torch.allclose(ours, theirs, atol=1e-3):
+        raise InputError(f"{path}: {policy.hf.config.model_type} is not supported: its log-probs in a group "
+                         f"row differ from its own by up to {(ours - theirs).abs().max():.2g}")
 
 
 def export(policy: Policy, processor, source: str, folder: str | Path, rank: int = 0):
@@ -1055,10 +1087,12 @@ def cold_start(args, output_dir: Path, accuracy: float = 0.4):
     env = {k: v for k, v in os.environ.items()
            if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
            and not k.startswith("TORCHELASTIC")}
-    child = subprocess.Popen(command, env=env)
-    previous = signal.signal(signal.SIGTERM, lambda *_: (child.terminate(), child.wait(), sys.exit(143)))
-    child.wait()
+    child, asked = subprocess.Popen(command, env=env), []
+    previous = signal.signal(signal.SIGTERM, lambda *_: (asked.append(True), child.terminate()))
+    child.wait()  # not in the handler: it would wait for the lock that this wait holds
     signal.signal(signal.SIGTERM, previous)
+    if asked:
+        sys.exit(143)
     if child.returncode or not (output_dir / "cold_start" / "final").is_dir():
         raise InputError(f"the cold start was not finished (exit code {child.returncode}); see above")
 
@@ -1084,6 +1118,8 @@ def init_distributed(device: str = "auto"):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("--device cuda: this torch sees no GPU")
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if world_size > 1 and not dist.is_initialized():
@@ -1205,6 +1241,21 @@ size, count = within("[1, inf)", int), within("[0, inf)", int)
 positive, not_negative, finite, share = map(within, ("(0, inf)", "[0, inf)", "(-inf, inf)", "[0, 1]"))
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """--help with each flag's default, which --algo's preset and the built-in model's own may replace."""
+
+    def _get_help_string(self, action):
+        said = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help
+        return action.help + ("" if said else " (default: %(default)s)")
+
+
+def changes_nothing(args, parser, unused: dict[str, str]):
+    """An error for a flag of `unused` {name: why it does nothing} that is not at its default or preset."""
+    for name, why in unused.items():
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} changes nothing {why}")
+
+
 def add_run_flags(parser):
     """The flags that train_dpo.py and train_grpo.py have in common."""
     add, on_off = parser.add_argument, argparse.BooleanOptionalAction
@@ -1224,7 +1275,8 @@ def add_run_flags(parser):
     add("--max_tokens_per_batch", type=size, help="cut a step into micro-batches of whole groups by tokens; "
         "per_device_train_batch_size x gradient_accumulation_steps stays the step")
     add("--num_train_epochs", type=positive, default=1.0,
-        help="passes over the data, of as many draws as it has rows, skipped ones replaced; max_steps wins")
+        help="passes over the data, of as many draws as it has rows, skipped ones replaced, those that "
+        "dynamic sampling rejects not counted; max_steps wins")
     add("--max_steps", type=within("[-1, inf)", int), default=-1, help="optimizer steps; -1: from the epochs")
     add("--learning_rate", type=not_negative, default=1e-6, help="peak, after the warm-up")
     add("--lr_scheduler_type", choices=["cosine", "linear", "constant"], default="linear", help="the decay")
@@ -1288,8 +1340,9 @@ def parse_args(argv, parser, presets: dict, tiny: dict, tiny_by_algo: dict, chec
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [f for action in parser._actions for f in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0.75)
+        parser.error(f"unknown argument {unknown[0]}; " + (
+            f"did you mean {near[0]}?" if near else "--help lists what there is, GUIDE.md TRL's settings"))
     args.loss_type = [name for item in args.loss_type for name in item.split(",") if name]
     if not args.loss_type:
         parser.error("--loss_type names no loss")
@@ -1380,30 +1433,35 @@ def open_run(args, rank: int, world_size: int) -> tuple[Path, bool]:
     if args.shard_size is not None and world_size % args.shard_size:
         raise InputError(f"--shard_size {args.shard_size} must divide the number of ranks, {world_size}")
     name = f"--output_dir {args.output_dir}"
-    args.output_dir, resumed = on_rank_0(name, lambda: _open_run(args, world_size))
+    args.output_dir, resumed, args.resume = on_rank_0(name, lambda: _open_run(args, world_size))
     return Path(args.output_dir), resumed
 
 
-def _open_run(args, world_size: int) -> tuple[str, bool]:
-    if args.output_dir is None:
-        n = 1
-        while os.path.exists(f"runs/{args.algo}-{n}"):
+def _open_run(args, world_size: int) -> tuple[str, bool, str]:
+    now, resumed, n = describe_run(args, world_size), False, 1
+    while args.output_dir is None:
+        try:
+            os.makedirs(f"runs/{args.algo}-{n}")  # whoever makes it has the name, of runs started together
+            args.output_dir = now["output_dir"] = f"runs/{args.algo}-{n}"
+        except FileExistsError:
             n += 1
-        args.output_dir = f"runs/{args.algo}-{n}"
-    folder, now, resumed = Path(args.output_dir), describe_run(args, world_size), False
-    if folder.exists() and any(folder.iterdir()):
+    folder = Path(args.output_dir)
+    if folder.exists() and {file.name for file in folder.iterdir()} - {"args.json.tmp"}:
         if args.resume == "never" or not (folder / "args.json").exists():
             raise InputError(f"--output_dir {folder} is not empty; name a new one, "
                              f"or none for runs/{args.algo}-N")
-        check_unchanged(json.loads((folder / "args.json").read_text()), now, args.allow_changed)
-        resumed = True
+        resumed = (folder / "status.json").exists()  # else it failed before its first step: nothing is there
+        if resumed:
+            check_unchanged(json.loads((folder / "args.json").read_text()), now, args.allow_changed)
     if args.resume not in ("auto", "never"):
         start = Path(args.resume)
-        if not (start / "manifest.json").is_file():
+        if came_from(folder) == args.resume:  # the same command once more, to go on with what it began
+            args.resume = "auto"
+        elif not (start / "manifest.json").is_file():
             raise InputError(f"--resume {start}: expected auto, never or a checkpoint folder (step_N), which "
                              "has a manifest.json")
         before = start.parent.parent / "args.json"
-        if before.is_file():
+        if args.resume != "auto" and before.is_file():
             check_unchanged(json.loads(before.read_text()), now, args.allow_changed)
     if args.push_to_hub is not None:  # before the work, not after it, shows whether it can be written
         try:
@@ -1412,14 +1470,25 @@ def _open_run(args, world_size: int) -> tuple[str, bool]:
         except Exception as error:  # offline, no token, no such name, not yours
             raise InputError(f"--push_to_hub {args.push_to_hub}: {error} (offline? not logged in? "
                              "`hf auth login`; the name is OWNER/NAME)") from error
-    (folder / "completions").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "args.json", json.dumps(now, indent=2) + "\n")  # first: whose folder it is
+    (folder / "completions").mkdir(exist_ok=True)
     shutil.rmtree(folder / "code", ignore_errors=True)
     for name, file in code_of(args).items():
         (folder / "code" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / "code" / name)
-    write_atomically(folder / "args.json", json.dumps(now, indent=2) + "\n")
     print(f"{args.algo}: " + " ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
-    return str(folder), resumed
+    return str(folder), resumed, args.resume
+
+
+def came_from(output_dir: Path) -> str | None:
+    """The --resume PATH that the run's newest checkpoint goes back to, if any."""
+    for folder in complete_checkpoints(output_dir)[:1]:
+        try:
+            return json.loads((folder / "state.json").read_text()).get("resumed_from")
+        except (OSError, ValueError):
+            pass  # a bad one, which load_checkpoint will name
+    return None
 
 
 def check_unchanged(before: dict, now: dict, allowed: list[str]):
@@ -1482,9 +1551,9 @@ def end_run(output_dir: Path, rank: int, status: str, step: int | None, rewards)
 
 
 def end_ranks():
-    """Destroy the process group. gloo's threads let go of a collective's tensors after it has returned, and need
-    Python's lock for it: one that waits for the lock still when the interpreter ends aborts the process, and
-    torchrun calls a finished run failed (exit code -6). Sleeping gives them the lock."""
+    """Destroy the process group. gloo's threads let go of a collective's tensors after it has returned, and
+    need Python's lock for it: one that still waits for the lock when the interpreter ends aborts the process,
+    and torchrun calls a finished run failed (exit code -6). Sleeping gives them the lock."""
     if dist.is_initialized():
         if dist.get_backend() == "gloo":
             time.sleep(0.2)
@@ -1685,7 +1754,10 @@ def save_checkpoint(output_dir: Path, policy: Policy, optimizer, state: dict, ro
     temporary, error, written = folder.with_suffix(".tmp"), None, {}
 
     def make_folder():
-        shutil.rmtree(temporary, ignore_errors=True)  # left over from a killed save
+        for other in list(folder.parent.glob("step_*")):  # left over from a killed save, or half deleted
+            whole = (other / "manifest.json").exists()
+            if re.fullmatch(r"step_\d+\.tmp" if whole else r"step_\d+(\.tmp)?", other.name):
+                shutil.rmtree(other, ignore_errors=True)
         temporary.mkdir(parents=True)
 
     try:
@@ -1719,7 +1791,9 @@ def save_checkpoint(output_dir: Path, policy: Policy, optimizer, state: dict, ro
             shutil.rmtree(folder, ignore_errors=True)  # bad, or it would have been resumed from (`Saver`)
             temporary.rename(folder)
             sync_folder(folder.parent)
-            for old in complete_checkpoints(output_dir)[keep:]:
+            found = complete_checkpoints(output_dir)
+            own = found.index(folder)  # later ones are bad: this run was resumed from one before them
+            for old in found[:own] + found[own + keep:]:
                 drop_checkpoint(old)
         except OSError as reason:
             errors = [f"rank 0: {reason}"]
@@ -1747,6 +1821,32 @@ class Saver:
         self.failures = 0 if written else self.failures + 1
         if not written and (last or self.failures == 3):
             raise InputError(f"no checkpoint could be written under {self.run[0]}; the reason stands above")
+
+
+def restore(args, output_dir: Path, resumed: bool, state: dict, policy: Policy, optimizer, scheduler,
+            rank: int, ref: Policy | None = None) -> tuple[Saver, list]:
+    """Fill `state` from the run's newest checkpoint, or from --resume PATH, weights and optimizer with it.
+    -> (the run's Saver, [rows of each rank that wrote it])"""
+    path, parts, saved = None if args.resume in ("auto", "never") else args.resume, [], 0
+    if resumed or path is not None:
+        found, parts = load_checkpoint(output_dir, policy, optimizer, rank, path, ref)
+        state |= (found or {}) | ({} if path is None else {"resumed_from": path})
+        forget_after(output_dir, rank, state["step"] - (state["pending"] is not None))
+        if path is None or Path(path).resolve().parent.parent == output_dir.resolve():
+            saved = state["step"]
+    if "scheduler" in state:
+        set_schedule(args, optimizer, scheduler, state["scheduler"])
+    return Saver(args.save_total_limit, output_dir, policy, optimizer, scheduler, rank, saved, ref), parts
+
+
+def set_schedule(args, optimizer, scheduler, saved: dict):
+    """The schedule at a checkpoint's step, by this run's flags: else the checkpoint's own learning rate,
+    decay and betas would come back with it, whatever --allow_changed allows."""
+    scheduler.load_state_dict(saved | {"base_lrs": scheduler.base_lrs})
+    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
+        group.update(lr=base * factor(scheduler.last_epoch), initial_lr=base, weight_decay=args.weight_decay,
+                     betas=(args.adam_beta1, args.adam_beta2))
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def sync_folder(folder: Path):

@@ -15,8 +15,11 @@ import os
 import re
 import resource
 import signal
+import sys
+import time
 import traceback
 import urllib.request
+import zlib
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -28,6 +31,7 @@ from urllib.error import HTTPError
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -63,7 +67,8 @@ def keyed_uniform(seed: int, draw: torch.Tensor, k: torch.Tensor, t: torch.Tenso
 def keep_likely(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0):
     """(N, V) logits, ids outside top_k, top_p or min_p at -inf, in transformers' order. 0, 1.0, 0: all stay.
 
-        top_k  the k most likely ids          min_p  ids of at least min_p times the largest probability
+        top_k  the k most likely ids, and those as likely as the k-th
+        min_p  ids of at least min_p times the largest probability
         top_p  the fewest ids, most likely first, whose probabilities sum to top_p or more
     """
     if top_k:
@@ -253,8 +258,8 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
     """
     P, G, T, device = len(prompts), num_generations, max_completion_length, policy.device
     S, was_training = max(len(p.tokens) for p in prompts), policy.training
-    groups = min(P, max(1, rollout_tokens // (2 * S + G * T)))  # at once; there are two slots for each
     wide_S, wide_T = -(-S // 8) * 8, -(-T // 8) * 8  # tensor cores want rows of 16 bytes
+    groups = min(P, max(1, rollout_tokens // (2 * wide_S + G * wide_T)))  # at once; each has two slots
     slots, rows = min(P, 2 * groups), groups * G
     cache, eos = GroupCache(slots, rows, wide_S, wide_T), torch.tensor(policy.eos_ids, device=device)
     cache.prefix_bias = torch.zeros(slots, 1, 1, wide_S, device=device)
@@ -281,8 +286,9 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
         token[at], logp = sample_tokens(logits, u, top_k, top_p, min_p)
         column = torch.where(running[at], next_t, T)
         ids[row[at], column], logps[row[at], column] = token[at], logp
+        position[at] += running[at].long()  # who has ended stays where it is
         running[at] &= ~torch.isin(token[at], eos) & (next_t < T - 1)
-        t[at], position[at] = next_t, position[at] + 1
+        t[at] = next_t
 
     def admit(chosen: list[int], free: list[int]):
         """Prefill prompts into free slots, and draw their completions' first tokens."""
@@ -316,9 +322,13 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
         draw(hidden[:, 0], at)
 
     graphs, pool = {}, torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-    # Experts' grouped_mm waits for the GPU, which a capture may not, but in bf16 on Hopper and Blackwell.
-    waits = device.type == "cuda" and hasattr(policy.hf.config.get_text_config(), "num_experts") and (
+    # What a capture may not do, wait for the GPU: experts' grouped_mm does, but in bf16 on Hopper and
+    # Blackwell; rotary frequencies that follow the longest row do. And FSDP's hooks fork streams.
+    experts = any(name.endswith("_experts") for name in policy.hf.config.get_text_config().to_dict())
+    waits = device.type == "cuda" and experts and (
         policy.dtype != torch.bfloat16 or torch.cuda.get_device_capability(device)[0] not in (9, 10))
+    waits |= isinstance(policy, FSDPModule) or any(
+        getattr(m, "rope_type", None) in ("dynamic", "longrope") for m in policy.modules())
     graphed = CUDA_GRAPHS and device.type in BUCKETS and not waits
 
     def run(size: int, width: int):
@@ -506,9 +516,12 @@ def _load_function(spec: str):
     if not path.endswith(".py") or not Path(path).is_file():
         raise RewardError(f"reward {spec}: no such file {path!r} "
                           "(expected a built-in name or path/to/file.py:function)")
-    module_spec = importlib.util.spec_from_file_location(f"reward_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    module_name = f"reward_{zlib.crc32(os.path.realpath(path).encode()):08x}_{Path(path).stem}"
+    if module_name not in sys.modules:  # once for all functions of a file
+        module_spec = importlib.util.spec_from_file_location(module_name, path)
+        module = sys.modules[module_name] = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+    module = sys.modules[module_name]
     if not callable(getattr(module, name, None)):
         raise RewardError(f"reward {spec}: {path} has no function {name!r}")
     return getattr(module, name)
@@ -532,7 +545,7 @@ def _reward_child(connection, specs: list[str]):
     """The child's loop: receive (function index, columns), send ("ok", rewards), or ("error", traceback) and
     then ("row", index), the first row on which the function raises by itself (None: on none)."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches every process; the run decides when to end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of ctrl-C while it starts; the run decides when to end
     os.setpgid(0, 0)  # so that what a function starts can be killed with it
     try:
         functions = [_load_function(spec) for spec in specs]
@@ -544,11 +557,14 @@ def _reward_child(connection, specs: list[str]):
     while True:
         try:
             index, columns = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # the run is gone, perhaps with an answer unread
             return
         try:
             result = functions[index](**columns)
-            connection.send(("ok", result.tolist() if hasattr(result, "tolist") else result))
+            result = result.tolist() if hasattr(result, "tolist") else result
+            if isinstance(result, (list, tuple)):  # tensors would each take a file of shared memory
+                result = [x.tolist() if hasattr(x, "tolist") else x for x in result]
+            connection.send(("ok", result))
         except MemoryError:  # a limit like the time's: this process ends, the run goes on
             raise
         except Exception:
@@ -572,9 +588,10 @@ class RewardRunner:
 
     A call that takes more than `timeout` seconds, or ends its process (a crash, exit, REWARD_MEMORY), is made
     again in a new one, completion by completion, each within a quarter of the limit. For those that hang or
-    crash it alone the function abstains: they are named and counted (`failed`). Beyond 12 of the latest 256
-    the run ends, before the other ranks would give up waiting. An exception, a wrong count or a number that
-    is not finite is a fault of the function, and ends the run at once.
+    crash it alone the function abstains: they are named and counted (`failed`). Beyond 12 of the latest 256,
+    or 12 times the limit for a batch's completions, the run ends, before the other ranks would give up
+    waiting. An exception, a wrong count or a number that is not finite is a fault of the function, and ends
+    the run at once.
     """
 
     def __init__(self, specs: list[str], timeout: float = 60.0):
@@ -598,7 +615,8 @@ class RewardRunner:
                 self.connection.send(question)
             if not self.connection.poll(timeout):
                 self.close()
-                raise RewardProcessLost(f"{what}: no answer within {timeout:g} s (--reward_timeout); "
+                flag = " (--reward_timeout)" if self.ready else ""
+                raise RewardProcessLost(f"{what}: no answer within {timeout:g} s{flag}; "
                                         "its process was killed")
             return self.connection.recv()
         except (EOFError, OSError):
@@ -641,8 +659,14 @@ class RewardRunner:
             text = str(error)
         if not alone:
             tqdm.write(f"warning: {text}; its {len(rows)} completions are tried one by one")
-            return torch.cat([self._score_one(index, {k: v[i:i + 1] for k, v in columns.items()},
-                                              rows[i:i + 1], step, True) for i in range(len(rows))])
+            rewards, end = [], time.monotonic() + 12 * self.timeout
+            for i in range(len(rows)):
+                if time.monotonic() > end:
+                    raise RewardError(f"{text}; of its {len(rows)} completions, tried one by one, {i} took "
+                                      f"{12 * self.timeout:g} s: raise --reward_timeout")
+                one = {k: v[i:i + 1] for k, v in columns.items()}
+                rewards.append(self._score_one(index, one, rows[i:i + 1], step, alone=True))
+            return torch.cat(rewards)
         text = f"{text}; row {rows[0]['_source']}, completion {columns['completions'][0][:200]!r}"
         self.failed += 1
         self.recent[index].append(True)
@@ -677,6 +701,8 @@ class RewardRunner:
         return checked_rewards(result, len(rows), what, at)
 
     def close(self):
+        if self.connection.closed:  # its number may be another's by now
+            return
         try:
             os.killpg(self.process.pid, signal.SIGKILL)  # and what it has started
         except OSError:  # it is gone, or had no time to make a group of its own

@@ -41,7 +41,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -93,7 +93,7 @@ TINY_BY_ALGO = {"sft": dict(learning_rate=2e-3, max_steps=100, warmup_steps=20, 
 
 
 def build_parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=model.HelpFormatter,
                                 allow_abbrev=False)
     add = p.add_argument
     on_off = argparse.BooleanOptionalAction
@@ -105,7 +105,7 @@ def build_parser():
     add("--loss_type", nargs="+", help=f"any of {', '.join(losses.PREFERENCE_LOSSES)}; spaces or commas")
     add("--loss_weights", nargs="+", type=model.finite, help="one per loss_type; default 1 each")
     add("--beta", type=model.positive, default=0.1,
-        help="strength of the pull to the reference, in every pair loss")
+        help="strength of the pull to the reference; simpo's scale; in asft of the metrics alone")
     add("--bco_delta", choices=["running", "ema", "none"], default="running", help="BCO's reward shift")
     add("--nll_normalization", choices=["sequence", "token"], default="sequence", help="the mean in `sft`")
     add("--label_smoothing", type=model.within("[0, 0.5)"), default=0.0,
@@ -162,6 +162,13 @@ def check_args(args, parser):
             parser.error(f"--{flag} weighs pairs: not sft, nor aot and aot_unpaired, which sort them apart")
     if args.ld_alpha != 1 and (not pairs or "tgdpo" in given):
         parser.error("--ld_alpha compares the lengths of a pair: sft has none, and tgdpo has its own weights")
+    model.changes_nothing(args, parser, {
+        name: f"without {what}" for name, what, used in (
+            ("beta", "a pair loss", pairs), ("simpo_gamma", "--loss_type simpo", "simpo" in given),
+            ("bco_delta", "--loss_type bco_pair", "bco_pair" in given),
+            ("nll_normalization", "--loss_type sft", "sft" in given),
+            ("f_alpha_divergence_coef", "--f_divergence_type alpha_divergence",
+             args.f_divergence_type == "alpha_divergence")) if not used})
     if ("tgdpo" in given) != (args.guide_model is not None):
         parser.error("tgdpo needs --guide_model, a model trained by DPO, and nothing else takes it")
 
@@ -204,8 +211,11 @@ class ReferenceCache:
         name = f"{model.weights_fingerprint(policy)[:32]}-{str(policy.dtype).removeprefix('torch.')}"
         self.folder, self.known = Path(folder) / name, {}
         for file in sorted(self.folder.glob("*.safetensors")):
-            with safe_open(file, "pt") as tensors:
-                self.known |= {key: tensors.get_tensor(key) for key in tensors.keys()}
+            try:
+                with safe_open(file, "pt") as tensors:
+                    self.known |= {key: tensors.get_tensor(key) for key in tensors.keys()}
+            except SafetensorError as error:  # emptied by a power cut, perhaps
+                print(f"warning: {file} cannot be read ({error}): what it held is computed anew", flush=True)
 
     def add(self, policy, groups_in_batches, share_prompt: bool, stop) -> tuple[int, int]:
         """Compute and store what is missing. -> (distinct groups computed, distinct groups found)"""
@@ -430,7 +440,8 @@ def main(argv=None):
 
         def scored():
             """The held-out rows' prompts, each batch when its terms are added: no row is encoded twice."""
-            for groups in encoded(eval_rows, range(len(eval_rows)), args.per_device_eval_batch_size):
+            batched = encoded(eval_rows, range(len(eval_rows)), args.per_device_eval_batch_size)
+            for groups in within_budget(batched):
                 terms, metrics = score_groups(args, policy, groups, references, state)
                 add(terms, "eval/loss/")
                 add(metrics, "eval/")
@@ -470,14 +481,7 @@ def main(argv=None):
     #     pending: metrics of `step` that still wait for their evaluation
     state = {"step": 0, "pending": {"step": 0}, "delta": 0.0, "eta": 0.9, "start": {}, "end": {},
              "skipped": 0}
-    path = None if args.resume in ("auto", "never") else args.resume
-    if resumed or path is not None:
-        state |= model.load_checkpoint(output_dir, policy, optimizer, rank, path)[0] or {}
-        model.forget_after(output_dir, rank, state["step"] - (state["pending"] is not None))
-    if "scheduler" in state:
-        scheduler.load_state_dict(state["scheduler"])
-    saver = model.Saver(args.save_total_limit, output_dir, policy, optimizer, scheduler, rank,
-                        saved=state["step"] if args.resume == "auto" else 0)
+    saver, _ = model.restore(args, output_dir, resumed, state, policy, optimizer, scheduler, rank)
 
     def close_step(metrics) -> bool:
         """Held-out rows, the log, a checkpoint, each when it is due. True if the run was asked to stop."""

@@ -15,7 +15,8 @@ with loss_type grpo the loss is 0 (advantages are centred), with dapo it is -sum
 
 Where this differs from the papers and from TRL:
  1. Every loss is a sum over the whole optimizer step divided by its count there, so the gradient depends on
-    neither micro-batch size nor number of ranks. TRL averages micro-batch means in `grpo`.
+    neither micro-batch size nor number of ranks. TRL's does in `bnpo`, in the entropy bonus, and where its
+    micro-batches are of unequal sizes; `cispo`, `dapo` and `vespo` it divides by the rollout's tokens.
  2. A rollout's groups are cut into updates whole. TRL shuffles completions across the updates of a rollout.
  3. beta is 0 (TRL's default; the GRPO paper has 0.04): no reference model is kept. With LoRA there never is
     one: it is the policy with its adapter off. LoRA has no dropout, since the first ratio must be 1.
@@ -26,8 +27,9 @@ Where this differs from the papers and from TRL:
  5. Ids that can never be an answer (image placeholders) are left out of the softmax, in sampler and trainer.
  6. --algo dapo is its loss, clip range and truncation mask; --dynamic_sampling N (candidates beyond the batch
     are not kept: the next rollout draws them anew) and --reward_funcs ... soft_overlong are to be asked for.
- 7. The KL is multiplied by the ratio, as in TRL 1.16, so that its gradient is that of KL(pi || ref);
-    --no-use_bias_correction_kl is the GRPO paper's. The entropy bonus is a mean over the step's tokens.
+ 7. The KL is multiplied by the ratio, as in TRL 1.16, so that k1's and k3's gradient is that of
+    KL(pi || ref) (not with GSPO's ratio, a root); --no-use_bias_correction_kl is the GRPO paper's. The
+    entropy bonus is a mean over the step's tokens.
 """
 
 import os
@@ -328,7 +330,7 @@ TINY_BY_ALGO = {algo: dict(learning_rate=2e-4, per_device_train_batch_size=64, m
 
 
 def build_parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=model.HelpFormatter,
                                 allow_abbrev=False)
     add = p.add_argument
     on_off = argparse.BooleanOptionalAction
@@ -365,7 +367,8 @@ def build_parser():
         help="a sync: alpha * policy + rest * reference")
     add("--ref_model_sync_steps", type=model.size, default=512, help="optimizer steps between syncs")
     add("--use_bias_correction_kl", action=on_off, default=True,
-        help="multiply the KL by the ratio, so that its gradient is the KL's")
+        help="multiply the KL by the ratio: then k1's and k3's gradient is the KL's, but for the ratio of "
+        "level sequence")
     add("--kl_in_reward", action=on_off, default=False, help="take beta * KL off the rewards, as RLOO does")
     add("--entropy_coef", type=model.finite, default=0.0, help="weight of the bonus for mean token entropy")
     add("--top_entropy_quantile", type=model.within("(0, 1]"), default=1.0,
@@ -427,20 +430,29 @@ def check_loss(args, parser):
 
     if args.advantage_estimator == "grpo":
         args.scale_rewards = args.scale_rewards or "group"
-    elif args.scale_rewards is not None:
+    elif args.scale_rewards not in (None, parser.get_default("scale_rewards")):
         parser.error("--scale_rewards is for --advantage_estimator grpo; "
                      f"{args.advantage_estimator} has its own")
-    if (args.beta and args.kl_estimator == "k1" and loss in losses.POLICY_LOSSES
-            and not (args.use_bias_correction_kl or args.kl_in_reward)):
+    else:
+        args.scale_rewards = None
+    kl_in_loss = args.beta and loss in losses.POLICY_LOSSES and not args.kl_in_reward
+    if kl_in_loss and args.kl_estimator == "k1" and not args.use_bias_correction_kl:
         warn("the gradient of k1 without the ratio is 0 on average: --beta does nothing. k2 has the KL's")
+    if kl_in_loss and args.kl_estimator == "k1" and args.use_bias_correction_kl and level == "sequence":
+        warn("k1 times the ratio of --importance_sampling_level sequence, a |y|-th root, has 1/|y| of the "
+             "KL's gradient; k2 with --no-use_bias_correction_kl has the whole")
+    if kl_in_loss and args.kl_estimator == "k2" and args.use_bias_correction_kl:
+        warn("the gradient of k2 is the KL's without the ratio: --no-use_bias_correction_kl")
     if args.kl_in_reward and not args.beta:
         parser.error("--kl_in_reward needs --beta above 0, its weight")
     for name in ("kl_in_reward", "missing_eos_penalty"):
         if getattr(args, name) and args.advantage_estimator == "gdpo":
             parser.error(f"--{name} cannot go with gdpo, which never sums the rewards it would be taken off")
-    if (loss in losses.GROUP_LOSSES) != (args.advantage_estimator == "none"):
-        parser.error("--advantage_estimator none goes with --loss_type "
-                     f"{', '.join(losses.GROUP_LOSSES)}, and they with it; got {loss}")
+    if loss in losses.GROUP_LOSSES and args.advantage_estimator != "none":
+        parser.error(f"--loss_type {loss} compares rewards: it needs --advantage_estimator none")
+    if loss not in losses.GROUP_LOSSES and args.advantage_estimator == "none":
+        parser.error("--advantage_estimator none is for --loss_type "
+                     f"{', '.join(losses.GROUP_LOSSES)}; got {loss}")
     if loss in losses.GROUP_LOSSES:
         neutral = dict(importance_sampling_level="token", importance_sampling_correction="none",
                        top_entropy_quantile=1, off_policy_mask_threshold=None,
@@ -456,15 +468,35 @@ def check_loss(args, parser):
                                    or args.delta <= 1 + args.epsilon_high):
         clipped = ", ".join(n for n, (term, _) in reductions.items() if term is losses.clipped_term)
         parser.error(f"--delta must be above 1 + epsilon_high, and is for --loss_type {clipped}")
-    if loss == "gmpo" and level != "token":
+    if loss == "gmpo" and (level != "token" or args.top_entropy_quantile < 1):
         parser.error("gmpo builds the ratio of the whole sequence itself: it takes "
-                     "--importance_sampling_level token")
+                     "--importance_sampling_level token, and no --top_entropy_quantile")
     if loss == "vespo" and (level != "token" or args.importance_sampling_correction.startswith("sequence")):
         parser.error("vespo builds the ratio of the whole sequence itself: it takes "
                      "--importance_sampling_level token, --importance_sampling_correction none or token_*")
     if level in ("sequence", "sequence_sum") and reductions[loss][1] in ("token", "constant", "micro_batch"):
         warn(f"{loss} sums over tokens, so with one ratio a sequence (--importance_sampling_level {level}) "
              "each completion weighs as much as it is long; GSPO is --loss_type grpo")
+    if args.top_entropy_quantile < 1 and level in ("sequence", "sequence_sum"):
+        warn(f"with one ratio a sequence (--importance_sampling_level {level}) a token's gradient is spread "
+             "over its completion: --top_entropy_quantile only weighs completions")
+    clips = {name for name, (term, _) in losses.POLICY_LOSSES.items()
+             if term in (losses.clipped_term, losses.gmpo_term)}
+    if loss in clips and args.epsilon_high >= 1:
+        warn(f"--epsilon_high {args.epsilon_high:g} lets the ratio rise to {1 + args.epsilon_high:g}"
+             + (": it is cispo's" if args.algo == "cispo" else ""))
+    no_kl = "without --beta in a loss of tokens"
+    model.changes_nothing(args, parser, {
+        name: why for name, why, used in (
+            ("epsilon", f"in --loss_type {loss}", loss in clips),
+            ("epsilon_high", f"in --loss_type {loss}",
+             loss in clips or loss == "cispo" or args.epsilon_high == args.epsilon),
+            ("kl_estimator", no_kl, args.beta and loss in losses.POLICY_LOSSES),
+            ("use_bias_correction_kl", no_kl, kl_in_loss),
+            ("ref_model_sync_steps", "without --sync_ref_model", args.sync_ref_model),
+            ("ref_model_mixup_alpha", "without --sync_ref_model", args.sync_ref_model),
+            ("importance_sampling_clip_max", "without --importance_sampling_correction",
+             args.importance_sampling_correction != "none")) if not used})
     if loss == "luspo" and level != "sequence":
         warn("luspo is defined with --importance_sampling_level sequence")
     if loss == "cispo" and args.epsilon_high <= 1:
@@ -482,6 +514,8 @@ def check_args(args, parser):
     args.loss_type = args.loss_type[0]
     args.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     served = args.vllm_server_base_url is not None
+    if served and not args.vllm_server_base_url.startswith(("http://", "https://")):
+        parser.error(f"--vllm_server_base_url {args.vllm_server_base_url}: expected http://host:port")
     if args.importance_sampling_correction is None:
         default = "token_truncate" if args.loss_type == "vespo" else "sequence_mask"
         args.importance_sampling_correction = (
@@ -493,8 +527,9 @@ def check_args(args, parser):
     args.reward_funcs = [name for item in args.reward_funcs for name in item.split(",") if name]
     for name in args.reward_funcs:
         if name not in REWARDS and ":" not in name:
-            parser.error(f"unknown --reward_funcs {name}; choose from {', '.join(REWARDS)} "
-                         "or path/to/file.py:function")
+            parser.error(f"--reward_funcs {name} names no function of the file: {name}:function"
+                         if name.endswith(".py") else f"unknown --reward_funcs {name}; choose from "
+                         f"{', '.join(REWARDS)} or path/to/file.py:function")
     names = [name.rpartition(":")[2] for name in args.reward_funcs]
     if not names:
         parser.error("--reward_funcs names no function")
@@ -504,6 +539,8 @@ def check_args(args, parser):
     if len(args.reward_weights) != len(args.reward_funcs):
         parser.error(f"{len(args.reward_funcs)} --reward_funcs "
                      f"but {len(args.reward_weights)} --reward_weights")
+    if not any(args.reward_weights):
+        parser.error("--reward_weights are all 0: there is nothing to train on")
     if args.advantage_estimator == "dgpo" and max(args.reward_weights) <= 0:
         parser.error("dgpo measures difficulty by the highest reward: a --reward_weights must be above 0")
     ga, size, G = args.gradient_accumulation_steps, args.per_device_train_batch_size, args.num_generations
@@ -581,6 +618,9 @@ def main(argv=None):
         return len(encode(row).tokens)
 
     limit = data.length_limit(policy, None) - args.max_completion_length
+    if limit < 1:
+        raise model.InputError(f"--max_completion_length {args.max_completion_length} leaves no room for a "
+                               f"prompt in the model's context of {data.length_limit(policy, None)} tokens")
     limit = limit if args.max_prompt_length is None else min(limit, args.max_prompt_length)
     most_draws = rollouts * prompts_per_rollout * (1 + args.dynamic_sampling)
     plan, longest = data.check_rows(train_rows, most_draws, args.seed, args.overlong, limit, rank, world_size,
@@ -655,17 +695,9 @@ def main(argv=None):
     state = {"step": 0, "pending": {"step": 0}, "start": {}, "end": {}, "skipped": 0,
              "draws": [], "next_draw": 0, "variance": {}, "measured": {}, "initial_entropy": None,
              "rollout_sums": {}}
-    stop, parts, rows = model.Stop(args.max_hours), [], {}
-    moving_ref = ref if args.sync_ref_model else None
-    path = None if args.resume in ("auto", "never") else args.resume
-    if resumed or path is not None:
-        found, parts = model.load_checkpoint(output_dir, policy, optimizer, rank, path, moving_ref)
-        state |= found or {}
-        model.forget_after(output_dir, rank, state["step"] - (state["pending"] is not None))
-    if "scheduler" in state:
-        scheduler.load_state_dict(state["scheduler"])
-    saver = model.Saver(args.save_total_limit, output_dir, policy, optimizer, scheduler, rank,
-                        saved=state["step"] if args.resume == "auto" else 0, ref=moving_ref)
+    stop, rows = model.Stop(args.max_hours), {}
+    saver, parts = model.restore(args, output_dir, resumed, state, policy, optimizer, scheduler, rank,
+                                 ref if args.sync_ref_model else None)
 
     def close_step(metrics) -> bool:
         """Held-out rows, the log, a checkpoint, each when it is due. True if the run was asked to stop."""
@@ -774,7 +806,8 @@ def main(argv=None):
             if args.dynamic_sampling or args.variance_sampling:
                 columns = rows | {f"score {k}": row for k, row in enumerate(scores)}
                 candidates += model.all_gather_object(columns)
-                drawn, accepted, following, found = choose_groups(candidates, weights, G, prompts_per_rollout)
+                drawn, accepted, following, found = choose_groups(candidates, weights, G, prompts_per_rollout,
+                                                                 args.advantage_estimator)
                 if accepted < prompts_per_rollout and len(candidates) <= args.dynamic_sampling * world_size:
                     continue  # another round
                 if args.variance_sampling:
@@ -941,19 +974,23 @@ def rows_of_draws(parts, draws, G) -> dict:
     return rows
 
 
-def choose_groups(parts, weights, G, count):
-    """Dynamic sampling: (draw numbers of the `count` groups to train on, how many of them have rewards that
-    differ, the next rollout's first draw). The first that differ, in the order of draws,
+def choose_groups(parts, weights, G, count, estimator="grpo"):
+    """Dynamic sampling: (draw numbers of the `count` groups to train on, how many of them have weighted
+    rewards that differ, the next rollout's first draw). The first that differ, in the order of draws,
     whichever rank drew them; if they are too few, the first of the others fill up. And {draw: variance of its
-    group's rewards}: p (1 - p) for rewards of 0 and 1, 0 if they do not differ."""
-    variance = {}
+    group's rewards}: p (1 - p) for rewards of 0 and 1, 0 if they do not differ. NGRPO learns from groups that
+    are all wrong, too: there they count as well."""
+    variance, useful = {}, {}
     for part in parts:
         scores = torch.stack([part[name] for name in part if name.startswith("score ")])
         deviations, _ = losses.centred(losses.weighted_rewards(scores, weights), G)               # (P, G)
+        signal = (losses.advantages("ngrpo", scores, weights, G).view(-1, G) if estimator == "ngrpo"
+                  else deviations)                                                                # (P, G)
         variance |= zip(part["draws"].tolist(), deviations.square().mean(-1).tolist())
+        useful |= zip(part["draws"].tolist(), signal.ne(0).any(-1).tolist())
     variance = dict(sorted(variance.items()))
-    accepted = [d for d in variance if variance[d]][:count]
-    others = [d for d in variance if not variance[d]][:count - len(accepted)]
+    accepted = [d for d in variance if useful[d]][:count]
+    others = [d for d in variance if not useful[d]][:count - len(accepted)]
     following = max(variance if others else accepted) + 1
     return sorted(accepted + others), len(accepted), following, variance
 

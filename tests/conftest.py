@@ -228,7 +228,8 @@ def build_tiny_text(folder, family: str, **more):
     tokenizer, _ = tokenizer_with("")
     tokenizer.chat_template = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}\
 {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-    config = getattr(transformers, f"{family}Config")(**text_config(tokenizer, head_dim=8, **more), tie_word_embeddings=False)
+    more = {"head_dim": 8} | more if family != "Falcon" else more  # which works its own out
+    config = getattr(transformers, f"{family}Config")(**text_config(tokenizer, **more), tie_word_embeddings=False)
     save_tiny(folder, getattr(transformers, f"{family}ForCausalLM"), config, tokenizer, tokenizer.eos_token_id)
 
 

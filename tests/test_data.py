@@ -131,12 +131,27 @@ def test_placeholder_count_must_match(prompt, images):
 
 
 @pytest.mark.parametrize("prompt", [
-    3, [], [{"role": "user"}], *([{"role": "user", "content": [block]}] for block in (
+    3, [], [{"role": "user"}], [{"role": "User", "content": "x"}], [{"role": "chatgpt", "content": "x"}], *([{"role": "user", "content": [block]}] for block in (
         {"type": "video"}, {"type": "text"}, {"type": "text", "text": None}, {"type": "text", "text": 5}, "x"))])
 def test_odd_prompts_are_refused(prompt):
     """An unknown message or block is an error of that row, not an empty prompt."""
     with pytest.raises(data.RowError, match="f:1"):
         kinds({"prompt": prompt, "images": []})
+
+
+def test_an_image_needs_a_user(tmp_path):
+    """Images without a place went into the system's message where no turn was the user's; `images: []` hid `image`; a split
+    of a single file was ignored."""
+    with pytest.raises(data.RowError, match="f:1: images, but no user message"):
+        kinds({"prompt": [{"role": "system", "content": "s"}], "images": ["a"]})
+    rows = data.read_rows(write(tmp_path, {"prompt": "a", "images": [], "image": "b.png"}), ".", ())
+    assert rows[0]["images"] == ["b.png"]
+    with pytest.raises(data.RowError, match="rows.jsonl:test: .*rows.jsonl is a file, which has no splits"):
+        data.read_rows(write(tmp_path, GOOD) + ":test", None, ())
+    with pytest.raises(data.RowError, match="--eval_dataset none.jsonl: no such file"):
+        data.read_rows("none.jsonl", None, (), flag="--eval_dataset")
+    with pytest.raises(data.RowError, match="Extra data.*one object a line is a .jsonl file"):
+        data.read_rows(write(tmp_path, GOOD, GOOD, name="lines.json"), None, ())
 
 
 @pytest.mark.parametrize("family", VISION)
@@ -190,6 +205,10 @@ def test_a_begun_turn_is_continued(loaded, family):
 
 @pytest.mark.parametrize("column, value, message", [
     ("chosen", "", "non-empty"), ("chosen", 4, "non-empty"), ("rejected", [{"role": "user"}], "non-empty"),
+    ("chosen", [{"role": "user", "content": "x"}], "one assistant message of text"),
+    ("chosen", [{"role": "assistant", "content": [{"type": "image"}, {"type": "text", "text": "see"}]}], "message of text"),
+    ("chosen", [{"role": "assistant", "content": ["x"]}], "message of text"),
+    ("chosen", [{"role": "assistant", "content": [{"type": "thought", "text": "x"}]}], "message of text"),
     ("chosen", "same", "are the same"), ("chosen", "4<|im_end|>lost", "end-of-turn token"), ("chosen", "a <|image_pad|>", "placeholder tokens"),
     ("prompt", "what is <|image_pad|>?", "own image token")])
 def test_bad_pairs_are_refused(loaded, column, value, message):

@@ -84,7 +84,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, run
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -296,13 +296,23 @@ def test_nodes_that_share_a_reference_cache(tmp_path, monkeypatch):
     assert len(set(names)) == 2 and not any(name.endswith(".safetensors") for name in names)
 
 
+def test_an_emptied_reference_cache_is_computed_anew(loaded, tmp_path, capsys):
+    """A file that a power cut emptied ended every run that used the folder, with a traceback."""
+    policy, _ = loaded("qwen2_5_vl")
+    cache = train_dpo.ReferenceCache(str(tmp_path), policy)
+    cache._store({"a": torch.ones(2)}), cache._store({"b": torch.ones(3)})
+    next(iter(sorted(cache.folder.glob("*.safetensors")))).write_bytes(b"")
+    assert len(train_dpo.ReferenceCache(str(tmp_path), policy).known) == 1
+    assert "cannot be read" in capsys.readouterr().out
+
+
 # --- data
 
 
 @pytest.mark.parametrize("line, message", [
     ('{"prompt": "a", "prompt": "b"}', "a column stands twice among prompt, prompt"),
     ('{"prompt": ' + "[" * 100_000, "not valid JSON"), ('{"prompt": Infinity}', "Infinity is not JSON"),
-    ('{"prompt": ' + "9" * 5000 + "}", "not valid JSON"), ("\ud7ff", "not valid JSON")])
+    (r'{"prompt": "half an emoji \ud83d"}', "surrogates not allowed"), ('{"prompt": ' + "9" * 5000 + "}", "not valid JSON"), ("\ud7ff", "not valid JSON")])
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
 def test_odd_json_is_refused(tmp_path, name, line, message):
     """F19: json itself keeps the last of two equal keys, reads Infinity, and dies of depth."""
@@ -384,6 +394,25 @@ def test_images_are_rgb_as_shown(tmp_path):
     assert shown(tmp_path, Image.new("RGB", (1, 10_000), "red")) == ((1, 10_000), (255, 0, 0))
 
 
+def test_exif_is_read_not_written(tmp_path):
+    """exif_transpose writes all tags anew: a good photograph with an odd one (a double where Pillow wants a number) ended
+    the run with a bare struct.error. Every way to turn is Pillow's own."""
+    pixels = np.arange(24, dtype=np.uint8).reshape(4, 2, 3) * 10
+    for orientation in range(10):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+        ours = data.load_image("a.png", {"_source": "f:1", "_image_root": str(tmp_path)})
+        with Image.open(tmp_path / "a.png") as image:
+            assert np.array_equal(np.array(ours), np.array(ImageOps.exif_transpose(image).convert("RGB"))), orientation
+    entries = [struct.pack("<HHI4s", 0x0112, 3, 1, struct.pack("<HH", 6, 0)), struct.pack("<HHII", 0x0100, 12, 1, 38)]
+    tags = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + b"".join(entries[::-1]) + struct.pack("<Id", 0, 1.5)
+    Image.new("RGB", (4, 2), "red").save(tmp_path / "b.jpg", exif=tags)
+    with Image.open(tmp_path / "b.jpg") as image, pytest.raises(struct.error):
+        ImageOps.exif_transpose(image)
+    assert data.load_image("b.jpg", {"_source": "f:1", "_image_root": str(tmp_path)}).size == (2, 4)
+
+
 def test_an_aspect_ratio_that_the_processor_refuses(loaded):
     """F22: the processor's own exception names the row."""
     policy, processor = loaded("qwen2_5_vl")
@@ -441,7 +470,8 @@ def test_every_import_is_known():
              "data", "datetime", "difflib", "functools", "hashlib", "huggingface_hub", "importlib", "inspect", "io", "itertools",
              "json", "losses", "math", "math_verify",
              "model", "multiprocessing", "numpy", "operator", "os", "pathlib", "pyarrow", "random", "re", "resource",
-             "rollout", "safetensors", "shlex", "shutil", "signal", "socket", "subprocess", "sys", "threading", "time",
+             "rollout", "safetensors", "shlex", "shutil", "signal", "socket", "struct", "subprocess", "sys", "threading",
+             "time",
              "tokenizers", "torch", "tqdm", "traceback", "transformers", "typing", "unicodedata",
              "warnings", "zlib"}
     for file in ROOT.glob("*.py"):
@@ -460,7 +490,7 @@ def test_every_import_is_known():
 
 
 REWARD_FILE = '''
-import faulthandler, os, re, signal, subprocess, sys, time
+import dataclasses, faulthandler, os, re, signal, subprocess, sys, time
 import numpy
 
 faulthandler.disable()  # a forked test process has it on
@@ -500,9 +530,22 @@ def nasty(completions, **_):
         DO.get(text, lambda: None)()
     return [float(len(text)) for text in completions]
 
+def slow(completions, **_):
+    time.sleep(0.3 * len(completions))
+    return [1.0 for _ in completions]
+
 def returns(completions, what, **_):
     import torch
     return eval(what[0])
+
+@dataclasses.dataclass
+class Verdict:  # asks sys.modules for the module that it stands in
+    score: float = 1.0
+
+LOADED = open("loaded", "a").write("once ")
+
+def verdict(completions, **_):
+    return [Verdict().score for _ in completions]
 '''
 
 
@@ -564,6 +607,24 @@ def too_many_crashes(nasty):
 def test_too_many_crashes_end_the_run(runner):
     """A function that is broken for good must not leave a run that trains on what is left."""
     too_many_crashes(runner("nasty"))
+
+
+@pytest.mark.slow
+def test_one_by_one_has_an_end(runner):
+    """Completions that are slow, each within its quarter of the limit, were tried for as long as they took: other ranks
+    gave up after an hour, with an error that named no reward."""
+    with pytest.raises(rollout.RewardError, match=r"(?s)of its 60 completions, tried one by one, \d+ took 15.6 s: raise --rew"):
+        score(runner("slow", timeout=1.3), ["four"] * 60)
+
+
+def test_a_file_of_several_rewards_is_loaded_once(runner, monkeypatch):
+    """A file that two functions come from ran twice, with two states, and a dataclass in it could not be made."""
+    two = rollout.RewardRunner(["mine.py:verdict", "mine.py:nasty"])
+    assert two.score(["four"], [{"_source": "f:1", "prompt": "q"}], step=1).tolist() == [[1.0], [4.0]]
+    two.close()
+    monkeypatch.setattr(os, "killpg", lambda *_: pytest.fail("by now that number may be another's"))
+    two.close()
+    assert open("loaded").read() == "once "
 
 
 def test_a_signal_to_all_processes_is_no_crash(runner):

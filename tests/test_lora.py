@@ -220,6 +220,18 @@ def test_dpo_reference_is_the_base(launch, task, tmp_path, capsys):  # noqa: F81
     assert metrics[0]["rewards/margins"] == pytest.approx(0, abs=1e-5) and metrics[1]["rewards/margins"] != 0
 
 
+def test_dora_takes_its_norms_once_a_rollout(folders, monkeypatch):
+    """Two passes over every weight, in fp32, for every token: 120 times LoRA's time for a layer of 2048 x 2048."""
+    policy, processor = adapted(folders["qwen2_5_vl"], *KINDS["dora"])
+    calls, magnitude = [], model.LoraLinear.magnitude
+    monkeypatch.setattr(model.LoraLinear, "magnitude", lambda layer: (calls.append(layer), magnitude(layer))[1])
+    prompts = [data.encode_prompt(policy, processor, make_row(1, 3))]
+    sampled = rollout.sample(policy, prompts, [0], num_generations=2, max_completion_length=9, temperature=1.0, seed=0)
+    assert len(calls) == len(set(calls)) == sum(isinstance(m, model.LoraLinear) for m in policy.modules())
+    groups = [(prompts[0], [ids[mask] for ids, mask in zip(sampled.completion_ids, sampled.completion_mask)])]
+    torch.testing.assert_close(policy(policy.pack(groups))[0], sampled.sampling_logps, atol=1e-5, rtol=0)
+
+
 def test_recomputed_layers_give_the_same_gradients(folders):
     """Gradient checkpointing with a frozen base: the adapters of the first layer get their gradient all the same."""
     found = []

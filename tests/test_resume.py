@@ -448,6 +448,58 @@ def test_explicit_checkpoint_in_a_new_folder(trained, monkeypatch, tmp_path):
         assert {k: v for k, v in a.items() if k != "step_time"} == {k: v for k, v in b.items() if k != "step_time"}
 
 
+@pytest.mark.slow
+def test_an_explicit_checkpoint_is_the_start_only_once(trained, monkeypatch, tmp_path, capsys):
+    """Killed and started again, the command with --resume PATH threw away its own checkpoints and began at PATH anew; a run
+    that was done began anew, too."""
+    trained("train_dpo", "--save_total_limit", 9)
+    first = results(tmp_path / "r")
+    again = ["--resume", tmp_path / "r" / "checkpoints" / "step_2", "--output_dir", tmp_path / "other"]
+    original = die_at(monkeypatch, 7)
+    with pytest.raises(Dead):
+        trained("train_dpo", *again)
+    monkeypatch.setattr(model, "log_step", original)
+    capsys.readouterr()
+    trained("train_dpo", *again)
+    assert f"resumed from {tmp_path}/other/checkpoints/step_6, step 6" in capsys.readouterr().out
+    second = results(tmp_path / "other")
+    assert second[0] == first[0][3:] and all(torch.equal(second[2][k], first[2][k]) for k in first[2])
+    trained("train_dpo", *again)
+    assert "is done; its model is" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_bad_checkpoint_takes_no_place(trained, monkeypatch, tmp_path):
+    """With --save_total_limit 1 a bad newest checkpoint, passed over at the start, stayed as "the newest", and the good one
+    just written was deleted. What killed saves left goes as well; what is not ours stays."""
+    dead_run(trained, monkeypatch)
+    checkpoints = tmp_path / "r" / "checkpoints"
+    (checkpoints / "step_6" / "state.json").write_text("{}")
+    for name in ("step_3.tmp", "step_1", "notes"):
+        (checkpoints / name).mkdir()
+    undo = signal_at(monkeypatch, "step", 1)
+    trained("train_dpo", "--save_total_limit", 1)
+    undo()
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["notes", "step_5"]
+
+
+@pytest.mark.slow
+def test_allowed_hyperparameters_take_effect(trained, monkeypatch, tmp_path):
+    """--allow_changed learning_rate was recorded and ignored: the optimizer's own came back with the checkpoint."""
+    original = die_at(monkeypatch, 3)
+    with pytest.raises(Dead):
+        trained("train_dpo", "--lr_scheduler_type", "constant")
+    monkeypatch.setattr(model, "log_step", original)
+    groups = []
+    monkeypatch.setattr(model, "make_optimizer", lambda *a, make=model.make_optimizer: [groups.append(made := make(*a)), made][1])
+    trained("train_dpo", "--lr_scheduler_type", "constant", "--learning_rate", 1e-5, "--weight_decay", 0.3, "--adam_beta2", 0.5,
+            "--allow_changed", "learning_rate", "weight_decay", "adam_beta2")
+    rates = [json.loads(line).get("learning_rate") for line in open(tmp_path / "r" / "metrics.jsonl")]
+    assert rates[2:4] == pytest.approx([5e-4, 1e-5]) and rates[4:] == pytest.approx([1e-5] * 6)
+    group = groups[0][0].param_groups[0]
+    assert (group["weight_decay"], group["betas"]) == (0.3, (0.9, 0.5))
+
+
 @pytest.mark.parametrize("name", ["train_dpo", pytest.param("train_grpo", marks=pytest.mark.slow)])
 def test_a_gradient_of_nan_is_skipped(trained, monkeypatch, tmp_path, name):
     """F42: a non-finite gradient norm skips the update: weights and moments stay, the step is counted; three in a row end
@@ -470,6 +522,34 @@ def test_a_gradient_of_nan_is_skipped(trained, monkeypatch, tmp_path, name):
     assert torch.equal(weights[4], weights[6]) and weights[6].isfinite().all() and len(weights) == 7
     named = json.loads((tmp_path / "r" / "nonfinite_rank_0.json").read_text())
     assert named["step"] == 7 and len(named["rows"]) == {"train_dpo": 4, "train_grpo": 2}[name]  # the update's own
+
+
+def test_a_folder_that_was_not_finished(trained, monkeypatch, tmp_path):
+    """A disk full while the folder was set up left files but no args.json: "is not empty", for good."""
+    write = model.write_atomically
+
+    def full(path, text):
+        path.with_name(path.name + ".tmp").write_text(text[:5])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model, "write_atomically", full)
+    with pytest.raises(model.InputError, match="No space left"):
+        trained("train_dpo")
+    monkeypatch.setattr(model, "write_atomically", write)
+    die_at(monkeypatch, 1)
+    with pytest.raises(Dead):
+        trained("train_dpo")
+
+
+@pytest.mark.slow
+def test_sigterm_in_the_cold_start(tmp_path):
+    """SIGTERM while the built-in model has its supervised start hung for ever: the handler waited for the child under the
+    lock of the wait that it had interrupted."""
+    command = [sys.executable, ROOT / "train_grpo.py", "--output_dir", "r"]
+    child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert any(line.startswith("sft: ") for line in child.stdout)  # the child's: by now its parent waits for it
+    child.terminate()
+    assert child.wait(60) == 143
 
 
 def test_a_second_signal_ends_at_once(monkeypatch):

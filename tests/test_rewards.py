@@ -222,6 +222,10 @@ def test_choose_groups():
     *chosen, found = train_grpo.choose_groups(parts, weights, 2, 5)
     assert chosen == [[10, 11, 12, 13, 14], 4, 15] and list(found) == list(variance)  # sorted: ranks would not agree else
     assert train_grpo.choose_groups(parts[:1], weights, 2, 1) == ([10], 1, 11, {10: 0.25, 13: 0})
+    parts[0]["score 0"] = torch.tensor([0.0, 0, 1, 1])  # all wrong: what NGRPO is for; all right: nothing to it
+    assert train_grpo.choose_groups(parts[:1], weights, 2, 1) == ([10], 0, 14, {10: 0, 13: 0})
+    assert train_grpo.choose_groups(parts[:1], weights, 2, 1, "ngrpo") == ([10], 1, 11, {10: 0, 13: 0})
+    assert train_grpo.choose_groups(parts[:1], weights, 2, 2, "ngrpo")[1] == 1
 
 
 REWARD_FILE = '''

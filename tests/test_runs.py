@@ -378,8 +378,25 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     ("train_grpo", ["--algo", "vespo", "--importance_sampling_correction", "sequence_mask"], "vespo builds the ratio"),
     ("train_grpo", ["--top_entropy_quantile", "0"], "--top_entropy_quantile: must be in (0, 1]"),
     ("train_grpo", ["--top_p", "0"], "--top_p: must be in (0, 1]"),
-    ("train_grpo", ["--loss_type", "copg"], "--advantage_estimator none goes with --loss_type sigmoid"),
-    ("train_grpo", ["--advantage_estimator", "none"], "--advantage_estimator none goes with --loss_type sigmoid"),
+    ("train_grpo", ["--loss_type", "copg"], "--loss_type copg compares rewards: it needs --advantage_estimator none"),
+    ("train_grpo", ["--advantage_estimator", "none"], "--advantage_estimator none is for --loss_type sigmoid"),
+    ("train_grpo", ["--algo", "sapo", "--epsilon", "0.1"], "--epsilon changes nothing in --loss_type sapo"),
+    ("train_grpo", ["--algo", "cispo", "--epsilon", "0.1"], "--epsilon changes nothing in --loss_type cispo"),
+    ("train_grpo", ["--algo", "vespo", "--epsilon_high", "0.1"], "--epsilon_high changes nothing in --loss_type vespo"),
+    ("train_grpo", ["--kl_estimator", "k1"], "--kl_estimator changes nothing without --beta"),
+    ("train_grpo", ["--no-use_bias_correction_kl"], "--use_bias_correction_kl changes nothing without --beta"),
+    ("train_grpo", ["--ref_model_sync_steps", "4"], "--ref_model_sync_steps changes nothing without --sync_ref_model"),
+    ("train_grpo", ["--importance_sampling_clip_max", "2"], "changes nothing without --importance_sampling_correction"),
+    ("train_grpo", ["--algo", "gmpo", "--top_entropy_quantile", "0.5"], "and no --top_entropy_quantile"),
+    ("train_grpo", ["--reward_weights", "0", "0"], "--reward_weights are all 0"),
+    ("train_grpo", ["--reward_funcs", "mine.py"], "--reward_funcs mine.py names no function of the file: mine.py:function"),
+    ("train_grpo", ["--vllm_server_base_url", "localhost:8000"], "localhost:8000: expected http://host:port"),
+    ("train_grpo", ["--bf16"], "unknown argument --bf16; --help lists what there is, GUIDE.md TRL's settings"),
+    ("train_dpo", ["--algo", "dpo", "--simpo_gamma", "1"], "--simpo_gamma changes nothing without --loss_type simpo"),
+    ("train_dpo", ["--algo", "dpo", "--bco_delta", "none"], "--bco_delta changes nothing without --loss_type bco_pair"),
+    ("train_dpo", ["--algo", "dpo", "--nll_normalization", "token"], "changes nothing without --loss_type sft"),
+    ("train_dpo", ["--algo", "sft", "--beta", "0.3"], "--beta changes nothing without a pair loss"),
+    ("train_dpo", ["--f_alpha_divergence_coef", "0.3"], "changes nothing without --f_divergence_type alpha_divergence"),
     ("train_grpo", ["--algo", "online_dpo", "--beta", "0"], "--loss_type sigmoid needs --beta above 0"),
     ("train_grpo", ["--algo", "disco", "--beta", "0.1"], "--loss_type disco has no --beta"),
     ("train_grpo", ["--algo", "trpa", "--top_entropy_quantile", "0.2"], "--top_entropy_quantile does not go with it"),
@@ -427,7 +444,11 @@ def test_every_number_has_bounds(capsys):
 @pytest.mark.parametrize("arguments, message", [
     (["--loss_type", "dapo", "--importance_sampling_level", "sequence"], "each completion weighs as much as it is long"),
     (["--beta", "0.1", "--kl_estimator", "k1", "--no-use_bias_correction_kl"], "--beta does nothing"),
-    (["--beta", "0.1", "--kl_estimator", "k1"], None), (["--loss_type", "luspo"], "luspo is defined with"), (["--loss_type", "cispo"], "at 0.2 every weight on policy is 0.2"),
+    (["--beta", "0.1", "--kl_estimator", "k1"], None), (["--beta", "0.1", "--kl_estimator", "k2"], "without the ratio"),
+    (["--algo", "gspo", "--beta", "0.1", "--kl_estimator", "k1"], "has 1/|y| of the KL's"), (["--algo", "gspo", "--beta", "0.1"], None),
+    (["--algo", "gspo", "--top_entropy_quantile", "0.2"], "only weighs completions"),
+    (["--algo", "cispo", "--loss_type", "grpo"], "lets the ratio rise to 6: it is cispo's"),
+    (["--algo", "dr_grpo", "--advantage_estimator", "rloo"], None), (["--loss_type", "luspo"], "luspo is defined with"), (["--loss_type", "cispo"], "at 0.2 every weight on policy is 0.2"),
     (["--top_p", "0.9"], "the gradient is no longer that"), (["--algo", "luspo"], None), (["--algo", "cispo"], None),
     (["--algo", "gspo"], None), (["--algo", "rloo"], None), (["--algo", "dapo"], None)])
 def test_combinations_that_change_the_objective_warn(arguments, message, capsys, monkeypatch):
@@ -572,7 +593,7 @@ def test_nothing_is_unpickled_or_fetched():
 @pytest.mark.parametrize("change, message", [
     (dict(images=["missing.png"]), "missing.png does not exist"), (dict(images=["bad.png"]), "bad.png cannot be read"),
     (dict(prompt="<image> <image>"), "2 image placeholders, the row has 1 images"),
-    (dict(prompt="how many " * 900), r"tokens with the images, more than the 2048 that fit")])
+    (dict(prompt="how many " * 900), r"tokens with the images, more than the 2048 that the model's context")])
 def test_bad_rows_end_the_run_before_its_first_step(launch, task, tmp_path, change, message):
     """Every row that a run will visit is read and encoded before step 1; the error has file and line."""
     (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n no more")
@@ -873,16 +894,17 @@ def test_grpo_steps_are_the_formula(monkeypatch, tmp_path, task, case):
     (task / "more.py").write_text(REWARD + "def length(completions, **_):\n    return [len(c) / 7 for c in completions]\n")
     extra = [] if o["scale"] is None else ["--scale_rewards", o["scale"]]
     extra += [] if o["delta"] is None else ["--delta", o["delta"]]
+    extra += [] if o["loss_type"] in ("cispo", "sapo") else ["--epsilon", 0.01]
+    extra += [] if o["loss_type"] == "sapo" else ["--epsilon_high", o["epsilon_high"]]
+    extra += [] if o["correction"] == "none" else ["--importance_sampling_clip_max", 1.5]
     extra += [] if o["off_policy"] is None else ["--off_policy_mask_threshold", o["off_policy"]]
     train_grpo.main(flags(
         task, "--reward_funcs", f"{task / 'more.py'}:spread", f"{task / 'more.py'}:length", "--reward_weights", 0.3, 2.0,
         "--num_generations", 4, "--max_completion_length", 5, "--temperature", 1.3, "--loss_type", o["loss_type"],
-        "--importance_sampling_level", o["level"], "--advantage_estimator", o["estimator"], "--epsilon", 0.01,
-        "--epsilon_high", o["epsilon_high"], "--beta", 0.2, "--kl_estimator", o["kl"],
+        "--importance_sampling_level", o["level"], "--advantage_estimator", o["estimator"], "--beta", 0.2, "--kl_estimator", o["kl"],
         "--use_bias_correction_kl" if o["corrected"] else "--no-use_bias_correction_kl",
         "--kl_in_reward" if o["in_reward"] else "--no-kl_in_reward", "--entropy_coef", o["entropy_coef"],
         "--top_entropy_quantile", o["top_entropy"], "--importance_sampling_correction", o["correction"],
-        "--importance_sampling_clip_max", 1.5,
         "--mask_truncated_completions" if o["truncated"] else "--no-mask_truncated_completions", *extra,
         "--per_device_train_batch_size", 8, "--steps_per_generation", 2, "--max_steps", 4, "--output_dir", "out"))
     assert [draws for _, draws, _ in rollouts] == [[0, 1, 2, 3], [4, 5, 6, 7]]

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import FAMILIES, VISION, few, make_row
+from conftest import FAMILIES, VISION, build_tiny_text, few, make_row
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -178,18 +178,25 @@ def test_a_small_budget_changes_nothing(loaded, monkeypatch, family):
     kwargs = dict(num_generations=3, max_completion_length=28, temperature=1.2, seed=1)
     whole = rollout.sample(policy, prompts, list(range(7)), **kwargs)
     assert len(set(whole.completion_mask.sum(-1).tolist())) > 5
-    longest = max(len(p.tokens) for p in prompts)
-    prefills, forward = [], policy.hidden
+    longest = -(-max(len(p.tokens) for p in prompts) // 8) * 8  # as memory is laid out
+    prefills, caches, forward, cache = [], [], policy.hidden, rollout.GroupCache
     monkeypatch.setattr(policy, "hidden", lambda ids, *a, **k: (prefills.append(len(ids)) if ids.shape[1] > 1 else None,
                                                                 forward(ids, *a, **k))[1])
-    for budget in (1, 2 * (2 * longest + 3 * 28)):
+    monkeypatch.setattr(rollout, "GroupCache", lambda *sizes: (caches.append(sizes), cache(*sizes))[1])
+    for budget in (1, 2 * (2 * longest + 3 * 32)):
         prefills.clear()
         part = rollout.sample(policy, prompts, list(range(7)), rollout_tokens=budget, **kwargs)
         assert sum(prefills) == 7 and max(prefills) == (1 if budget == 1 else 2)
+        slots, rows, S, T = caches.pop()
+        assert budget == 1 or slots * S + rows * T <= budget
         for name in ("completion_ids", "completion_mask", "truncated"):
             assert torch.equal(getattr(part, name), getattr(whole, name)), name
         torch.testing.assert_close(part.sampling_logps, whole.sampling_logps, atol=1e-5, rtol=0)
-    monkeypatch.setattr(rollout, "PREFILL_TOKENS", 2 * longest)
+    exact = max(len(p.tokens) for p in prompts)
+    rollout.sample(policy, prompts, list(range(7)), rollout_tokens=3 * (2 * exact + 3 * 28), **kwargs)
+    slots, rows, S, T = caches.pop()
+    assert slots * S + rows * T <= 3 * (2 * exact + 3 * 28), "sizes rounded up are within the budget, too"
+    monkeypatch.setattr(rollout, "PREFILL_TOKENS", 2 * exact)
     prefills.clear()
     assert torch.equal(rollout.sample(policy, prompts, list(range(7)), **kwargs).completion_ids, whole.completion_ids)
     assert prefills == [2, 2, 2, 1]
@@ -275,6 +282,22 @@ def test_replayed_steps_change_nothing(loaded, monkeypatch, family):
     for name in ("completion_ids", "completion_mask", "truncated"):
         assert torch.equal(getattr(replayed, name), getattr(plain, name)), name
     torch.testing.assert_close(replayed.sampling_logps, plain.sampling_logps, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_frequencies_that_wait_are_not_captured(tmp_path, monkeypatch, kind):
+    """InternVL3's rotary frequencies follow the longest position, for which every forward waits: not in a CUDA graph."""
+    more = dict(factor=2.0) if kind == "dynamic" else dict(
+        short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=1024, factor=2.0)
+    build_tiny_text(tmp_path / "model", "Llama", rope_parameters=dict(rope_type=kind, rope_theta=10000.0, **more))
+    policy, processor = model.load_policy(str(tmp_path / "model"))
+    prompts = encode(policy, processor, *[make_row(0, i) for i in range(3)])
+    kwargs = dict(num_generations=2, max_completion_length=12, temperature=1.0, seed=0)
+    plain = rollout.sample(policy, prompts, [0, 1, 2], **kwargs)
+    monkeypatch.setitem(rollout.BUCKETS, "cpu", (2, 8))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: graph)
+    assert torch.equal(rollout.sample(policy, prompts, [0, 1, 2], **kwargs).completion_ids, plain.completion_ids)
 
 
 def test_bf16_weights_come_and_go(loaded):
