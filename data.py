@@ -398,12 +398,13 @@ def to_messages(row: dict) -> list[dict]:
             isinstance(m, dict) and isinstance(m.get("role"), str)
             and isinstance(m.get("content"), (str, list)) for m in messages):
         raise RowError(f"{source}: prompt must be a string or a list of {{'role', 'content'}} messages")
-    unknown = {m["role"] for m in messages} - {"system", "user", "assistant"}
+    roles = [ROLES.get(m["role"], m["role"]) for m in messages]
+    unknown = set(roles) - {"system", "user", "assistant"}
     if unknown:  # many templates would print it as it is
         raise RowError(f"{source}: a turn has the role {sorted(unknown)[0]!r}; expected system, user (human) "
                        "or assistant (gpt)")
     out, placeholders = [], 0
-    for message in messages:
+    for role, message in zip(roles, messages):
         content, blocks = message["content"], []
         for block in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             kind = block.get("type") if isinstance(block, dict) else None
@@ -416,7 +417,7 @@ def to_messages(row: dict) -> list[dict]:
             else:
                 raise RowError(f"{source}: expected an image block or a text block, got {str(block)[:80]}")
         placeholders += sum(block["type"] == "image" for block in blocks)
-        out.append({"role": message["role"], "content": blocks})
+        out.append({"role": role, "content": blocks})
     if placeholders == 0 and count:
         first_user = next((m for m in out if m["role"] == "user"), None)
         if first_user is None:

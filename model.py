@@ -518,23 +518,22 @@ class Policy(nn.Module):
         multiply by a copy in oneDNN's own layout: a sampler's step is 1.1 (bf16) to 1.7 times as fast."""
         masters = [(p, p.data) for p in self.parameters()
                    if p.is_floating_point() and p.dtype != self.dtype and not hasattr(p, "quant_state")]
-        for p, _ in masters:
-            p.data = p.data.to(self.dtype)
-        packed, mkldnn = [], torch.ops.mkldnn
-        if self.device.type == "cpu" and torch.backends.mkldnn.is_available() and (
-                self.dtype == torch.float32 or mkldnn._is_mkldnn_bf16_supported()):
-            packed = [m for m in (*self.hf.get_decoder().modules(), self.hf.get_output_embeddings())
-                      if type(m).forward in (nn.Linear.forward, LoraLinear.forward)
-                      and not hasattr(m.weight, "quant_state")]  # 4 bits
-        for layer in packed:
-            weight = mkldnn._reorder_linear_weight(layer.weight.detach(), None)
-            name = "product" if isinstance(layer, LoraLinear) else "forward"
-            setattr(layer, name, lambda x, w=weight, b=layer.bias: mkldnn._linear_pointwise(
-                x.to(w.dtype), w, b, "none", [], ""))
-        dora = [m for m in self.modules() if hasattr(m, "lora_m")]
-        for layer in dora:  # two passes over W: not once a token
-            layer.gain = layer.magnitude().detach()
+        packed, dora, mkldnn = [], [m for m in self.modules() if hasattr(m, "lora_m")], torch.ops.mkldnn
         try:
+            for p, _ in masters:
+                p.data = p.data.to(self.dtype)
+            if self.device.type == "cpu" and torch.backends.mkldnn.is_available() and (
+                    self.dtype == torch.float32 or mkldnn._is_mkldnn_bf16_supported()):
+                packed = [m for m in (*self.hf.get_decoder().modules(), self.hf.get_output_embeddings())
+                          if type(m).forward in (nn.Linear.forward, LoraLinear.forward)
+                          and not hasattr(m.weight, "quant_state")]  # 4 bits
+            for layer in packed:
+                weight = mkldnn._reorder_linear_weight(layer.weight.detach(), None)
+                name = "product" if isinstance(layer, LoraLinear) else "forward"
+                setattr(layer, name, lambda x, w=weight, b=layer.bias: mkldnn._linear_pointwise(
+                    x.to(w.dtype), w, b, "none", [], ""))
+            for layer in dora:  # two passes over W: not once a token
+                layer.gain = layer.magnitude().detach()
             yield
         finally:
             for layer in (*packed, *dora):
@@ -914,13 +913,17 @@ def check_logps(policy: Policy, path: str):
     its logits (Granite, Cohere), or whose attention cannot be replaced (Falcon). Of text only."""
     text_config, never = policy.hf.config.get_text_config(), set(policy.never_sampled.tolist())
     V = policy.hf.get_output_embeddings().weight.shape[0]
-    tokens = torch.tensor([i for i in range(V) if i not in never][:24 * 7:7])                      # (24,)
+    ids = [i for i in range(V) if i not in never]
+    tokens = torch.tensor([ids[7 * k % len(ids)] for k in range(24)])                              # (24,)
     prompt = Prompt(tokens[:8], policy.prompt_positions(tokens[:8], {}, {}), {}, {})
     batch = pack_groups([(prompt, [tokens[8:16], tokens[16:]])], policy.pad_id)
-    ours, *_ = policy(batch)                                                                       # (2, 8)
-    text_config._attn_implementation = "sdpa"
     alone = torch.stack([tokens[:16], torch.cat([tokens[:8], tokens[16:]])])                       # (2, 16)
-    logits = policy.hf(input_ids=alone, use_cache=False).logits[:, 7:-1]
+    try:
+        ours, *_ = policy(batch)                                                                   # (2, 8)
+        text_config._attn_implementation = "sdpa"
+        logits = policy.hf(input_ids=alone, use_cache=False).logits[:, 7:-1]
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: {policy.hf.config.model_type} is not supported: {error}") from error
     text_config._attn_implementation = "flatpo"
     theirs = scaled_logits(logits, policy.never_sampled, 1.0).log_softmax(-1)                      # (2, 8, V)
     theirs = theirs.gather(-1, alone[:, 8:, None]).squeeze(-1)
@@ -1245,7 +1248,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """--help with each flag's default, which --algo's preset and the built-in model's own may replace."""
 
     def _get_help_string(self, action):
-        said = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help
+        said = any(action.default is x for x in (None, False, argparse.SUPPRESS)) or "default" in action.help
         return action.help + ("" if said else " (default: %(default)s)")
 
 
@@ -1447,15 +1450,20 @@ def _open_run(args, world_size: int) -> tuple[str, bool, str]:
             n += 1
     folder = Path(args.output_dir)
     if folder.exists() and {file.name for file in folder.iterdir()} - {"args.json.tmp"}:
-        if args.resume == "never" or not (folder / "args.json").exists():
+        try:
+            before = json.loads((folder / "args.json").read_text())
+        except (OSError, ValueError):
+            before = {}
+        if args.resume == "never" or "rows per update" not in before:  # it is no run's folder
             raise InputError(f"--output_dir {folder} is not empty; name a new one, "
                              f"or none for runs/{args.algo}-N")
-        resumed = (folder / "status.json").exists()  # else it failed before its first step: nothing is there
+        # What failed before its first step has left nothing that other flags could spoil.
+        resumed = any((folder / name).exists() for name in ("status.json", "metrics.jsonl", "checkpoints"))
         if resumed:
-            check_unchanged(json.loads((folder / "args.json").read_text()), now, args.allow_changed)
+            check_unchanged(before, now, args.allow_changed)
     if args.resume not in ("auto", "never"):
         start = Path(args.resume)
-        if came_from(folder) == args.resume:  # the same command once more, to go on with what it began
+        if came_from(folder) == os.path.realpath(start):  # the same command once more
             args.resume = "auto"
         elif not (start / "manifest.json").is_file():
             raise InputError(f"--resume {start}: expected auto, never or a checkpoint folder (step_N), which "
@@ -1483,11 +1491,11 @@ def _open_run(args, world_size: int) -> tuple[str, bool, str]:
 
 def came_from(output_dir: Path) -> str | None:
     """The --resume PATH that the run's newest checkpoint goes back to, if any."""
-    for folder in complete_checkpoints(output_dir)[:1]:
+    for folder in complete_checkpoints(output_dir):
         try:
             return json.loads((folder / "state.json").read_text()).get("resumed_from")
         except (OSError, ValueError):
-            pass  # a bad one, which load_checkpoint will name
+            pass  # a bad one: load_checkpoint will name it, and take the one before
     return None
 
 
@@ -1830,7 +1838,7 @@ def restore(args, output_dir: Path, resumed: bool, state: dict, policy: Policy, 
     path, parts, saved = None if args.resume in ("auto", "never") else args.resume, [], 0
     if resumed or path is not None:
         found, parts = load_checkpoint(output_dir, policy, optimizer, rank, path, ref)
-        state |= (found or {}) | ({} if path is None else {"resumed_from": path})
+        state |= (found or {}) | ({} if path is None else {"resumed_from": os.path.realpath(path)})
         forget_after(output_dir, rank, state["step"] - (state["pending"] is not None))
         if path is None or Path(path).resolve().parent.parent == output_dir.resolve():
             saved = state["step"]

@@ -563,7 +563,7 @@ def _reward_child(connection, specs: list[str]):
             result = functions[index](**columns)
             result = result.tolist() if hasattr(result, "tolist") else result
             if isinstance(result, (list, tuple)):  # tensors would each take a file of shared memory
-                result = [x.tolist() if hasattr(x, "tolist") else x for x in result]
+                result = [x.item() if math.prod(getattr(x, "shape", (2,))) == 1 else x for x in result]
             connection.send(("ok", result))
         except MemoryError:  # a limit like the time's: this process ends, the run goes on
             raise
@@ -588,11 +588,13 @@ class RewardRunner:
 
     A call that takes more than `timeout` seconds, or ends its process (a crash, exit, REWARD_MEMORY), is made
     again in a new one, completion by completion, each within a quarter of the limit. For those that hang or
-    crash it alone the function abstains: they are named and counted (`failed`). Beyond 12 of the latest 256,
-    or 12 times the limit for a batch's completions, the run ends, before the other ranks would give up
+    crash it alone the function abstains: they are named and counted (`failed`). Beyond MOST of the latest
+    256, or MOST times the limit for a batch's completions, the run ends, before the other ranks would give up
     waiting. An exception, a wrong count or a number that is not finite is a fault of the function, and ends
     the run at once.
     """
+
+    MOST = 12
 
     def __init__(self, specs: list[str], timeout: float = 60.0):
         self.specs, self.timeout = specs, timeout
@@ -625,7 +627,9 @@ class RewardRunner:
                                     f"(exit code {self.process.exitcode})") from None
 
     def wait_until_ready(self):
-        """Block until the child has loaded every function; an error here is an error of the file."""
+        """Block until a child has loaded every function; an error here is an error of the file."""
+        if self.connection.closed:
+            self._start()
         if not self.ready:
             try:
                 status, text = self._ask(f"loading rewards {', '.join(self.specs)}", None, 300)
@@ -659,25 +663,25 @@ class RewardRunner:
             text = str(error)
         if not alone:
             tqdm.write(f"warning: {text}; its {len(rows)} completions are tried one by one")
-            rewards, end = [], time.monotonic() + 12 * self.timeout
+            rewards, spent = [], 0.0
             for i in range(len(rows)):
-                if time.monotonic() > end:
+                if spent > self.MOST * self.timeout:
                     raise RewardError(f"{text}; of its {len(rows)} completions, tried one by one, {i} took "
-                                      f"{12 * self.timeout:g} s: raise --reward_timeout")
-                one = {k: v[i:i + 1] for k, v in columns.items()}
+                                      f"{spent:.0f} s: raise --reward_timeout")
+                self.wait_until_ready()  # a process that starts anew takes no time off
+                began, one = time.monotonic(), {k: v[i:i + 1] for k, v in columns.items()}
                 rewards.append(self._score_one(index, one, rows[i:i + 1], step, alone=True))
+                spent += time.monotonic() - began
             return torch.cat(rewards)
         text = f"{text}; row {rows[0]['_source']}, completion {columns['completions'][0][:200]!r}"
         self.failed += 1
         self.recent[index].append(True)
-        if sum(self.recent[index]) > 12:
-            raise RewardError(f"{text}: the 13th of the latest 256 completions")
+        if sum(self.recent[index]) > self.MOST:
+            raise RewardError(f"{text}: the {self.MOST + 1}th of the latest 256 completions")
         tqdm.write(f"warning: {text}: it abstains")
         return torch.tensor([math.nan], dtype=torch.float64)
 
     def _call(self, index: int, columns: dict, rows: list[dict], step: int, timeout: float) -> torch.Tensor:
-        if self.connection.closed:
-            self._start()
         self.wait_until_ready()
         completions, what = columns["completions"], f"reward {self.specs[index]}, step {step}"
 

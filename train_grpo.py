@@ -492,7 +492,7 @@ def check_loss(args, parser):
             ("epsilon_high", f"in --loss_type {loss}",
              loss in clips or loss == "cispo" or args.epsilon_high == args.epsilon),
             ("kl_estimator", no_kl, args.beta and loss in losses.POLICY_LOSSES),
-            ("use_bias_correction_kl", no_kl, kl_in_loss),
+            ("use_bias_correction_kl", f"{no_kl}, or with --kl_in_reward", kl_in_loss),
             ("ref_model_sync_steps", "without --sync_ref_model", args.sync_ref_model),
             ("ref_model_mixup_alpha", "without --sync_ref_model", args.sync_ref_model),
             ("importance_sampling_clip_max", "without --importance_sampling_correction",

@@ -142,6 +142,7 @@ def test_odd_prompts_are_refused(prompt):
 def test_an_image_needs_a_user(tmp_path):
     """Images without a place went into the system's message where no turn was the user's; `images: []` hid `image`; a split
     of a single file was ignored."""
+    assert kinds({"prompt": [{"role": "human", "content": "x"}], "images": ["a"]}) == [["IMAGE", "x"]]
     with pytest.raises(data.RowError, match="f:1: images, but no user message"):
         kinds({"prompt": [{"role": "system", "content": "s"}], "images": ["a"]})
     rows = data.read_rows(write(tmp_path, {"prompt": "a", "images": [], "image": "b.png"}), ".", ())

@@ -377,6 +377,14 @@ EXHIBITS = [
     Exhibit("ours: a bf16 export held tied weights twice", rewrite(
         model, "export", "{id(x): name for name", "{name: name for name"),
         "test_data.test_bf16_export_is_bf16_and_tied_weights_stay_one"),
+    Exhibit("ours: a photograph's EXIF tags were written anew, which odd ones cannot be", rewrite(
+        data, "decode_image", "opened.transpose(TURNS[shown]) if shown in TURNS else opened",
+        '__import__("PIL.ImageOps").ImageOps.exif_transpose(opened)'),
+        "test_faults.test_exif_is_read_not_written", red=(data.RowError,)),
+    Exhibit("ours: a role that no template knows went to the model", rewrite(data, "to_messages", "if unknown:", "if False:"),
+            "test_data.test_odd_prompts_are_refused", {"prompt": [{"role": "User", "content": "x"}]}),
+    Exhibit("ours: dynamic sampling threw away the groups that NGRPO is for", rewrite(
+        train_grpo, "choose_groups", 'if estimator == "ngrpo"', "if False"), "test_rewards.test_choose_groups"),
     Exhibit("ours: a preset's weights were held against another --loss_type", rewrite(
         model, "parse_args", "if first.loss_type is not None:", "if False:"),
         "test_runs.test_presets_set_defaults_and_flags_win", red=(SystemExit,)),

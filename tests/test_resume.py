@@ -400,9 +400,29 @@ def test_resume_never_and_strange_folders(trained, monkeypatch, tmp_path):
     dead_run(trained, monkeypatch, step=3)
     with pytest.raises(model.InputError, match="is not empty"):
         trained("train_dpo", "--resume", "never")
+    (tmp_path / "r" / "args.json").write_text('{"lr": 1}')  # somebody's own
+    with pytest.raises(model.InputError, match="is not empty"):
+        trained("train_dpo")
     (tmp_path / "r" / "args.json").unlink()
     with pytest.raises(model.InputError, match="is not empty"):
         trained("train_dpo")
+
+
+@pytest.mark.slow
+def test_a_run_without_its_status_goes_on(trained, monkeypatch, tmp_path, capsys):
+    """args.json and checkpoints alone, as a backup may have them, are a run all the same: not a fresh start, whose first
+    save would drop them. A failed start leaves neither, and may be tried again with other flags."""
+    dead_run(trained, monkeypatch)
+    (tmp_path / "r" / "status.json").unlink(), (tmp_path / "r" / "metrics.jsonl").unlink()
+    with pytest.raises(model.InputError, match="beta: 0.1 -> 0.3"):
+        trained("train_dpo", "--beta", "0.3")
+    trained("train_dpo")
+    assert "step_6, step 6" in capsys.readouterr().out
+    with pytest.raises(model.InputError, match="--dataset nosuch.jsonl"):
+        trained("train_dpo", "--output_dir", tmp_path / "new", "--dataset", "nosuch.jsonl")
+    die_at(monkeypatch, 1)
+    with pytest.raises(Dead):
+        trained("train_dpo", "--output_dir", tmp_path / "new")
 
 
 @pytest.mark.slow
@@ -464,6 +484,7 @@ def test_an_explicit_checkpoint_is_the_start_only_once(trained, monkeypatch, tmp
     assert f"resumed from {tmp_path}/other/checkpoints/step_6, step 6" in capsys.readouterr().out
     second = results(tmp_path / "other")
     assert second[0] == first[0][3:] and all(torch.equal(second[2][k], first[2][k]) for k in first[2])
+    again[1] = os.path.relpath(again[1]) + "/"  # the same, spelled otherwise
     trained("train_dpo", *again)
     assert "is done; its model is" in capsys.readouterr().out
 
