@@ -163,6 +163,10 @@ def test_mmpr(root, loaded):
         (root / "MMPR" / "meta.json").write_text(json.dumps({"a": entry}))
         with pytest.raises(data.RowError, match=message):
             data.read_rows(str(root / "MMPR" / "meta.json"), str(root), ())
+    for repeat in (0, -1, "2", None, True):
+        (root / "MMPR" / "meta.json").write_text(json.dumps({"a": meta["a"] | dict(repeat_time=repeat)}))
+        with pytest.raises(data.RowError, match="a: repeat_time must be a number above 0"):
+            data.read_rows(str(root / "MMPR" / "meta.json"), str(root), ())
     outside = meta | {"a": meta["a"] | dict(root="../..")}
     (root / "MMPR" / "meta.json").write_text(json.dumps(outside))
     row = data.read_rows(str(root / "MMPR" / "meta.json"), str(root), ())[0]

@@ -1069,6 +1069,16 @@ def test_disco_by_hand(drift):
     assert (loss, count) == (0, 0) and (torch.autograd.grad(loss, logps)[0] == 0).all()
 
 
+def test_disco_leaves_out_who_stands_at_the_mean():
+    """A completion of exactly the group's mean reward is neither right nor wrong: in fp32 its distance is a rounding of up
+    to 1.2e-7, which a bound of 1e-7 took for a side."""
+    for last in (0.0, 0.1, 0.2, 0.3, 0.4):
+        r = torch.tensor([[0.5, 0.6, 0.6, 0.7]]) - 2 - last
+        s = torch.tensor([[1.0, 2.0, 3.0, 4.0]], requires_grad=True)
+        losses.disco_loss(r, None, s, torch.ones(1, 4), drift=0.0 * s.sum()).sum().backward()
+        assert (s.grad[0, [0, 3]] != 0).all() and (s.grad[0, 1:3] == 0).all(), last
+
+
 def test_reg_grpo_by_hand():
     """Reg-GRPO: the mean square of GRPO's advantage less the log-ratio to the sampling policy, normalised like a reward in
     its group; a completion without reward and a group without spread are left out; at ratio 1 the gradient is finite, and

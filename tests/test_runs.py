@@ -425,6 +425,17 @@ def test_bad_arguments(name, arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_held_out_pairs_keep_to_the_budget(launch, task, monkeypatch):
+    """--max_tokens_per_batch cut training and the reference pass, and not the held-out pass at step 0: who set it against
+    running out of memory ran out there."""
+    sizes, score = [], train_dpo.score_groups
+    monkeypatch.setattr(train_dpo, "score_groups", lambda args, policy, groups, *more: (
+        sizes.append((len(groups), policy.pack(groups)["input_ids"].shape[1])), score(args, policy, groups, *more))[1])
+    launch("train_dpo", *flags(task, "--eval_dataset", task / "pairs.jsonl", "--per_device_eval_batch_size", 12, "--max_steps", 1,
+                               "--per_device_train_batch_size", 2, "--max_tokens_per_batch", 130))
+    assert max(n for n, _ in sizes) > 1 and all(n == 1 or tokens <= 130 for n, tokens in sizes), sizes
+
+
 def test_every_number_has_bounds(capsys):
     """A learning rate of nan, or 0 tokens in a batch: numbers were checked one by one, and most were not."""
     for script in SCRIPTS.values():
@@ -567,6 +578,14 @@ def test_presets_set_defaults_and_flags_win():
     args = train_grpo.parse_args(["--algo", "gspo", "--epsilon", "0.1", "--gradient_accumulation_steps", "2"])
     assert (args.epsilon, args.epsilon_high, args.steps_per_generation) == (0.1, 4e-4, 8)
     assert args.importance_sampling_level == "sequence" and args.loss_type == "grpo"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_shows_defaults(name):
+    """Most defaults stood nowhere but in the source; those of 0 got lost, as 0 == False."""
+    text = " ".join(SCRIPTS[name].build_parser().format_help().split())
+    for flag, default in (("--weight_decay", "0.0"), ("--seed", "0"), ("--learning_rate", "1e-06"), ("--beta", "0")):
+        assert f"(default: {default}" in text.split(f" {flag} ")[-1].split(" --")[0], flag
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
