@@ -522,7 +522,7 @@ def encode_completion(policy: Policy, processor, row: dict, column: str) -> torc
         raise RowError(f"{source}: {column} contains the end-of-turn token; what follows it would be lost")
     end = next((i for i, token in enumerate(ids) if token in policy.eos_ids), None)
     ids = [*ids, tokenizer.eos_token_id] if end is None else ids[:end + 1]
-    bad = set(ids) & set(policy.never_sampled.tolist())
+    bad = set(ids) & policy.never_sampled_ids
     if bad:
         tokens = tokenizer.convert_ids_to_tokens(sorted(bad))
         raise RowError(f"{source}: {column} contains placeholder tokens {tokens}")

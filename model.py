@@ -28,6 +28,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -60,11 +61,11 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._pytree import tree_map, tree_map_only
 from tqdm import tqdm
 from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
-                          AutoProcessor, AutoTokenizer, get_scheduler)
+                          AutoTokenizer, get_scheduler)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import cached_file, is_torchvision_available, logging
+from transformers.utils import cached_file, logging
 
 logging.disable_progress_bar()  # ours is the only one
 STARTED = time.monotonic()  # --max_hours counts from here
@@ -116,9 +117,10 @@ def pack_groups(groups, pad_id: int, one_row: bool = False) -> dict:
     Returns input_ids, segment_ids, group_ids (B, S), image_ids (B, S) or None (`Prompt`),
     position_ids (R, B, S), pixels {name: tensor}, and, with
     the completions in the order given: completion_ids, completion_mask, logit_index (N, T), the last being
-    the index into the flattened (B * S) hidden states of the one that predicts the token. `segments` says
-    what segment_ids and group_ids say in lengths: for each row its groups' (P, [completion length, ...]).
-    Completions may be an empty list: the sampler's prefill is such a batch.
+    the index into the flattened (B * S) hidden states of the one that predicts the token. `trained` (M,) are
+    the places of the mask's True in the flattened (N * T): found here, so that no GPU must be asked for them.
+    `segments` says what segment_ids and group_ids say in lengths: for each row its groups'
+    (P, [completion length, ...]). Completions may be an empty list: the sampler's prefill is such a batch.
 
     >>> prompt = Prompt(torch.tensor([5, 6, 7]), torch.arange(3)[None], {}, {})
     >>> batch = pack_groups([(prompt, [torch.tensor([8, 9]), torch.tensor([4])])], pad_id=0)
@@ -169,7 +171,16 @@ def pack_groups(groups, pad_id: int, one_row: bool = False) -> dict:
             "image_ids": image_ids, "position_ids": position_ids,
             "pixels": cat_pixels([prompt for prompt, _ in groups]),
             "completion_ids": completion_ids, "completion_mask": completion_mask, "logit_index": logit_index,
-            "segments": segments}
+            "trained": flat_places(completion_mask), "segments": segments}
+
+
+def flat_places(mask: torch.Tensor) -> torch.Tensor:
+    """(N, T) bool -> (M,): where its True stand in the flattened mask. Call it on the CPU: a GPU would wait.
+
+    >>> flat_places(torch.tensor([[True, False], [True, True]])).tolist()
+    [0, 2, 3]
+    """
+    return mask.flatten().nonzero().squeeze(-1)
 
 
 def spans_within(sizes: list[int], budget: int, alike: bool = True) -> list[tuple[int, int]]:
@@ -195,8 +206,15 @@ def spans_within(sizes: list[int], budget: int, alike: bool = True) -> list[tupl
     return spans
 
 
-def to_device(batch: dict, device) -> dict:
-    return tree_map_only(torch.Tensor, lambda x: x.to(device), batch)
+def to_device(batch, device):
+    """The batch (a dict, or one tensor) on that device. To a GPU it is copied from pinned memory, so that the
+    host does not wait for what the GPU is doing."""
+    def move(x):
+        if torch.device(device).type == "cuda" and not x.is_cuda:
+            return x.pin_memory().to(device, non_blocking=True)
+        return x.to(device)
+
+    return tree_map_only(torch.Tensor, move, batch)
 
 
 def group_attention_mask(segment_ids, group_ids, image_ids=None) -> torch.Tensor:
@@ -264,11 +282,12 @@ def attention_mask_of(batch: dict, window: int | None = None):
     segment_ids, group_ids, image_ids = batch["segment_ids"], batch["group_ids"], batch["image_ids"]
     place = None
     if window is not None:  # each token's place in its prompt + completion; `position_ids` may be M-RoPE's
-        place = torch.zeros_like(segment_ids)
+        place = torch.zeros(segment_ids.shape, dtype=torch.long)
         for b, groups in enumerate(batch["segments"]):
             found = torch.cat([torch.arange(start, start + n) for P, completions in groups
                                for n, start in ((P, 0), *((n, P) for n in completions))])
             place[b, :len(found)] = found
+        place = to_device(place, segment_ids.device)
     if segment_ids.is_cuda:
         mask = group_block_mask(segment_ids, group_ids, image_ids, place, window)
     elif window is None and image_ids is None:  # one False for all: read as a mask, it would hide everything
@@ -300,8 +319,10 @@ def group_attention(module, query, key, value, attention_mask, scaling=None, sli
     if sliding_window is not None and attention_mask.longest > sliding_window:
         attention_mask = attention_mask.within(sliding_window)
     if isinstance(attention_mask, BlockMask):
+        # Without this a short row goes to a decoding kernel that has no valid block size for our masks.
         out = compiled_flex_attention()(query, key, value, block_mask=attention_mask, scale=scaling,
-                                        enable_gqa=query.shape[1] != key.shape[1])
+                                        enable_gqa=query.shape[1] != key.shape[1],
+                                        kernel_options={"FORCE_USE_FLEX_ATTENTION": True})
         return out.transpose(1, 2).contiguous(), None
     if hasattr(attention_mask, "segments"):
         return attend_segments(query, key, value, attention_mask.segments, scaling), None
@@ -310,6 +331,9 @@ def group_attention(module, query, key, value, attention_mask, scaling=None, sli
 
 @functools.cache
 def compiled_flex_attention():
+    if torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
+        print("attention kernels are compiled when they are first needed: 10 to 20 s each, once a machine",
+              flush=True)
     # A variant for each of grad mode, one row or several, one block or several, window and dtype: beyond its
     # limit of 8 torch would go on uncompiled, and build the (S, S) scores. fullgraph makes that an error.
     torch._dynamo.config.recompile_limit = 64
@@ -345,14 +369,28 @@ def window_attention(module, query, key, value, attention_mask, scaling=None, cu
     but hands all over at once to one that has "flash" in its name. Here windows of one length are one batch.
     query, key, value (1, heads, S, D), cu_seq_lens_q (windows + 1,) -> (1, S, heads, D).
     """
-    lengths = cu_seq_lens_q.diff().tolist()
-    pieces, out = [x[0].split(lengths, 1) for x in (query, key, value)], [None] * len(lengths)
+    lengths = window_lengths(cu_seq_lens_q)
+    runs = [(length, len(list(alike))) for length, alike in itertools.groupby(lengths)]  # of equal windows
+    sizes = [length * n for length, n in runs]
+    pieces, out = [x[0].split(sizes, 1) for x in (query, key, value)], [None] * len(runs)
     for length in set(lengths):
-        alike = [i for i, n in enumerate(lengths) if n == length]
-        batch = [torch.stack([piece[i] for i in alike]) for piece in pieces]          # (n, heads, length, D)
-        for i, x in zip(alike, F.scaled_dot_product_attention(*batch, scale=scaling)):
-            out[i] = x
+        alike = [i for i, (n, _) in enumerate(runs) if n == length]
+        batch = [torch.cat([piece[i] for i in alike], 1) if len(alike) > 1 else piece[alike[0]]
+                 for piece in pieces]                                                 # (heads, n * length, D)
+        batch = [x.unflatten(1, (-1, length)).transpose(0, 1) for x in batch]         # (n, heads, length, D)
+        x = F.scaled_dot_product_attention(*batch, scale=scaling)
+        x = x.transpose(0, 1).flatten(1, 2)                                           # (heads, n * length, D)
+        for i, part in zip(alike, x.split([sizes[i] for i in alike], 1)):
+            out[i] = part
     return torch.cat(out, 1).transpose(0, 1)[None], None
+
+
+def window_lengths(ends: torch.Tensor) -> list[int]:
+    """Lengths of the windows that end there, (windows + 1,). A GPU is asked once for each tensor: all layers
+    of a tower, and their recomputation, are handed the same one."""
+    if not hasattr(ends, "lengths"):
+        ends.lengths = ends.diff().tolist()
+    return ends.lengths
 
 
 AttentionInterface.register("flatpo", group_attention)
@@ -372,75 +410,118 @@ def scaled_logits(logits, never_sampled, temperature):
     return logits.index_fill_(-1, never_sampled, -1e30)
 
 
+def head_weight(weight: torch.Tensor, dtype) -> torch.Tensor:
+    """The output head (V, H) as `head_product` takes it. On a CPU bf16 values are held in fp32, since torch
+    has no product there that takes bf16 and returns fp32."""
+    weight = weight.to(dtype)
+    return weight if weight.is_cuda else weight.float()
+
+
+def head_product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(n, H) hidden states, `head_weight` (V, H) -> (n, V) logits, always in fp32.
+
+    Logits rounded to bf16 are off by up to 0.06 at a logit of 20, differently in sampler and trainer.
+    """
+    if hidden.dtype == torch.float32:
+        return hidden @ weight.T
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    with bf16_products():
+        return hidden.float() @ weight.T
+
+
+@contextmanager
+def bf16_products():
+    """Within it a CPU with bf16 units may multiply fp32 matrices as bf16 ones, and sums in fp32. Exact where
+    all values are bf16's, and faster; a CPU without such units computes as ever."""
+    settings = torch.backends.mkldnn.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
 class ChunkedLogps(torch.autograd.Function):
     """p = softmax(h W^T / temperature) -> log p[target], entropy, log sum_v p_v^2; `chunk` tokens at a time.
 
     The (M, V) logits never exist: forward keeps the log-sum-exp of each token, backward recomputes a chunk.
         d logp / dz = onehot(target) - p          d entropy / dz = -p (log p + entropy)
-    With a frozen head (LoRA) forward also keeps d logp / dh (M, H), and backward recomputes for entropy only.
-    The third (WPO's weights need it) has no gradient.
+    h W^T is summed and kept in fp32, in bf16 too (`head_product`). With a frozen head (LoRA) forward also
+    keeps d logp / dh (M, H), and backward recomputes for entropy only. Entropy and the third (WPO's weights
+    need it; it has no gradient) are None unless asked for.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, never_sampled, temperature, chunk):
-        device_type = hidden.device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
-        logps, lse, entropy, log_sum_sq = (hidden.new_empty(len(hidden), dtype=torch.float32)
-                                           for _ in range(4))
+    def forward(ctx, hidden, weight, targets, never_sampled, temperature, chunk, entropies, sums_of_squares):
+        dtype, M = hidden.dtype, len(hidden)
+        logps, lse = (hidden.new_empty(M, dtype=torch.float32) for _ in range(2))
+        entropy = torch.empty_like(lse) if entropies else None
+        log_sum_sq = torch.empty_like(lse) if sums_of_squares else None
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[:2] == (True, False) else None
-        with torch.autocast(device_type, enabled=False):
-            W = weight.to(dtype)
-            for i in range(0, len(hidden), chunk):
-                at = slice(i, i + chunk)
-                logits = scaled_logits(hidden[at].to(dtype) @ W.T, never_sampled, temperature)    # (chunk, V)
-                log_p, target = logits.log_softmax(-1), targets[at, None]
-                logps[at] = log_p.gather(-1, target).squeeze(-1)
-                lse[at] = logits.gather(-1, target).squeeze(-1) - logps[at]
+        W = head_weight(weight, dtype)
+        for i in range(0, M, chunk):
+            at = slice(i, i + chunk)
+            logits = scaled_logits(head_product(hidden[at], W), never_sampled, temperature)       # (chunk, V)
+            log_p, target = logits.log_softmax(-1), targets[at, None]
+            logps[at] = log_p.gather(-1, target).squeeze(-1)
+            lse[at] = logits.gather(-1, target).squeeze(-1) - logps[at]
+            if entropies or sums_of_squares or slope is not None:
                 p = torch.exp(log_p, out=logits)
-                entropy[at] = -torch.einsum("nv,nv->n", p, log_p)
-                log_sum_sq[at] = torch.einsum("nv,nv->n", p, p).log()
+                if entropies:
+                    entropy[at] = -torch.einsum("nv,nv->n", p, log_p)
+                if sums_of_squares:
+                    log_sum_sq[at] = torch.einsum("nv,nv->n", p, p).log()
                 if slope is not None:
-                    p.scatter_add_(-1, target, -torch.ones_like(logps[at, None]))
-                    slope[at] = p.to(dtype) @ W / -temperature
-                del logits, log_p, p  # or the next chunk's are made beside them
+                    p[torch.arange(len(p), device=p.device), targets[at]] -= 1
+                    slope[at] = rounded(p, dtype, W) @ W / -temperature
+                del p
+            del logits, log_p  # or the next chunk's are made beside them
         # (M, H), (V, H), (M,), (few,), (M,), (M,), (M, H)
         ctx.save_for_backward(hidden, weight, targets, never_sampled, lse, entropy, slope)
-        ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, dtype
-        ctx.mark_non_differentiable(log_sum_sq)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        if sums_of_squares:
+            ctx.mark_non_differentiable(log_sum_sq)
         ctx.set_materialize_grads(False)  # grad_entropy is None unless the loss has an entropy term
         return logps, entropy, log_sum_sq
 
     @staticmethod
     def backward(ctx, grad_logps, grad_entropy, _):
         hidden, weight, targets, never_sampled, lse, entropy, slope = ctx.saved_tensors
+        nothing = [None] * 6
         if slope is not None and grad_entropy is None:
-            return grad_logps[:, None].to(slope.dtype) * slope, None, None, None, None, None
+            return grad_logps[:, None].to(slope.dtype) * slope, None, *nothing
+        dtype = hidden.dtype
         grad_logps = torch.zeros_like(lse) if grad_logps is None else grad_logps
         grad_hidden, grad_weight = torch.empty_like(hidden), None
         if ctx.needs_input_grad[1]:  # not where the head is frozen, as with LoRA
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        with torch.autocast(hidden.device.type, enabled=False):
-            W = weight.to(ctx.dtype)
-            for i in range(0, len(hidden), ctx.chunk):
-                at = slice(i, i + ctx.chunk)
-                h, g = hidden[at].to(ctx.dtype), grad_logps[at, None] / ctx.temperature
-                log_p = scaled_logits(h @ W.T, never_sampled, ctx.temperature)                    # (chunk, V)
-                log_p -= lse[at, None]
-                if grad_entropy is not None:
-                    g_entropy = grad_entropy[at, None] / ctx.temperature
-                    grad = log_p.exp().mul_(-g - g_entropy * (log_p + entropy[at, None]))
-                else:
-                    grad = log_p.exp_().mul_(-g)
-                grad = grad.scatter_add_(-1, targets[at, None], g).to(ctx.dtype)
-                grad_hidden[at] = (grad @ W).to(hidden.dtype)
-                if grad_weight is not None and ctx.dtype == torch.float32:
-                    grad_weight.addmm_(grad.T, h)  # spares a (V, H) tensor a chunk
-                elif grad_weight is not None:
-                    grad_weight += grad.T @ h
-                del log_p, grad
+        W = head_weight(weight, dtype)
+        for i in range(0, len(hidden), ctx.chunk):
+            at = slice(i, i + ctx.chunk)
+            h, g = hidden[at], grad_logps[at, None] / ctx.temperature
+            log_p = scaled_logits(head_product(h, W), never_sampled, ctx.temperature)             # (chunk, V)
+            log_p -= lse[at, None]
+            if grad_entropy is not None:
+                g_entropy = grad_entropy[at, None] / ctx.temperature
+                grad = log_p.exp().mul_(-g - g_entropy * (log_p + entropy[at, None]))
+            else:
+                grad = log_p.exp_().mul_(-g)
+            grad[torch.arange(len(grad), device=grad.device), targets[at]] += g[:, 0]
+            grad = rounded(grad, dtype, W)
+            grad_hidden[at] = (grad @ W).to(dtype)
+            if grad_weight is not None and h.is_cuda and dtype != torch.float32:
+                torch.addmm(grad_weight, grad.T, h, out_dtype=torch.float32, out=grad_weight)
+            elif grad_weight is not None:
+                grad_weight.addmm_(grad.T, h.to(grad.dtype))  # spares a (V, H) tensor a chunk
+            del log_p, grad
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, *nothing
+
+
+def rounded(x: torch.Tensor, dtype, W: torch.Tensor) -> torch.Tensor:
+    """fp32 x rounded to the compute dtype, in the dtype that the head's weight W is held in."""
+    return x.to(dtype).to(W.dtype)
 
 
 # The families that the tests build, each from transformers' own classes. How one lays out images and
@@ -457,6 +538,9 @@ class Policy(nn.Module):
     `policy.hf` is the model itself. A text-only prompt is a prompt without pixels. never_sampled are the ids
     that can never be an answer (image, video and other placeholders, and rows of the head beyond the
     tokenizer): the sampler does not draw them, and every log-prob is normalised without them.
+
+    Weights are fp32 masters. With dtype bfloat16 every module computes in bf16 with its weights cast
+    (`compute_in`): the same bf16 program on one rank, on many (FSDP gathers bf16) and in the sampler.
     """
 
     def __init__(self, hf, processor, dtype=torch.float32):
@@ -496,32 +580,62 @@ class Policy(nn.Module):
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         never_sampled = torch.tensor(sorted(ids - eos), dtype=torch.long)  # (few,)
         self.register_buffer("never_sampled", never_sampled, persistent=False)
+        self.never_sampled_ids = frozenset(never_sampled.tolist())  # for the host, which need not ask a GPU
         # Dropout off, everywhere: the ratio of the first update must be exactly 1. train() mode stays on,
         # because transformers skips gradient checkpointing in eval() without a word.
         for module in hf.modules():
             for name in ("p", "dropout", "attention_dropout", "drop_path_rate", "drop_prob"):
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
+        self.casting = []  # [(module, its forward that casts, its own)], in bf16
+        for module in hf.modules() if dtype != torch.float32 else ():
+            if next(module.parameters(recurse=False), None) is not None:
+                own = vars(module).get("forward")
+                self.casting.append((module, compute_in(module, dtype), own))
+        self.kept, self.copies = {}, {}  # what sampler and `compute_weights` keep on a GPU; see `let_go`
+        self.whole = False  # within `gathered`
+        self.spare_memory = 0  # bytes of the GPU that training does not need: `preflight` measures them
 
     @property
     def device(self):
         return self.never_sampled.device
 
-    def autocast(self):
-        """bf16 compute over fp32 weights; fp32 is left alone."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+    def let_go(self):
+        """Free what the sampler keeps on a GPU between its calls (caches, graphs, bf16 weights), if training
+        needs the memory. Called by every pass with gradients."""
+        if not self.kept and not self.copies:
+            return
+        tensors = [*self.copies.values(), *(x for kept in self.kept.values() for x in kept.tensors())]
+        if sum(x.nbytes for x in tensors) > self.spare_memory:
+            self.kept.clear(), self.copies.clear()
+
+    def standing(self, key, new: torch.Tensor, keep: bool) -> torch.Tensor:
+        """`new`, in memory that is the same in every call with this key if keep: CUDA graphs read it there."""
+        if not keep:
+            return new
+        old = self.copies.get(key)
+        if old is None or old.shape != new.shape:
+            self.copies[key] = new.clone()
+            return self.copies[key]
+        return old.copy_(new)
 
     @contextmanager
-    def compute_weights(self):
+    def compute_weights(self, keep: bool = False):
         """Within it the weights are of the compute dtype, not cast anew by every forward: for the sampler.
         Under FSDP they are so already, once gathered. On a CPU the decoder's and the head's linear layers
-        multiply by a copy in oneDNN's own layout: a sampler's step is 1.1 (bf16) to 1.7 times as fast."""
+        multiply by a copy in oneDNN's own layout: a sampler's step is 1.1 (bf16) to 1.7 times as fast.
+        keep: the copies keep their memory until `let_go`."""
         masters = [(p, p.data) for p in self.parameters()
                    if p.is_floating_point() and p.dtype != self.dtype and not hasattr(p, "quant_state")]
         packed, dora, mkldnn = [], [m for m in self.modules() if hasattr(m, "lora_m")], torch.ops.mkldnn
+        for module, _, own in self.casting:
+            del module.forward
+            if own is not None:
+                module.forward = own
         try:
-            for p, _ in masters:
-                p.data = p.data.to(self.dtype)
+            for p, data in masters:
+                p.data = self.standing(id(p), data.to(self.dtype), keep)
+            self.head = head_weight(self.hf.get_output_embeddings().weight.detach(), self.dtype)
             if self.device.type == "cpu" and torch.backends.mkldnn.is_available() and (
                     self.dtype == torch.float32 or mkldnn._is_mkldnn_bf16_supported()):
                 packed = [m for m in (*self.hf.get_decoder().modules(), self.hf.get_output_embeddings())
@@ -533,14 +647,17 @@ class Policy(nn.Module):
                 setattr(layer, name, lambda x, w=weight, b=layer.bias: mkldnn._linear_pointwise(
                     x.to(w.dtype), w, b, "none", [], ""))
             for layer in dora:  # two passes over W: not once a token
-                layer.gain = layer.magnitude().detach()
+                layer.gain = self.standing(("gain", id(layer)), layer.magnitude().detach(), keep)
             yield
         finally:
             for layer in (*packed, *dora):
                 for name in ("product", "forward", "gain"):
                     vars(layer).pop(name, None)
+            for module, casts, _ in self.casting:
+                module.forward = casts
             for p, data in masters:
                 p.data = data
+            self.head = None
 
     def pack(self, groups, share_prompt: bool = True) -> dict:
         """`pack_groups` into one row; without share_prompt each completion behind its own prompt. Under
@@ -582,7 +699,7 @@ class Policy(nn.Module):
         if any(p.requires_grad for p in tower.parameters()):
             return prompts
         hook = tower.register_forward_hook(lambda _, inputs, out: seen.append(to_device(out, "cpu")))
-        with gathered(self), self.autocast():
+        with gathered(self):
             for pixels in (prompt.pixels for prompt in prompts if prompt.pixels):
                 inputs = {k: x for k, x in pixels.items() if k in known.parameters}
                 base.get_image_features(**to_device(inputs, self.device))
@@ -596,34 +713,74 @@ class Policy(nn.Module):
         positions, pixels = position_ids if len(position_ids) > 1 else position_ids[0], dict(pixels or {})
         seen = pixels.pop("tower", None)
         if seen is not None:  # a copy each time: transformers writes into its fields
-            self.hf.get_encoder(modality="image").forward = lambda *_, **__: to_device(seen, self.device)
+            tower = self.hf.get_encoder(modality="image")
+            forward, tower.forward = tower.forward, lambda *_, **__: to_device(seen, self.device)
         try:
             return self.hf.base_model(
                 input_ids=input_ids, position_ids=positions, attention_mask=attention_mask,
                 past_key_values=cache, use_cache=cache is not None, **pixels).last_hidden_state
         finally:
             if seen is not None:
-                del self.hf.get_encoder(modality="image").forward
+                tower.forward = forward
 
     def logits(self, hidden: torch.Tensor, temperature: float) -> torch.Tensor:
         """(N, H) -> (N, V), for the sampler: one token a row."""
-        with torch.autocast(self.device.type, enabled=False):
-            logits = self.hf.get_output_embeddings()(hidden.to(self.dtype))
+        head = self.hf.get_output_embeddings()
+        logits = head(hidden) if self.dtype == torch.float32 else head_product(hidden, self.head)
         return scaled_logits(logits, self.never_sampled, temperature)
 
-    def forward(self, batch: dict, temperature: float = 1.0, chunk: int = 512):
+    def forward(self, batch: dict, temperature: float = 1.0, chunk: int | None = None,
+                entropies: bool = True, sums_of_squares: bool = False):
         """A `pack_groups` batch -> per_token_logps, entropies, log_sum_sq_probs: three (N, T), fp32, 0 where
-        completion_mask is False. Logits are divided by the temperature the completions were sampled at."""
-        mask = batch["completion_mask"]
-        with self.autocast():
-            hidden = self.hidden(batch["input_ids"], batch["position_ids"], attention_mask_of(batch),
-                                 batch["pixels"])
-            used = hidden.flatten(0, 1).index_select(0, batch["logit_index"][mask])               # (M, H)
-            weight = self.hf.get_output_embeddings().weight
-            per_token = ChunkedLogps.apply(used, weight, batch["completion_ids"][mask],
-                                           self.never_sampled, temperature, chunk)                # 3 x (M,)
-        zeros = torch.zeros(mask.shape, device=mask.device)
-        return tuple(zeros.masked_scatter(mask, x) for x in per_token)
+        completion_mask is False; the last two None unless asked for. Logits are divided by the temperature
+        the completions were sampled at. `chunk` tokens' logits exist at once; default 512, on a GPU 2048."""
+        if torch.is_grad_enabled():
+            self.let_go()
+        mask, trained = batch["completion_mask"], batch["trained"]
+        chunk = chunk or (2048 if mask.is_cuda else 512)
+        hidden = self.hidden(batch["input_ids"], batch["position_ids"], attention_mask_of(batch),
+                             batch["pixels"])
+        index = batch["logit_index"].flatten()[trained]                                           # (M,)
+        hidden = hidden.flatten(0, 1)                                                             # (B * S, H)
+        # The backward of each is repeatable on its device, and that of the other is not.
+        used = hidden[index] if mask.is_cuda else hidden.index_select(0, index)                   # (M, H)
+        weight, targets = self.hf.get_output_embeddings().weight, batch["completion_ids"].flatten()[trained]
+        per_token = ChunkedLogps.apply(used, weight, targets, self.never_sampled, temperature, chunk, entropies,
+                                       sums_of_squares)                                           # 3 x (M,)
+        zeros = torch.zeros(mask.numel(), device=mask.device)
+        return tuple(None if x is None else zeros.scatter(0, trained, x).view(mask.shape) for x in per_token)
+
+
+def compute_in(module: nn.Module, dtype):
+    """Let a module compute in `dtype`: its own parameters, fp32 masters, are cast for each call, and so are
+    floating-point inputs. Gradients reach the masters through the cast. Returns the module's new forward.
+
+    Not torch.autocast: it leaves embeddings, norms and so the residual stream in fp32, which is another
+    program than the sampler's and FSDP's, and keeps every cast weight until the pass ends.
+    """
+    forward = module.forward
+    if hasattr(module, "compute_dtype"):  # bitsandbytes' 4-bit layers
+        module.compute_dtype = dtype
+
+    def cast(x):
+        return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    if type(module) is nn.Embedding:  # its rows, not the whole table
+        module.forward = functools.wraps(forward)(lambda ids: cast(forward(ids)))
+        return module.forward
+
+    @functools.wraps(forward)
+    def in_dtype(*args, **kwargs):
+        masters = {name: p for name, p in module._parameters.items()
+                   if cast(p) is not p and not hasattr(p, "quant_state")}  # not 4-bit ones
+        module._parameters.update({name: cast(p) for name, p in masters.items()})
+        try:
+            return forward(*map(cast, args), **{name: cast(x) for name, x in kwargs.items()})
+        finally:
+            module._parameters.update(masters)
+
+    module.forward = in_dtype
+    return module.forward
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -657,7 +814,7 @@ class LoraLinear:
 
     def magnitude(self):
         """m / |V| (out,), with a gradient to m alone."""
-        with torch.no_grad(), torch.autocast(self.lora_m.device.type, enabled=False):
+        with torch.no_grad():
             W = dense(self)
             start, norm = W.norm(dim=1), self.added(W, self.lora_A, self.lora_B).norm(dim=1)
         return (start + self.lora_m) / norm
@@ -802,14 +959,13 @@ class TextProcessor:
 
 
 def load_processor(path: str):
-    """The checkpoint's processor (image processor, tokenizer, chat template), with or without torchvision."""
+    """The checkpoint's processor: image processor, tokenizer, chat template, and no video processor, whether
+    torchvision is there or not."""
     config = AutoConfig.from_pretrained(path)
     if type(config) not in PROCESSOR_MAPPING:
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise InputError(f"{path}: {config.model_type} is neither a vision-language nor a language model")
         return TextProcessor(AutoTokenizer.from_pretrained(path))
-    if is_torchvision_available():
-        return AutoProcessor.from_pretrained(path)
     return without_video(PROCESSOR_MAPPING[type(config)]).from_pretrained(path)
 
 
@@ -911,7 +1067,7 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
 def check_logps(policy: Policy, path: str):
     """Refuse a model whose log-probs in a group row are not those of its own forward: one whose head scales
     its logits (Granite, Cohere), or whose attention cannot be replaced (Falcon). Of text only."""
-    text_config, never = policy.hf.config.get_text_config(), set(policy.never_sampled.tolist())
+    text_config, never = policy.hf.config.get_text_config(), policy.never_sampled_ids
     V = policy.hf.get_output_embeddings().weight.shape[0]
     ids = [i for i in range(V) if i not in never]
     tokens = torch.tensor([ids[7 * k % len(ids)] for k in range(24)])                              # (24,)
@@ -1115,8 +1271,9 @@ def start_model(args, output_dir: Path, rank: int) -> str:
 # Ranks
 
 
-def init_distributed(device: str = "auto"):
-    """(rank, world_size, device) under torchrun or alone: gloo on a CPU, nccl on GPUs, no group if alone."""
+def init_distributed(device: str = "auto", deterministic: bool = False):
+    """(rank, world_size, device) under torchrun or alone: gloo on a CPU, nccl on GPUs, no group if alone.
+    deterministic: on a GPU take kernels that give the same bits each time, where torch has them."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1125,6 +1282,10 @@ def init_distributed(device: str = "auto"):
             raise InputError("--device cuda: this torch sees no GPU")
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging, and slow
     if world_size > 1 and not dist.is_initialized():
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=1))  # rank 0 may download, or train a little
@@ -1175,14 +1336,27 @@ def copy_from_rank_0(whole: Policy | None, policy: Policy):
 @contextmanager
 def gathered(policy: Policy):
     """Within it every rank holds the whole model, and passes without gradient need no collective: ranks may
-    run different numbers of them, of different lengths. For rollouts, held-out data, reference passes."""
-    units = [m for m in policy.modules() if isinstance(m, FSDPModule)]
+    run different numbers of them, of different lengths. For rollouts, held-out data, reference passes.
+
+    FSDP's hooks are taken off meanwhile: they have nothing to do, and a CUDA graph could not hold them.
+    """
+    units, hooks = [m for m in policy.modules() if isinstance(m, FSDPModule)], []
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
+        state = unit._get_fsdp_state()
+        for there in (unit._forward_pre_hooks, unit._forward_hooks):
+            ours = {key: hook for key, hook in there.items() if getattr(hook, "__self__", None) is state}
+            hooks.append((there, ours))
+            for key in ours:
+                del there[key]
+    policy.whole = True
     try:
         yield
     finally:
+        policy.whole = False
+        for there, ours in hooks:
+            there.update(ours)
         for unit in units:
             unit.reshard()
             unit.set_reshard_after_forward(unit is not policy, recurse=False)
@@ -1202,13 +1376,30 @@ def all_gather(x: torch.Tensor, device="cpu") -> torch.Tensor:
     return torch.cat(parts, -1).to(x.device)
 
 
+def add_sums(sums: dict, new: dict, prefix: str = ""):
+    """sums[prefix + key] += new[key], pairs of (sum, count), in fp64. Tensors are added where they are: a GPU
+    is not waited for."""
+    def fp64(x):
+        return x.detach().double() if isinstance(x, torch.Tensor) else float(x)
+
+    for key, (value, n) in new.items():
+        old = sums.get(prefix + key, (0.0, 0.0))
+        sums[prefix + key] = old[0] + fp64(value), old[1] + fp64(n)
+
+
 def all_reduce_sums(sums: dict[str, tuple], device="cpu") -> dict[str, tuple[float, float]]:
-    """{key: (sum, count)} of this rank -> of all ranks, in fp64 and one collective. Keys must agree."""
+    """{key: (sum, count)} of this rank, numbers or tensors -> of all ranks, as numbers, in fp64 and one
+    collective. Keys must agree. The host waits once, and not at all for numbers of one rank."""
     keys = sorted(sums)
-    flat = torch.tensor([[float(x) for x in sums[k]] for k in keys], dtype=torch.float64, device=device)
+    numbers = [x for key in keys for x in sums[key]]
+    if not dist.is_initialized() and not any(isinstance(x, torch.Tensor) for x in numbers):
+        return {key: (float(sums[key][0]), float(sums[key][1])) for key in keys}
+    flat = torch.stack([x.to(device, torch.float64).view(()) if isinstance(x, torch.Tensor)
+                        else torch.full((), float(x), dtype=torch.float64, device=device) for x in numbers])
     if dist.is_initialized():
         dist.all_reduce(flat)
-    return {k: tuple(pair) for k, pair in zip(keys, flat.tolist())}
+    flat = flat.tolist()
+    return {key: (flat[2 * i], flat[2 * i + 1]) for i, key in enumerate(keys)}
 
 
 def clip_grad_norm_(parameters, max_norm: float) -> float:
@@ -1269,7 +1460,7 @@ def add_run_flags(parser):
     add("--image_root", help="folder that image paths are relative to, and may not leave")
     add("--sort_by", help="column of the data: train in its order, lowest first, in each epoch (curriculum)")
     add("--eval_dataset", help="held-out rows, same columns and --image_root")
-    add("--dataloader_num_workers", type=count, default=0, help="threads that read and process rows ahead")
+    add("--dataloader_num_workers", type=count, default=2, help="threads that read and process rows ahead")
     add("--output_dir", help="default: a new runs/<algo>-N")
     add("--report_to", choices=TRACKERS, default="none", help="send metrics there too; pip install it")
     add("--push_to_hub", metavar="OWNER/NAME", help="upload final/ there at the end; made private if new")
@@ -1324,6 +1515,8 @@ def add_run_flags(parser):
         "completion that it hangs on, also alone, gets no reward")
     add("--seed", type=count, default=0, help="of the data order, the sampling, the tiny model")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where there is one")
+    add("--deterministic", action=on_off, default=False, help="on a GPU: only kernels that give the same bits "
+        "each time, so that a resumed run equals one never stopped; slower. On a CPU it always does")
 
 
 def parse_args(argv, parser, presets: dict, tiny: dict, tiny_by_algo: dict, check_args):
@@ -1617,19 +1810,28 @@ def push_to_hub(args, output_dir: Path, rank: int):
 
 def preflight(policy: Policy, groups, temperature: float, rank: int, share_prompt: bool):
     """One forward and backward of a micro-batch of the run's longest rows, before its first step: what does
-    not fit into memory shows now. Weights, gradients and randomness stay as they are."""
+    not fit into memory shows now. AdamW's moments, which the first step makes, are reserved meanwhile.
+    Weights, gradients and randomness stay as they are."""
     batch = to_device(policy.pack(groups, share_prompt), policy.device)
     shape = f"{len(batch['completion_ids'])} completions in rows of {batch['input_ids'].shape[1]} tokens"
+    moments = []
     try:
+        moments = [torch.empty_like(p) for p in policy.parameters() if p.requires_grad for _ in range(2)]
         logps, *_ = policy(batch, temperature)
         (0.0 * logps.sum()).backward()
     except torch.OutOfMemoryError as error:
         raise InputError(f"the largest micro-batch of this run, {shape}, does not fit into memory; lower "
                          f"--per_device_train_batch_size (or --max_tokens_per_batch), or add "
                          f"--gradient_checkpointing ({error})") from None
+    del moments
     policy.zero_grad(set_to_none=True)
+    used = ""
+    if policy.device.type == "cuda":
+        peak, there = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).total_memory
+        policy.spare_memory = int(0.9 * there) - peak  # a tenth: graphs, fragments, what NCCL takes
+        used = f", {peak / 1e9:.1f} of {there / 1e9:.1f} GB at the peak"
     if rank == 0:
-        print(f"preflight: {shape} fit", flush=True)
+        print(f"preflight: {shape} fit{used}", flush=True)
 
 
 def count_skipped(grad_norm: float, before: int, output_dir: Path, rank: int, step: int, rows: list) -> int:

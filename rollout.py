@@ -36,8 +36,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from model import (InputError, Interrupted, Policy, Prompt, attention_mask_of, export, on_rank_0,
-                   pack_groups, to_device)
+from model import (InputError, Interrupted, Policy, Prompt, attention_mask_of, export, on_rank_0, pack_groups,
+                   to_device)
 
 # ------------------------------------------------------------------------------------------------------------
 # Keyed randomness
@@ -138,14 +138,16 @@ class GroupCache(DynamicCache):
     row; all is allocated once, and reused when prompts and completions come and go.
     prefix[layer]: K, V (slots, kv, S, D).  own[layer]: K, V (rows, kv, T, D).
     Of the prompts: lengths (slots,), prefix_bias (slots, 1, 1, S), 0 or -inf behind the end. Of a step: its
-    rows and their token index t, both (n,). places (slots, G), place (rows,): `place_rows`.
+    rows and their token index t, both (n,). places (p, g), place (rows,): `place_rows`.
     """
 
-    def __init__(self, slots: int, rows: int, S: int, T: int):
+    def __init__(self, slots: int, rows: int, S: int, T: int, device):
         super().__init__()
         self.sizes, self.prefix, self.own = (slots, rows, S, T), {}, {}
+        self.prefix_bias = torch.zeros(slots, 1, 1, S, device=device)
+        self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
         self.filling = None  # while prompts are prefilled: their slots (p,)
-        self.place, self.places = None, None
+        self.place, self.places, self.all_places = None, None, None
 
     def update(self, key, value, layer, *args, **kwargs):
         """transformers' layers call it with what is new, and hand what it returns to `model.group_attention`:
@@ -195,31 +197,38 @@ class GroupCache(DynamicCache):
         out = to_rows(prefix_probs @ prefix_v[:p]) + to_rows(own_probs) @ own_v[:n, :, :W]  # (n, kv, r, D)
         return out.view(n, 1, heads, D)
 
-    def place_rows(self, slot_of: list[int], shape: tuple[int, int], device):
-        """Say which slot each row belongs to: `places`, of that shape at least, and `place` of `attend`; rows
-        beyond these belong to none.
+    def place_rows(self, slot_of: list[int], p: int = 0, g: int = 0):
+        """Say which slot each row belongs to, in `places` (p, g) and `place` (rows,) of `attend`; p and g are
+        raised to what the rows need.
 
-        A place that nobody takes computes row 0 once more, and a row without a place takes the first's: for
-        nobody. If `shape` suffices the tensors keep their memory, for every size that a CUDA graph is of.
+        Unused places point at row 0 and spare rows at place 0; their results are never read. If p and g are
+        enough for every call the tensors keep their memory: a CUDA graph of each size reads them there.
         """
         counts, place = [0] * (max(slot_of) + 1), []
         for slot in slot_of:
             place.append((slot, counts[slot]))
             counts[slot] += 1
-        g = max(*counts, shape[1])
-        places = torch.zeros(max(len(counts), shape[0]), g, dtype=torch.long)
+        p, g = max(len(counts), p), max(*counts, g)
+        places = torch.zeros(p, g, dtype=torch.long)
         for n, at in enumerate(place):
             places[at] = n
         place = torch.tensor([slot * g + k for slot, k in place] + [0] * (self.sizes[1] - len(place)))
-        place, places = unwaited(place, device), unwaited(places, device)
-        if self.places is None or places.shape != self.places.shape:
-            self.place, self.places = place, places
+        device = self.lengths.device
+        place, places = to_device(place, device), to_device(places, device)
+        if self.all_places is None or self.all_places.shape[1] != g:
+            self.place, self.all_places = place.clone(), places.new_zeros(self.sizes[0], g)
+        self.places = self.all_places[:p]
         self.place.copy_(place), self.places.copy_(places)
 
     def move(self, sources, targets, width: int):
         """Rows take the place of others, with their first `width` tokens."""
         for buffer in (buffer for pair in self.own.values() for buffer in pair):
             buffer[targets, :, :width] = buffer[sources, :, :width]
+
+    def move_slots(self, sources, targets):
+        """Prompts take the slots of others."""
+        for buffer in (*(buffer for pair in self.prefix.values() for buffer in pair), self.prefix_bias, self.lengths):
+            buffer[targets] = buffer[sources]
 
 
 def score(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -231,15 +240,161 @@ def score(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return q @ k.mT
 
 
-def unwaited(x: torch.Tensor, device) -> torch.Tensor:
-    """x there, without the host waiting for a GPU: from pinned memory."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
 CHECK_EVERY = {"cuda": 16}  # tokens between two looks at who has ended (and a device sync); elsewhere 4
-# On a GPU a step is a CUDA graph, one for each size of the batch, rounded up to these: rows, own tokens.
-CUDA_GRAPHS, BUCKETS = True, {"cuda": (64, 128)}
+# On a GPU a step is a CUDA graph, one for each size of the batch, rounded up to these: rows, own tokens, and
+# slots, which are doubled. Prompts are rounded up to PREFIX tokens, so that most rollouts are of one size.
+CUDA_GRAPHS, BUCKETS, PREFIX = True, {"cuda": (64, 128, 8)}, {"cuda": 256}
 PREFILL_TOKENS = 16_384  # prompt tokens in one forward, at most, if they are of several prompts
+
+
+class Steps:
+    """The memory that a step of `sample` reads and writes, and the step: one token of every row.
+
+    On a GPU it stays between calls (`Policy.kept`), with the CUDA graphs of the steps, which would otherwise
+    be captured anew in each rollout. A graph is good for as long as the weights stand where they stood.
+    """
+
+    def __init__(self, policy: Policy, slots: int, rows: int, S: int, T: int, wide_T: int, completions: int,
+                 settings: tuple, R: int):
+        """settings: temperature, top_k, top_p, min_p. R: position rows."""
+        self.policy, self.settings, self.R, self.T, device = policy, settings, R, T, policy.device
+        self.sizes = slots, rows, S, completions
+        self.cache = GroupCache(slots, rows, S, wide_T, device)
+        self.eos = torch.tensor(policy.eos_ids, device=device)
+        self.uniforms = torch.zeros(completions, T, dtype=torch.float64, device=device)
+        # Results. Column T is scratch space for finished rows.
+        self.ids = torch.full((completions, T + 1), policy.pad_id, device=device)
+        self.logps = torch.zeros(completions, T + 1, device=device)
+        # The rows: which completion each is; its last token, and that token's index and position.
+        self.row, self.token, self.t, self.position = (
+            torch.zeros(rows, dtype=torch.long, device=device) for _ in range(4))
+        self.running = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.graphs, self.weights = {}, None
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def tensors(self) -> list[torch.Tensor]:
+        caches = [x for pair in (*self.cache.prefix.values(), *self.cache.own.values()) for x in pair]
+        return [*caches, self.uniforms, self.ids, self.logps]
+
+    def begin(self, uniforms: torch.Tensor | None):
+        """Ready for another call: uniforms (completions, T), or None for the likeliest tokens."""
+        self.ids.fill_(self.policy.pad_id), self.logps.zero_(), self.running.fill_(False), self.t.zero_()
+        if uniforms is not None:
+            self.uniforms[:len(uniforms)] = uniforms
+        self.graphed = can_be_graphed(self.policy)
+        weights = [x.data_ptr() for x in self.policy.parameters()]
+        if weights != self.weights:
+            self.graphs, self.weights = {}, weights
+
+    def draw(self, hidden: torch.Tensor, at: slice):
+        """The next token of the n rows `at`, from the hidden states (n, H) of their last."""
+        temperature, *narrowed = self.settings
+        logits = self.policy.logits(hidden, temperature or 1.0)                                    # (n, V)
+        row, next_t = self.row[at], (self.t[at] + 1).clamp(max=self.T - 1)
+        u = self.uniforms[row, next_t] if temperature else None
+        token, logp = sample_tokens(logits, u, *narrowed)
+        self.token[at] = token
+        column = torch.where(self.running[at], next_t, self.T)
+        self.ids[row, column], self.logps[row, column] = token, logp
+        self.position[at] += self.running[at].long()  # who has ended stays where it is
+        ended = (token[:, None] == self.eos).any(-1)
+        self.running[at] &= ~ended & (next_t < self.T - 1)
+        self.t[at] = next_t
+
+    def step(self, size: int, width: int):
+        """One token of the first `size` rows, attending to the first `width` of their own."""
+        at, device, cache = slice(size), self.t.device, self.cache
+        cache.rows, cache.t = torch.arange(size, device=device), self.t[at]
+        future = torch.arange(width, device=device) > self.t[at, None]                      # (size, width)
+        own_bias = torch.zeros(size, width, device=device).masked_fill(future, -math.inf)[:, None, None]
+        hidden = self.policy.hidden(
+            self.token[at, None], self.position[at].expand(self.R, size)[..., None], own_bias,
+            cache=cache)                                                                    # (size, 1, H)
+        self.draw(hidden[:, 0], at)
+
+    def run(self, size: int, width: int):
+        """`step`; on a GPU as a CUDA graph, which spares the launches of its hundreds of kernels."""
+        key = size, width, self.cache.places.shape
+        if not self.graphed or key not in self.graphs:
+            self.graphs[key] = None  # the first of a size runs as it is, and warms up what a capture may not do
+            return self.step(size, width)
+        if self.graphs[key] is None:
+            self.graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[key], pool=self.pool):
+                self.step(size, width)
+        self.graphs[key].replay()
+
+    def admit(self, prompts: list[Prompt], chosen: list[int], free: list[int], n: int, G: int):
+        """Prefill prompts[i] for i in chosen into free slots, and draw their completions' first tokens, in rows
+        from n on."""
+        cache, policy, device = self.cache, self.policy, self.t.device
+        cache.filling = to_device(torch.tensor(free), device)
+        batch = to_device(pack_groups([(prompts[i], []) for i in chosen], policy.pad_id), device)
+        lengths = (batch["segment_ids"] == 0).sum(-1)                                           # (p,)
+        hidden = policy.hidden(batch["input_ids"], batch["position_ids"], attention_mask_of(batch),
+                               batch["pixels"], cache)                                          # (p, S, H)
+        S = cache.sizes[2]
+        beyond = torch.arange(S, device=device) >= lengths[:, None]                             # (p, S)
+        bias = torch.zeros(len(free), S, device=device).masked_fill(beyond, -math.inf)
+        cache.prefix_bias[cache.filling], cache.lengths[cache.filling] = bias[:, None, None], lengths
+        cache.filling, at = None, slice(n, n + len(chosen) * G)
+        row = (torch.tensor(chosen)[:, None] * G + torch.arange(G)).view(-1)
+        last = torch.stack([prompts[i].positions.max() for i in chosen]).repeat_interleave(G)
+        self.row[at], self.position[at] = to_device(row, device), to_device(last, device)
+        self.t[at], self.running[at] = -1, True
+        hidden = hidden[torch.arange(len(chosen), device=device), lengths - 1]                  # (p, H)
+        self.draw(hidden.repeat_interleave(G, 0), at)
+
+    def drop_ended(self, slot_of: list[int], age_of: list[int]):
+        """Rows from the end take the places of those that have ended. slot_of and age_of, of each row, follow."""
+        n = len(slot_of)
+        keep = [i for i, alive in enumerate(self.running[:n].tolist()) if alive]
+        sources, targets = [i for i in keep if i >= len(keep)], sorted(set(range(len(keep))) - set(keep))
+        if sources:
+            a, b = to_device(torch.tensor([sources, targets]), self.t.device)
+            self.cache.move(a, b, min(max(age_of) + 1, self.T))
+            for x in (self.row, self.token, self.t, self.position, self.running):
+                x[b] = x[a]
+            for i, j in zip(sources, targets):
+                slot_of[j], age_of[j] = slot_of[i], age_of[i]
+        self.running[len(keep):] = False
+        del slot_of[len(keep):], age_of[len(keep):]
+
+    def close_ranks(self, slot_of: list[int], bucket: int) -> int:
+        """How many slots a step looks at: those in use, in a bucket. Prompts move into lower slots if that
+        spares a bucket: a step reads the keys of every slot below the highest in use."""
+        used = sorted(set(slot_of))
+        enough, now = (bucketed(n, bucket, self.sizes[0]) for n in (len(used), used[-1] + 1))
+        if enough < now:
+            sources = [slot for slot in used if slot >= len(used)]
+            targets = sorted(set(range(len(used))) - set(used))
+            self.cache.move_slots(*to_device(torch.tensor([sources, targets]), self.t.device))
+            moved = dict(zip(sources, targets))
+            slot_of[:] = [moved.get(slot, slot) for slot in slot_of]
+        return enough
+
+
+def bucketed(n: int, bucket: int, most: int) -> int:
+    """`bucket` doubled until it holds n, but never above `most`.
+
+    >>> [bucketed(n, 8, 48) for n in (3, 9, 17, 40)]
+    [8, 16, 32, 48]
+    """
+    while bucket < n:
+        bucket *= 2
+    return min(bucket, most)
+
+
+def can_be_graphed(policy: Policy) -> bool:
+    """A capture may not wait for the GPU: experts' grouped_mm does, but in bf16 on Hopper and Blackwell; rotary
+    frequencies that follow the longest row do. Nor may it gather FSDP's shards."""
+    device, config = policy.device, policy.hf.config.get_text_config()
+    experts = any(name.endswith("_experts") for name in config.to_dict())
+    waits = device.type == "cuda" and experts and (
+        policy.dtype != torch.bfloat16 or torch.cuda.get_device_capability(device)[0] not in (9, 10))
+    waits |= isinstance(policy, FSDPModule) and not policy.whole
+    waits |= any(getattr(m, "rope_type", None) in ("dynamic", "longrope") for m in policy.modules())
+    return CUDA_GRAPHS and device.type in BUCKETS and not waits
 
 
 @torch.no_grad()
@@ -258,128 +413,68 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
     """
     P, G, T, device = len(prompts), num_generations, max_completion_length, policy.device
     S, was_training = max(len(p.tokens) for p in prompts), policy.training
-    wide_S, wide_T = -(-S // 8) * 8, -(-T // 8) * 8  # tensor cores want rows of 16 bytes
+    multiple = PREFIX.get(device.type, 8)  # tensor cores want rows of 16 bytes
+    wide_S, wide_T = -(-S // multiple) * multiple, -(-T // 8) * 8
     groups = min(P, max(1, rollout_tokens // (2 * wide_S + G * wide_T)))  # at once; each has two slots
     slots, rows = min(P, 2 * groups), groups * G
-    cache, eos = GroupCache(slots, rows, wide_S, wide_T), torch.tensor(policy.eos_ids, device=device)
-    cache.prefix_bias = torch.zeros(slots, 1, 1, wide_S, device=device)
-    cache.lengths = torch.zeros(slots, dtype=torch.long, device=device)
+    keep = device.type in BUCKETS  # on a GPU
+    steps = steps_for(policy, (slots, rows, wide_S, P * G), T, wide_T, G, (temperature, top_k, top_p, min_p),
+                      len(prompts[0].positions), keep)
     uniforms = None
     if temperature:
-        uniforms = keyed_uniform(seed, torch.tensor(draws, device=device).repeat_interleave(G)[:, None],
+        uniforms = keyed_uniform(seed, to_device(torch.tensor(draws), device).repeat_interleave(G)[:, None],
                                  torch.arange(G, device=device).repeat(P)[:, None],
                                  torch.arange(T, device=device)[None])                          # (P * G, T)
-    # Results, and a column for what rows that have ended go on writing.
-    ids = torch.full((P * G, T + 1), policy.pad_id, device=device)
-    logps = torch.zeros(P * G, T + 1, device=device)
-    # The rows: which completion each is; its last token, and that token's index and position.
-    row, token, t, position = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(4))
-    running = torch.zeros(rows, dtype=torch.bool, device=device)
-    slot_of, age_of = [], []  # of each row, on the host, which knows both without asking the device
-    waiting, n = 0, 0  # the next prompt, the number of rows
-
-    def draw(hidden, at):
-        """The next token of the n rows `at`, from the hidden states (n, H) of their last."""
-        logits = policy.logits(hidden, temperature or 1.0)                                         # (n, V)
-        next_t = (t[at] + 1).clamp(max=T - 1)
-        u = None if uniforms is None else uniforms[row[at], next_t]
-        token[at], logp = sample_tokens(logits, u, top_k, top_p, min_p)
-        column = torch.where(running[at], next_t, T)
-        ids[row[at], column], logps[row[at], column] = token[at], logp
-        position[at] += running[at].long()  # who has ended stays where it is
-        running[at] &= ~torch.isin(token[at], eos) & (next_t < T - 1)
-        t[at] = next_t
-
-    def admit(chosen: list[int], free: list[int]):
-        """Prefill prompts into free slots, and draw their completions' first tokens."""
-        cache.filling = torch.tensor(free, device=device)
-        batch = to_device(pack_groups([(prompts[i], []) for i in chosen], policy.pad_id), device)
-        lengths = (batch["segment_ids"] == 0).sum(-1)                                           # (p,)
-        with policy.autocast():
-            hidden = policy.hidden(batch["input_ids"], batch["position_ids"], attention_mask_of(batch),
-                                   batch["pixels"], cache)                                      # (p, S, H)
-        beyond = torch.arange(wide_S, device=device) >= lengths[:, None]                   # (p, wide_S)
-        bias = torch.zeros(len(free), wide_S, device=device).masked_fill(beyond, -math.inf)
-        cache.prefix_bias[cache.filling], cache.lengths[cache.filling] = bias[:, None, None], lengths
-        cache.filling, at = None, slice(n, n + len(chosen) * G)
-        row[at] = (torch.tensor(chosen)[:, None] * G + torch.arange(G)).view(-1).to(device)
-        last = torch.stack([prompts[i].positions.max() for i in chosen]).to(device)
-        position[at], t[at], running[at] = last.repeat_interleave(G), -1, True
-        slot_of.extend(s for s in free for _ in range(G))
-        age_of.extend([0] * len(chosen) * G)
-        hidden = hidden[torch.arange(len(chosen), device=device), lengths - 1]                  # (p, H)
-        draw(hidden.repeat_interleave(G, 0), at)
-
-    def step(size: int, width: int):
-        """One token of the first `size` rows, attending to the first `width` of their own."""
-        at, R = slice(size), len(prompts[0].positions)
-        cache.rows, cache.t = torch.arange(size, device=device), t[at]
-        future = torch.arange(width, device=device) > t[at, None]                           # (size, width)
-        own_bias = torch.zeros(size, width, device=device).masked_fill(future, -math.inf)[:, None, None]
-        with policy.autocast():
-            hidden = policy.hidden(token[at, None], position[at].expand(R, size)[..., None], own_bias,
-                                   cache=cache)                                             # (size, 1, H)
-        draw(hidden[:, 0], at)
-
-    graphs, pool = {}, torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-    # What a capture may not do, wait for the GPU: experts' grouped_mm does, but in bf16 on Hopper and
-    # Blackwell; rotary frequencies that follow the longest row do. And FSDP's hooks fork streams.
-    experts = any(name.endswith("_experts") for name in policy.hf.config.get_text_config().to_dict())
-    waits = device.type == "cuda" and experts and (
-        policy.dtype != torch.bfloat16 or torch.cuda.get_device_capability(device)[0] not in (9, 10))
-    waits |= isinstance(policy, FSDPModule) or any(
-        getattr(m, "rope_type", None) in ("dynamic", "longrope") for m in policy.modules())
-    graphed = CUDA_GRAPHS and device.type in BUCKETS and not waits
-
-    def run(size: int, width: int):
-        """`step`; on a GPU as a CUDA graph, which spares the launches of its hundreds of kernels."""
-        key = size, width
-        if not graphed or key not in graphs:
-            graphs[key] = None  # the first of a size runs as it is, and warms up what a capture may not do
-            return step(size, width)
-        if graphs[key] is None:
-            graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[key], pool=pool):
-                step(size, width)
-        graphs[key].replay()
-
-    row_bucket, width_bucket = BUCKETS.get(device.type, (1, 8))
+    row_bucket, width_bucket, slot_bucket = BUCKETS.get(device.type, (1, 8, 1))
+    slot_of, age_of = [], []  # of each row, kept on the CPU to avoid a device sync
+    waiting = 0  # the next prompt
     policy.eval()
-    with policy.compute_weights():
-        while waiting < P or n:
+    with policy.compute_weights(keep):
+        steps.begin(uniforms)
+        while waiting < P or slot_of:
             while waiting < P:
+                n = len(slot_of)
                 most = min(P - waiting, (rows - n) // G, max(1, PREFILL_TOKENS // S))
                 free = [s for s in range(slots) if s not in slot_of][:most]
                 if not free:
                     break
-                admit(list(range(waiting, waiting + len(free))), free)
-                waiting, n = waiting + len(free), n + len(free) * G
-            size = min(-(-n // row_bucket) * row_bucket, rows)
-            cache.place_rows(slot_of, (slots, G) if device.type in BUCKETS else (0, 0), device)
+                steps.admit(prompts, list(range(waiting, waiting + len(free))), free, n, G)
+                slot_of.extend(s for s in free for _ in range(G))
+                age_of.extend([0] * len(free) * G)
+                waiting += len(free)
+            size = min(-(-len(slot_of) // row_bucket) * row_bucket, rows)
+            if keep:
+                steps.cache.place_rows(slot_of, steps.close_ranks(slot_of, slot_bucket), G)
+            else:
+                steps.cache.place_rows(slot_of)
             for _ in range(min(CHECK_EVERY.get(device.type, 4), T - 1 - min(age_of))):
-                run(size, min(-(-(max(age_of) + 1) // width_bucket) * width_bucket, wide_T))
+                steps.run(size, min(-(-(max(age_of) + 1) // width_bucket) * width_bucket, wide_T))
                 age_of = [age + 1 for age in age_of]
             if stop is not None and stop():
                 raise Interrupted
-            # Rows from the end take the places of those that have ended.
-            keep = [i for i, alive in enumerate(running[:n].tolist()) if alive]
-            sources, targets = [i for i in keep if i >= len(keep)], sorted(set(range(len(keep))) - set(keep))
-            if sources:
-                a, b = unwaited(torch.tensor([sources, targets]), device)
-                cache.move(a, b, min(max(age_of) + 1, T))
-                for x in (row, token, t, position, running):
-                    x[b] = x[a]
-                for i, j in zip(sources, targets):
-                    slot_of[j], age_of[j] = slot_of[i], age_of[i]
-            n = len(keep)
-            running[n:] = False
-            del slot_of[n:], age_of[n:]
+            steps.drop_ended(slot_of, age_of)
     policy.train(was_training)
-    ids, logps = ids[:, :T], logps[:, :T]
-    ended = torch.isin(ids, eos)
+    ids, logps = steps.ids[:P * G, :T], steps.logps[:P * G, :T]
+    ended = torch.isin(ids, steps.eos)
     mask = ended.long().cumsum(-1) - ended.long() == 0  # up to the first EOS, which is included
     longest = max(1, int(mask.sum(-1).max()))
     return Rollout(*(x[:, :longest].cpu() for x in (ids, mask, logps)), (~ended.any(-1)).cpu())
+
+
+def steps_for(policy: Policy, sizes: tuple, T: int, wide_T: int, G: int, settings: tuple, R: int,
+              keep: bool) -> Steps:
+    """`Steps` of these sizes (slots, rows, prefix tokens, completions) or larger ones that were kept."""
+    key = T, G, settings, R
+    kept = policy.kept.get(key) if keep else None
+    if kept is None or any(have < need for have, need in zip(kept.sizes, sizes)):
+        if kept is not None:  # grow, so that the sizes settle; the old memory goes first
+            sizes = tuple(map(max, kept.sizes, sizes))
+            del policy.kept[key], kept
+        slots, rows, S, completions = sizes
+        kept = Steps(policy, slots, rows, S, T, wide_T, completions, settings, R)
+        if keep:
+            policy.kept[key] = kept
+    return kept
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -451,7 +546,7 @@ class VLLMServer:
                max_completion_length: int, temperature: float, stop=None, **_) -> Rollout:
         """As `rollout.sample`; draws, seed and rollout_tokens mean nothing to a server, and top_k, top_p and
         min_p must be off: log-probs would be of what they leave (the script refuses)."""
-        T, eos, banned = max_completion_length, set(policy.eos_ids), policy.never_sampled.tolist()
+        T, eos, banned = max_completion_length, set(policy.eos_ids), sorted(policy.never_sampled_ids)
         settings = dict(
             n=num_generations, max_completion_tokens=T, temperature=temperature, top_k=0, top_p=1.0,
             min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logprobs=True,

@@ -37,7 +37,6 @@ import math
 import socket
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -227,7 +226,7 @@ class ReferenceCache:
             if missing:
                 batch = model.to_device(policy.pack(list(missing.values()), share_prompt), policy.device)
                 with torch.no_grad():
-                    logps, *_ = policy(batch)                                                   # (N, T)
+                    logps, *_ = policy(batch, entropies=False)                                  # (N, T)
                 mask, n = batch["completion_mask"], 0
                 for key, (_, completions) in missing.items():
                     rows = slice(n, n + len(completions))
@@ -252,10 +251,11 @@ class ReferenceCache:
             self.known |= new
         return {}
 
-    def logps(self, groups, mask) -> torch.Tensor:
+    def logps(self, groups, batch) -> torch.Tensor:
         """(N, T) like the policy's, 0 where the mask is False."""
-        flat = torch.cat([self.known[group_key(g)] for g in groups]).to(mask.device)
-        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, flat)
+        mask, trained = batch["completion_mask"], batch["trained"]
+        flat = model.to_device(torch.cat([self.known[group_key(g)] for g in groups]), mask.device)
+        return torch.zeros(mask.numel(), device=mask.device).scatter(0, trained, flat).view(mask.shape)
 
 
 def score_groups(args, policy, groups, references, state):
@@ -263,7 +263,8 @@ def score_groups(args, policy, groups, references, state):
 
     references: the ReferenceCaches of reference and guide, as far as the losses take them."""
     batch = model.to_device(policy.pack(groups, args.share_prompt), policy.device)
-    logps, _, log_sum_sq_probs = policy(batch)                                                  # (N, T)
+    logps, _, log_sum_sq_probs = policy(batch, entropies=False,
+                                        sums_of_squares=args.use_weighting)                     # (N, T)
     mask = batch["completion_mask"]
     options = dict(
         beta=args.beta, delta=state["delta"], eta=state["eta"], label_smoothing=args.label_smoothing,
@@ -273,7 +274,7 @@ def score_groups(args, policy, groups, references, state):
         return losses.preference_losses(args.loss_type, logps, mask, **options)
     arguments = [logps[0::2], mask[0::2], logps[1::2], mask[1::2]]                              # (B, T) each
     for reference in references:
-        ref_logps = reference.logps(groups, mask)                                               # (N, T)
+        ref_logps = reference.logps(groups, batch)                                              # (N, T)
         arguments += [ref_logps[0::2], ref_logps[1::2]]
 
     def column(name):
@@ -314,7 +315,7 @@ def start_value(args, name: str) -> str:
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, world_size, device = model.init_distributed(args.device)
+    rank, world_size, device = model.init_distributed(args.device, args.deterministic)
     output_dir, resumed = model.open_run(args, rank, world_size)
     if resumed and model.is_done(args, output_dir, rank):
         return
@@ -431,20 +432,15 @@ def main(argv=None):
         """Means over the held-out rows; None if the run is asked to stop meanwhile."""
         if not eval_rows:
             return {}
-        sums = defaultdict(lambda: (0.0, 0.0))
-
-        def add(new, prefix):
-            for key, (total, count) in new.items():
-                old = sums[prefix + key]
-                sums[prefix + key] = (old[0] + float(total), old[1] + float(count))
+        sums = {}
 
         def scored():
             """The held-out rows' prompts, each batch when its terms are added: no row is encoded twice."""
             batched = encoded(eval_rows, range(len(eval_rows)), args.per_device_eval_batch_size)
             for groups in within_budget(batched):
                 terms, metrics = score_groups(args, policy, groups, references, state)
-                add(terms, "eval/loss/")
-                add(metrics, "eval/")
+                model.add_sums(sums, terms, "eval/loss/")
+                model.add_sums(sums, metrics, "eval/")
                 if stop():
                     raise model.Interrupted
                 yield from (prompt for prompt, _ in groups)
@@ -464,8 +460,8 @@ def main(argv=None):
             return None
         if rewards is not None:
             known = ~scores[0].isnan()
-            add({"accuracy": (scores[0][known].sum(), known.sum())}, "eval/")
-            add(rollout.pass_at_k(scores[0], args.num_generations_eval), "")
+            model.add_sums(sums, {"accuracy": (scores[0][known].sum(), known.sum())}, "eval/")
+            model.add_sums(sums, rollout.pass_at_k(scores[0], args.num_generations_eval))
             if rank == 0:
                 rollout.save_completions(output_dir / "completions" / f"eval_{step}.jsonl", eval_rows, texts,
                                          {"accuracy": scores[0]})
@@ -530,14 +526,13 @@ def main(argv=None):
         counts = {name: count for name, (count, _) in model.all_reduce_sums(counts, device).items()}
 
         # 2. gradients: each micro-batch adds its share of the step's weighted sum
-        sums = defaultdict(lambda: (0.0, 0.0))
+        sums = {}
         for micro in micro_batches:
             terms, metrics = score_groups(args, policy, micro, references, state)
             loss = sum(weight * terms[name][0] / counts[name] for name, weight in weighted)
             (loss * world_size).backward()
             metrics |= {f"loss/{name}": (total.detach(), count) for name, (total, count) in terms.items()}
-            for key, (total, count) in metrics.items():
-                sums[key] = (sums[key][0] + float(total), sums[key][1] + float(count))
+            model.add_sums(sums, metrics)
 
         # 3. step; not on a gradient that is nan or infinite
         grad_norm = model.clip_grad_norm_(parameters, args.max_grad_norm)

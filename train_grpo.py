@@ -43,7 +43,7 @@ import re
 import sys
 import time
 import unicodedata
-from collections import defaultdict, deque
+from collections import deque
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -560,7 +560,7 @@ def check_args(args, parser):
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, world_size, device = model.init_distributed(args.device)
+    rank, world_size, device = model.init_distributed(args.device, args.deterministic)
     output_dir, resumed = model.open_run(args, rank, world_size)
     if resumed and model.is_done(args, output_dir, rank):
         return
@@ -827,13 +827,16 @@ def main(argv=None):
             if ref is not None:
                 passes["ref_logps"] = ref
             rows |= {name: torch.zeros(rows["sampling_logps"].shape) for name in passes}
+            scored_rows = []  # on the device, until all passes are under way
             with torch.no_grad():
                 for micro in (micro for update in updates_of_rollout for micro in update):
                     batch = model.to_device(micro, device)
                     for name, scorer in passes.items():
                         with model.adapter_off(scorer) if name == "ref_logps" else nullcontext():
-                            logps = scorer(batch, args.temperature)[0].cpu()                      # (n, T')
-                        rows[name][micro["rows"], :logps.shape[1]] = logps
+                            logps, *_ = scorer(batch, args.temperature, entropies=False)          # (n, T')
+                        scored_rows.append((name, micro["rows"], logps))
+            for name, indices, logps in scored_rows:
+                rows[name][indices, :logps.shape[1]] = logps.cpu()
             if ref is not None and world_size > 1:
                 ref.reshard()  # after a pass without backward FSDP leaves the root unit whole
 
@@ -868,7 +871,7 @@ def main(argv=None):
         count, tokens = (max(n, 1) for n in model.all_reduce_sums({"n": counts}, device)["n"])
 
         # 5. gradients, step
-        sums = defaultdict(lambda: (0.0, 0.0))
+        sums = {}
         for micro in mine:
             micro = model.to_device(micro, device)
             logps, entropies, _ = policy(micro, args.temperature)                         # (n, T), (n, T)
@@ -886,8 +889,7 @@ def main(argv=None):
             gap = (old_logps - micro["sampling_logps"]).abs()                             # (n, T)
             metrics["sampling/sampling_logp_difference/mean"] = losses.masked_sum(gap, mask).sum(), mask.sum()
             metrics["sampling/sampling_logp_difference/tail"] = (mask & (gap > 0.2)).sum(), mask.sum()
-            for key, (value, n) in metrics.items():
-                sums[key] = (sums[key][0] + float(value), sums[key][1] + float(n))
+            model.add_sums(sums, metrics)
         grad_norm = model.clip_grad_norm_(parameters, args.max_grad_norm)
         learning_rate = scheduler.get_last_lr()[0]
         if math.isfinite(grad_norm):  # else skipped, on all ranks
@@ -953,6 +955,7 @@ def make_micro_batch(args, policy, prompts, rows, indices) -> dict:
     batch = policy.pack(groups, args.share_prompt) | {"rows": torch.tensor(indices)}                   # (n,)
     if args.mask_truncated_completions:  # not trained, none of its tokens counted, but still one of N
         batch["completion_mask"] &= ~rows["truncated"][batch["rows"], None]
+        batch["trained"] = model.flat_places(batch["completion_mask"])
     return batch
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from conftest import InProcess
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,7 +25,10 @@ import train_grpo  # noqa: E402
 
 
 def fixed_sample(policy, prompts, draws, *, num_generations, **_):
-    """Completions of 1 to 6 ids that only draw number and k decide, each ended by EOS."""
+    """Completions of 1 to 6 ids that only draw number and k decide, each ended by EOS. Where ranks share the weights they
+    are whole here and without FSDP's hooks, which a CUDA graph of the sampler's step could not hold."""
+    units = [m for m in policy.modules() if isinstance(m, FSDPModule)]
+    assert all(not m._forward_pre_hooks and not m._forward_hooks for m in units) and (policy.whole or not units)
     completions = []
     for draw in draws:
         for k in range(num_generations):
@@ -49,6 +53,7 @@ def main(cases: Path):
 
         def spy(parameters, limit):
             norm = clip(parameters, 1e9)
+            assert all(m._forward_pre_hooks and m._forward_hooks for m in spy.units), "back for the training pass"
             for i, p in enumerate(parameters):
                 tensors[f"step {len(steps)} grad {i}"] = model.full(p.grad).clone()
             steps.append(norm)
@@ -58,10 +63,18 @@ def main(cases: Path):
             tensors.update({f"weight {n}": model.full(p).detach().clone() for n, p in policy.named_parameters()})
             export(policy, processor, source, folder, rank)
 
-        model.clip_grad_norm_, model.export = spy, keep
+        load = model.load_policy
+
+        def watched(*args, **kwargs):
+            policy, processor = load(*args, **kwargs)
+            spy.units = [m for m in policy.modules() if isinstance(m, FSDPModule)]
+            return policy, processor
+
+        model.clip_grad_norm_, model.export, model.load_policy = spy, keep, watched
         {"train_dpo": train_dpo, "train_grpo": train_grpo}[script].main([*flags, "--output_dir", name])
         if not dist.is_initialized() or dist.get_rank() == 0:
             save_file(tensors, f"{name}.safetensors")
+        model.load_policy = load
     end_ranks()
 
 

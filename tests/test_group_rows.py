@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, VISION, make_group
+from conftest import FAMILIES, VISION, close_to_scale, make_group
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 import model
@@ -54,10 +54,12 @@ def gradients(policy, loss):
     return found
 
 
-def assert_same_gradients(a, b, atol):
+def assert_same_gradients(a, b):
+    """Each to its own scale; a gradient that is 0 but for rounding (a key's bias) to a thousandth of the largest there is."""
     assert a.keys() == b.keys()
+    largest = max(grad.abs().max().item() for grad in b.values())
     for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+        close_to_scale(a[name], b[name], 4e-5, 1e-3 * largest, name)
 
 
 @pytest.mark.parametrize("one_row", [False, True], ids=["row each", "one row"])
@@ -75,11 +77,11 @@ def test_packed_equals_transformers_one_by_one(loaded, family, batch, one_row):
     weights = [torch.randn(len(x), generator=torch.Generator().manual_seed(i)) for i, x in enumerate(expected)]
     for n, reference in enumerate(expected):
         assert packed["completion_mask"][n].sum() == len(reference)
-        torch.testing.assert_close(logps[n, :len(reference)], reference, atol=5e-6, rtol=0)
+        close_to_scale(logps[n, :len(reference)], reference)
         assert (logps[n, len(reference):] == 0).all()
     ours = gradients(policy, sum((w * logps[n, :len(w)]).sum() for n, w in enumerate(weights)))
     theirs = gradients(policy, sum((w * x).sum() for w, x in zip(weights, expected)))
-    assert_same_gradients(ours, theirs, atol=5e-5)
+    assert_same_gradients(ours, theirs)
 
 
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
@@ -100,8 +102,8 @@ def test_segments_are_the_dense_mask(loaded, batch):
             hidden = policy.hidden(packed["input_ids"], packed["position_ids"], mask, packed["pixels"]).flatten(0, 1)
             loss = (hidden[used] * torch.linspace(-1, 1, hidden.shape[1])).sum()
             found.append((hidden[used].detach(), gradients(policy, loss)))
-        torch.testing.assert_close(found[0][0], found[1][0], atol=2e-5, rtol=1e-5)
-        assert_same_gradients(found[0][1], found[1][1], atol=2e-4)
+        close_to_scale(found[0][0], found[1][0], 1e-5)
+        assert_same_gradients(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize("window", [None, pytest.param(9, marks=pytest.mark.slow)])
@@ -156,7 +158,7 @@ def test_compiled_flex_attention_is_the_dense_mask(loaded):
     with torch.no_grad():
         flex, dense = (policy.hidden(packed["input_ids"], packed["position_ids"], mask, packed["pixels"])[0, used]
                        for mask in masks)
-    torch.testing.assert_close(flex, dense, atol=2e-5, rtol=1e-5)
+    close_to_scale(flex, dense, 1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -167,7 +169,7 @@ def test_shared_prompt_equals_plain_form(loaded, family):
     plain = [(prompt, [ids]) for prompt, completions in groups for ids in completions]
     shared, *_ = policy(model.pack_groups(groups, policy.pad_id, True))
     repeated, *_ = policy(model.pack_groups(plain, policy.pad_id, True))
-    torch.testing.assert_close(shared, repeated, atol=5e-6, rtol=0)
+    close_to_scale(shared, repeated)
 
 
 @pytest.mark.parametrize("family", VISION)
@@ -207,7 +209,7 @@ def test_pixels_matter(loaded):
     scored = policy(model.pack_groups([(a, ids), (b, ids)], policy.pad_id))[0]
     swapped = policy(model.pack_groups([(b, ids), (a, ids)], policy.pad_id))[0]
     assert (scored[0] - scored[1]).abs().max() > 1e-3
-    torch.testing.assert_close(scored, swapped.flip(0), atol=5e-6, rtol=0)
+    close_to_scale(scored, swapped.flip(0))
 
 
 def test_gradient_only_where_trained(loaded):
@@ -254,7 +256,7 @@ def test_chunked_logps_value_and_gradient(tokens):
 
     a, b = torch.randn(tokens), torch.randn(tokens)
     results = []
-    for function in (lambda h, w: model.ChunkedLogps.apply(h, w, targets, never, 1.3, 4), reference):
+    for function in (lambda h, w: model.ChunkedLogps.apply(h, w, targets, never, 1.3, 4, True, True), reference):
         logps, entropy, log_sum_sq = function(hidden, weight)
         grads = torch.autograd.grad((a * logps).sum() + (b * entropy).sum(), (hidden, weight))
         results.append((logps.float(), entropy.float(), log_sum_sq.float(), *(g.float() for g in grads)))
@@ -272,7 +274,7 @@ def test_a_frozen_head_costs_two_products(monkeypatch, entropy):
     grads, chunks, scaled = [], [], model.scaled_logits
     monkeypatch.setattr(model, "scaled_logits", lambda *x: (chunks.append(1), scaled(*x))[1])
     for head in (weight, weight.detach()):
-        logps, entropies, _ = model.ChunkedLogps.apply(hidden, head, targets, never, 1.3, 4)
+        logps, entropies, _ = model.ChunkedLogps.apply(hidden, head, targets, never, 1.3, 4, True, False)
         del chunks[:]
         loss = (a * logps).sum() + (a * entropies).sum() if entropy else (a * logps).sum()
         grads.append(torch.autograd.grad(loss, hidden)[0])
@@ -280,21 +282,22 @@ def test_a_frozen_head_costs_two_products(monkeypatch, entropy):
     torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-5)
 
 
-def test_chunked_logps_under_autocast():
-    """bf16 means that the head's matrix product is in bf16 and its softmax in fp32, also in the backward."""
+def test_chunked_logps_in_bf16():
+    """In bf16 the head multiplies bf16 values, and its logits are summed, kept and normalised in fp32: rounded to bf16,
+    they differed in sampler and trainer by 0.01 nats a token. Also in the backward."""
     torch.manual_seed(0)
-    hidden, weight = torch.randn(9, 16, requires_grad=True), torch.randn(11, 16, requires_grad=True)
+    hidden, weight = torch.randn(9, 64).bfloat16().requires_grad_(), torch.randn(11, 64, requires_grad=True)
     targets = torch.randint(0, 9, (9,))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logps, *_ = model.ChunkedLogps.apply(hidden, weight, targets, torch.tensor([9, 10]), 1.0, 4)
-    logits = (hidden.bfloat16() @ weight.bfloat16().T).float()[:, :9]
+    logps, *_ = model.ChunkedLogps.apply(hidden, weight, targets, torch.tensor([9, 10]), 1.0, 4, True, False)
+    logits = (hidden.double() @ weight.bfloat16().double().T)[:, :9]
     expected = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-    assert torch.equal(logps, expected) or (logps - expected).abs().max() < 1e-6
-    assert (logps - (hidden @ weight.T)[:, :9].log_softmax(-1).gather(-1, targets[:, None])[:, 0]).abs().max() > 1e-4
+    assert logps.dtype == torch.float32 and (logps - expected).abs().max() < 1e-5
+    rounded = logits.bfloat16().double().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    assert (rounded - expected).abs().max() > 1e-3, "rounding the logits would show"
     ours = torch.autograd.grad(logps.sum(), (hidden, weight))
     theirs = torch.autograd.grad(expected.sum(), (hidden, weight))
     for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a, b, atol=3e-2, rtol=3e-2)
+        torch.testing.assert_close(a.double(), b.double(), atol=1e-2, rtol=1e-2)
 
 
 def test_full_logits_never_exist(loaded):
@@ -353,5 +356,5 @@ def test_windows_in_one_call_are_transformers_own(loaded):
             tower.config._attn_implementation = "flatpo_flash"
         loss = (out * torch.linspace(-1, 1, out.shape[1])).sum()
         found.append((out.detach(), gradients(policy, loss)))
-    torch.testing.assert_close(found[0][0], found[1][0], atol=2e-6, rtol=1e-5)
-    assert_same_gradients(found[0][1], found[1][1], atol=1e-4)
+    close_to_scale(found[0][0], found[1][0], 1e-5)
+    assert_same_gradients(found[0][1], found[1][1])
