@@ -587,6 +587,11 @@ class Policy(nn.Module):
             for name in ("p", "dropout", "attention_dropout", "drop_path_rate", "drop_prob"):
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
+        for module in hf.modules():
+            if isinstance(module, (nn.Conv2d, nn.Conv3d)) and (
+                    module.kernel_size == module.stride and module.groups == 1 and set(module.dilation) == {1}
+                    and (module.padding == "valid" or not any(module.padding))):
+                module.forward = functools.partial(embed_patches, module)
         self.casting = []  # [(module, its forward that casts, its own)], in bf16
         for module in hf.modules() if dtype != torch.float32 else ():
             if next(module.parameters(recurse=False), None) is not None:
@@ -751,6 +756,20 @@ class Policy(nn.Module):
         return tuple(None if x is None else zeros.scatter(0, trained, x).view(mask.shape) for x in per_token)
 
 
+def embed_patches(conv, x: torch.Tensor) -> torch.Tensor:
+    """A convolution whose kernel is its stride, (B, C, n1 * k1, n2 * k2, ...) -> (B, E, n1, n2, ...), as what
+    it is: one matrix product of the patches. A convolution takes 2 to 200 times as long (Qwen-VL's 3-D one, by
+    the CPU and dtype), and on a GPU some of its kernels are not repeatable."""
+    kernel = conv.kernel_size
+    counts = [size // k for size, k in zip(x.shape[2:], kernel)]
+    for d, (n, k) in enumerate(zip(counts, kernel), 2):
+        x = x.narrow(d, 0, n * k)  # as a convolution leaves out what fills no kernel
+    x = x.reshape(*x.shape[:2], *(size for pair in zip(counts, kernel) for size in pair))
+    dims = range(2, x.dim(), 2)
+    patches = x.permute(0, *dims, 1, *(d + 1 for d in dims)).flatten(-1 - len(kernel))  # (B, n1, ..., C k1 ..)
+    return F.linear(patches, conv.weight.flatten(1), conv.bias).movedim(-1, 1)
+
+
 def compute_in(module: nn.Module, dtype):
     """Let a module compute in `dtype`: its own parameters, fp32 masters, are cast for each call, and so are
     floating-point inputs. Gradients reach the masters through the cast. Returns the module's new forward.
@@ -769,17 +788,23 @@ def compute_in(module: nn.Module, dtype):
         module.forward = functools.wraps(forward)(lambda ids: cast(forward(ids)))
         return module.forward
 
-    @functools.wraps(forward)
-    def in_dtype(*args, **kwargs):
-        masters = {name: p for name, p in module._parameters.items()
-                   if cast(p) is not p and not hasattr(p, "quant_state")}  # not 4-bit ones
-        module._parameters.update({name: cast(p) for name, p in masters.items()})
-        try:
-            return forward(*map(cast, args), **{name: cast(x) for name, x in kwargs.items()})
-        finally:
-            module._parameters.update(masters)
+    def with_casts(function):
+        @functools.wraps(function)
+        def in_dtype(*args, **kwargs):
+            masters = {name: p for name, p in module._parameters.items()
+                       if cast(p) is not p and not hasattr(p, "quant_state")}  # not 4-bit ones
+            module._parameters.update({name: cast(p) for name, p in masters.items()})
+            try:
+                return function(*map(cast, args), **{name: cast(x) for name, x in kwargs.items()})
+            finally:
+                module._parameters.update(masters)
+        return in_dtype
 
-    module.forward = in_dtype
+    module.forward = with_casts(forward)
+    checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+    if checkpoint is not None:  # a layer with weights of its own is recomputed without its `forward`
+        module._gradient_checkpointing_func = (
+            lambda function, *args, **kwargs: checkpoint(with_casts(function), *args, **kwargs))
     return module.forward
 
 
