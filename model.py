@@ -615,7 +615,7 @@ class Policy(nn.Module):
             self.kept.clear(), self.copies.clear()
 
     def standing(self, key, new: torch.Tensor, keep: bool) -> torch.Tensor:
-        """`new`, in memory that is the same in every call with this key if keep: CUDA graphs read it there."""
+        """`new`, in memory that is the same in every call with this key, if keep: CUDA graphs read it."""
         if not keep:
             return new
         old = self.copies.get(key)
@@ -750,23 +750,23 @@ class Policy(nn.Module):
         # The backward of each is repeatable on its device, and that of the other is not.
         used = hidden[index] if mask.is_cuda else hidden.index_select(0, index)                   # (M, H)
         weight, targets = self.hf.get_output_embeddings().weight, batch["completion_ids"].flatten()[trained]
-        per_token = ChunkedLogps.apply(used, weight, targets, self.never_sampled, temperature, chunk, entropies,
-                                       sums_of_squares)                                           # 3 x (M,)
+        per_token = ChunkedLogps.apply(used, weight, targets, self.never_sampled, temperature, chunk,
+                                       entropies, sums_of_squares)                                # 3 x (M,)
         zeros = torch.zeros(mask.numel(), device=mask.device)
         return tuple(None if x is None else zeros.scatter(0, trained, x).view(mask.shape) for x in per_token)
 
 
 def embed_patches(conv, x: torch.Tensor) -> torch.Tensor:
     """A convolution whose kernel is its stride, (B, C, n1 * k1, n2 * k2, ...) -> (B, E, n1, n2, ...), as what
-    it is: one matrix product of the patches. A convolution takes 2 to 200 times as long (Qwen-VL's 3-D one, by
-    the CPU and dtype), and on a GPU some of its kernels are not repeatable."""
+    it is: one matrix product of the patches. A convolution takes 2 to 200 times as long (Qwen-VL's 3-D one,
+    by the CPU and dtype), and on a GPU some of its kernels are not repeatable."""
     kernel = conv.kernel_size
     counts = [size // k for size, k in zip(x.shape[2:], kernel)]
     for d, (n, k) in enumerate(zip(counts, kernel), 2):
         x = x.narrow(d, 0, n * k)  # as a convolution leaves out what fills no kernel
     x = x.reshape(*x.shape[:2], *(size for pair in zip(counts, kernel) for size in pair))
     dims = range(2, x.dim(), 2)
-    patches = x.permute(0, *dims, 1, *(d + 1 for d in dims)).flatten(-1 - len(kernel))  # (B, n1, ..., C k1 ..)
+    patches = x.permute(0, *dims, 1, *(d + 1 for d in dims)).flatten(-1 - len(kernel))  # (B, n1, .., C k1 ..)
     return F.linear(patches, conv.weight.flatten(1), conv.bias).movedim(-1, 1)
 
 
@@ -1540,8 +1540,8 @@ def add_run_flags(parser):
         "completion that it hangs on, also alone, gets no reward")
     add("--seed", type=count, default=0, help="of the data order, the sampling, the tiny model")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where there is one")
-    add("--deterministic", action=on_off, default=False, help="on a GPU: only kernels that give the same bits "
-        "each time, so that a resumed run equals one never stopped; slower. On a CPU it always does")
+    add("--deterministic", action=on_off, default=False, help="on a GPU: only kernels that give the same "
+        "bits each time, so that a resumed run equals one never stopped; slower. On a CPU it always does")
 
 
 def parse_args(argv, parser, presets: dict, tiny: dict, tiny_by_algo: dict, check_args):
@@ -1617,10 +1617,12 @@ def digest_of(paths) -> str | None:
 
 
 def code_of(args) -> dict[str, Path]:
-    """{name under output_dir/code: file}: the program, and the files of the reward functions."""
-    rewards = [spec.rpartition(":")[0] for spec in getattr(args, "reward_funcs", [])]
-    return ({file.name: file for file in sorted(Path(__file__).parent.glob("*.py"))}
-            | {f"rewards/{i}-{Path(p).name}": Path(p) for i, p in enumerate(dict.fromkeys(rewards))
+    """{name under output_dir/code: file}: the program, its rewards/, and the files of --reward_funcs."""
+    root = Path(__file__).parent
+    files = sorted([*root.glob("*.py"), *root.glob("rewards/*.py")])
+    given = [spec.rpartition(":")[0] for spec in getattr(args, "reward_funcs", [])]
+    return ({str(file.relative_to(root)): file for file in files}
+            | {f"rewards/{i}-{Path(p).name}": Path(p) for i, p in enumerate(dict.fromkeys(given))
                if os.path.isfile(p)})
 
 

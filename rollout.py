@@ -6,20 +6,17 @@ Sizes in comments: P prompts, G num_generations, N = P * G completions (group-ma
 longest completion, R position rows (3 for M-RoPE models, else 1).
 """
 
-import ctypes
-import importlib.util
+import atexit
 import json
 import math
 import multiprocessing
 import os
 import re
-import resource
 import signal
+import subprocess
 import sys
 import time
-import traceback
 import urllib.request
-import zlib
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -38,6 +35,7 @@ from transformers import DynamicCache
 
 from model import (InputError, Interrupted, Policy, Prompt, attention_mask_of, export, on_rank_0, pack_groups,
                    to_device)
+from rewards import BUILT_IN
 
 # ------------------------------------------------------------------------------------------------------------
 # Keyed randomness
@@ -227,7 +225,8 @@ class GroupCache(DynamicCache):
 
     def move_slots(self, sources, targets):
         """Prompts take the slots of others."""
-        for buffer in (*(buffer for pair in self.prefix.values() for buffer in pair), self.prefix_bias, self.lengths):
+        prefixes = (buffer for pair in self.prefix.values() for buffer in pair)
+        for buffer in (*prefixes, self.prefix_bias, self.lengths):
             buffer[targets] = buffer[sources]
 
 
@@ -316,7 +315,7 @@ class Steps:
         """`step`; on a GPU as a CUDA graph, which spares the launches of its hundreds of kernels."""
         key = size, width, self.cache.places.shape
         if not self.graphed or key not in self.graphs:
-            self.graphs[key] = None  # the first of a size runs as it is, and warms up what a capture may not do
+            self.graphs[key] = None  # the first of a size runs as it is: it warms up what a capture may not
             return self.step(size, width)
         if self.graphs[key] is None:
             self.graphs[key] = torch.cuda.CUDAGraph()
@@ -325,8 +324,8 @@ class Steps:
         self.graphs[key].replay()
 
     def admit(self, prompts: list[Prompt], chosen: list[int], free: list[int], n: int, G: int):
-        """Prefill prompts[i] for i in chosen into free slots, and draw their completions' first tokens, in rows
-        from n on."""
+        """Prefill prompts[i] for i in chosen into free slots, and draw their completions' first tokens, in
+        rows from n on."""
         cache, policy, device = self.cache, self.policy, self.t.device
         cache.filling = to_device(torch.tensor(free), device)
         batch = to_device(pack_groups([(prompts[i], []) for i in chosen], policy.pad_id), device)
@@ -346,7 +345,8 @@ class Steps:
         self.draw(hidden.repeat_interleave(G, 0), at)
 
     def drop_ended(self, slot_of: list[int], age_of: list[int]):
-        """Rows from the end take the places of those that have ended. slot_of and age_of, of each row, follow."""
+        """Rows from the end take the places of those that have ended. slot_of and age_of, of each row,
+        follow."""
         n = len(slot_of)
         keep = [i for i, alive in enumerate(self.running[:n].tolist()) if alive]
         sources, targets = [i for i in keep if i >= len(keep)], sorted(set(range(len(keep))) - set(keep))
@@ -386,8 +386,8 @@ def bucketed(n: int, bucket: int, most: int) -> int:
 
 
 def can_be_graphed(policy: Policy) -> bool:
-    """A capture may not wait for the GPU: experts' grouped_mm does, but in bf16 on Hopper and Blackwell; rotary
-    frequencies that follow the longest row do. Nor may it gather FSDP's shards."""
+    """A capture may not wait for the GPU: experts' grouped_mm does, but in bf16 on Hopper and Blackwell;
+    rotary frequencies that follow the longest row do. Nor may it gather FSDP's shards."""
     device, config = policy.device, policy.hf.config.get_text_config()
     experts = any(name.endswith("_experts") for name in config.to_dict())
     waits = device.type == "cuda" and experts and (
@@ -594,9 +594,6 @@ class VLLMServer:
 # Rewards, in a process of their own
 
 
-REWARD_MEMORY = 2 << 30  # bytes that the functions may take beyond what loading their files took
-
-
 class RewardError(InputError):
     """A reward function raised, did not return one finite number or None a completion, or fails too often."""
 
@@ -605,85 +602,17 @@ class RewardProcessLost(RewardError):
     """It hung, or its process died."""
 
 
-def _load_function(spec: str):
-    """'file.py:function' -> the function. The file is run by its path; importing it must do nothing else."""
-    path, _, name = spec.rpartition(":")
-    if not path.endswith(".py") or not Path(path).is_file():
-        raise RewardError(f"reward {spec}: no such file {path!r} "
-                          "(expected a built-in name or path/to/file.py:function)")
-    module_name = f"reward_{zlib.crc32(os.path.realpath(path).encode()):08x}_{Path(path).stem}"
-    if module_name not in sys.modules:  # once for all functions of a file
-        module_spec = importlib.util.spec_from_file_location(module_name, path)
-        module = sys.modules[module_name] = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
-    module = sys.modules[module_name]
-    if not callable(getattr(module, name, None)):
-        raise RewardError(f"reward {spec}: {path} has no function {name!r}")
-    return getattr(module, name)
-
-
-def _bound_child():
-    """A runaway reward ends itself, by MemoryError, or by being the first that the kernel's OOM killer takes;
-    not the run. A hanging one dies with its parent. Linux only."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return
-    Path("/proc/self/oom_score_adj").write_text("1000")
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    in_use = re.search(r"VmData:\s+(\d+) kB", status.read_text())
-    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    if in_use and hard == resource.RLIM_INFINITY:  # not RLIMIT_AS: CUDA libraries map far more than they use
-        resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(in_use[1]) + REWARD_MEMORY, hard))
-
-
-def _reward_child(connection, specs: list[str]):
-    """The child's loop: receive (function index, columns), send ("ok", rewards), or ("error", traceback) and
-    then ("row", index), the first row on which the function raises by itself (None: on none)."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of ctrl-C while it starts; the run decides when to end
-    os.setpgid(0, 0)  # so that what a function starts can be killed with it
-    try:
-        functions = [_load_function(spec) for spec in specs]
-    except BaseException as error:
-        text = str(error) if isinstance(error, RewardError) else traceback.format_exc()
-        return connection.send(("error", text))
-    _bound_child()
-    connection.send(("ok", None))
-    while True:
-        try:
-            index, columns = connection.recv()
-        except (EOFError, OSError):  # the run is gone, perhaps with an answer unread
-            return
-        try:
-            result = functions[index](**columns)
-            result = result.tolist() if hasattr(result, "tolist") else result
-            if isinstance(result, (list, tuple)):  # tensors would each take a file of shared memory
-                result = [x.item() if math.prod(getattr(x, "shape", (2,))) == 1 else x for x in result]
-            connection.send(("ok", result))
-        except MemoryError:  # a limit like the time's: this process ends, the run goes on
-            raise
-        except Exception:
-            connection.send(("error", traceback.format_exc()))  # at once: the search below may be slow
-            culprit = None
-            for i in range(len(columns["completions"])):
-                try:
-                    functions[index](**{k: v[i:i + 1] for k, v in columns.items()})
-                except Exception:
-                    culprit = i
-                    break
-            connection.send(("row", culprit))
-
-
 class RewardRunner:
-    """Reward functions in one persistent `spawn`ed child, so that a hang or a crash there is none here.
+    """Reward functions in a process of their own (rewards/process.py), so that a hang or a crash there is
+    none here.
 
-    specs: "file.py:function". A function is called as in TRL, f(prompts=, completions=, **columns), each a
-    list over the completions, and returns one finite number a completion, or None to abstain. It is not a
-    sandbox: the function runs with this user's rights.
+    specs: names of built-in rewards, or "file.py:function". A function is called as in TRL,
+    f(prompts=, completions=, **columns), each a list over the completions, and returns one finite number a
+    completion, or None to abstain. It is not a sandbox: the function runs with this user's rights.
 
-    A call that takes more than `timeout` seconds, or ends its process (a crash, exit, REWARD_MEMORY), is made
-    again in a new one, completion by completion, each within a quarter of the limit. For those that hang or
-    crash it alone the function abstains: they are named and counted (`failed`). Beyond MOST of the latest
+    A call that takes more than `timeout` seconds, or ends its process (a crash, exit, too much memory), is
+    made again in a new one, completion by completion, each within a quarter of the limit. For those that hang
+    or crash it alone the function abstains: they are named and counted (`failed`). Beyond MOST of the latest
     256, or MOST times the limit for a batch's completions, the run ends, before the other ranks would give up
     waiting. An exception, a wrong count or a number that is not finite is a fault of the function, and ends
     the run at once.
@@ -698,15 +627,22 @@ class RewardRunner:
         self._start()
 
     def _start(self):
-        context = multiprocessing.get_context("spawn")  # not fork: the parent has threads, and may have a GPU
-        self.connection, child = context.Pipe()
-        self.process = context.Process(target=_reward_child, args=(child, self.specs), daemon=True)
-        self.process.start()
-        child.close()
+        folder = Path(__file__).resolve().with_name("rewards")
+        specs = [str(folder / BUILT_IN[spec]) if spec in BUILT_IN else spec for spec in self.specs]
+        self.connection, theirs = multiprocessing.Pipe()
+        fd = theirs.fileno()
+        # -P: the files beside process.py cannot be imported by their bare names. process_group: what it
+        # starts can be killed with it, and a terminal's ctrl-C does not reach it.
+        self.process = subprocess.Popen([sys.executable, "-P", folder / "process.py", str(fd), *specs],
+                                        stdin=subprocess.DEVNULL, pass_fds=[fd], process_group=0)
+        theirs.close()
+        atexit.register(self.close)
+        with suppress(OSError):  # it is gone already: `_ask` will say so
+            self.connection.send(sys.path)
         self.ready = False
 
     def _ask(self, what: str, question, timeout: float):
-        """Send a question (None: none), return the child's next message; death or silence is an error."""
+        """Send a question (None: none), return its next answer; death or silence is an error."""
         try:
             if question is not None:
                 self.connection.send(question)
@@ -715,14 +651,14 @@ class RewardRunner:
                 flag = " (--reward_timeout)" if self.ready else ""
                 raise RewardProcessLost(f"{what}: no answer within {timeout:g} s{flag}; "
                                         "its process was killed")
-            return self.connection.recv()
+            return json.loads(self.connection.recv_bytes())
         except (EOFError, OSError):
             self.close()
             raise RewardProcessLost(f"{what}: its process died "
-                                    f"(exit code {self.process.exitcode})") from None
+                                    f"(exit code {self.process.returncode})") from None
 
     def wait_until_ready(self):
-        """Block until a child has loaded every function; an error here is an error of the file."""
+        """Wait until a process has loaded every function; an error here is an error of the file."""
         if self.connection.closed:
             self._start()
         if not self.ready:
@@ -753,7 +689,7 @@ class RewardRunner:
             self.recent[index] += [False] * len(rows)
             return rewards
         except RewardProcessLost as error:
-            if self.process.exitcode == -signal.SIGTERM:  # whoever ends the run ended this process as well
+            if self.process.returncode == -signal.SIGTERM:  # whoever ends the run ended this process as well
                 raise
             text = str(error)
         if not alone:
@@ -802,32 +738,26 @@ class RewardRunner:
     def close(self):
         if self.connection.closed:  # its number may be another's by now
             return
-        try:
+        with suppress(OSError):  # it is gone
             os.killpg(self.process.pid, signal.SIGKILL)  # and what it has started
-        except OSError:  # it is gone, or had no time to make a group of its own
-            self.process.kill()
-        self.process.join()
+        self.process.wait()
         self.connection.close()
+        atexit.unregister(self.close)
 
 
 def checked_rewards(result, count: int, what: str, at) -> torch.Tensor:
-    """What a reward function returned -> (count,) fp64, None as nan; anything but a list or tuple of `count`
+    """The answer of process.plain_rewards -> (count,) fp64, None as nan; anything but a list of `count`
     finite numbers or None is a RewardError. at(i) says which completion i is."""
-    if not isinstance(result, (list, tuple)):
-        raise RewardError(f"{what}: expected a list of {count} numbers, got {type(result).__name__}")
+    if not isinstance(result, list):
+        raise RewardError(f"{what}: expected a list of {count} numbers, got {result}")
     if len(result) != count:
         raise RewardError(f"{what}: expected {count} rewards, one a completion, got {len(result)}")
-    rewards = torch.full((count,), math.nan, dtype=torch.float64)
     for i, value in enumerate(result):
-        if value is None:
-            continue
-        try:
-            rewards[i] = float(value)
-        except (TypeError, ValueError, OverflowError):
-            raise RewardError(f"{what}: {value!r:.200} is not a number; {at(i)}") from None
-        if not rewards[i].isfinite():
+        if isinstance(value, str):
+            raise RewardError(f"{what}: {value} is not a number; {at(i)}")
+        if value is not None and not math.isfinite(value):
             raise RewardError(f"{what}: returned {value} (None abstains, nan does not); {at(i)}")
-    return rewards
+    return torch.tensor([math.nan if x is None else x for x in result], dtype=torch.float64)
 
 
 # ------------------------------------------------------------------------------------------------------------

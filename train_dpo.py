@@ -331,11 +331,10 @@ def main(argv=None):
     steps = args.num_train_epochs * len(train_rows) / step_rows
     max_steps = args.max_steps if args.max_steps > 0 else math.ceil(steps)
 
-    # --- held-out answers are scored by the same `accuracy` as in train_grpo.py, where rows have a solution
+    # --- held-out answers are scored by the `accuracy` of rewards/answers.py, where rows have a solution
     rewards = None
     if eval_rows and all(row.get("solution") is not None for row in eval_rows):
-        accuracy = f"{Path(__file__).with_name('train_grpo.py')}:accuracy"
-        rewards = rollout.RewardRunner([accuracy], args.reward_timeout)
+        rewards = rollout.RewardRunner(["accuracy"], args.reward_timeout)
     else:
         why = "some held-out rows lack a solution" if eval_rows else "no --eval_dataset"
         if args.stop_at_accuracy is not None:

@@ -38,16 +38,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 
 import argparse
 import math
-import operator
-import re
 import sys
 import time
-import unicodedata
 from collections import deque
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -57,233 +53,7 @@ import data
 import losses
 import model
 import rollout
-
-# ------------------------------------------------------------------------------------------------------------
-# Reward functions: edit these, or pass --reward_funcs path/to/file.py:function.
-#
-# f(completions, **columns) -> one number a completion, or None to abstain. `completions` are strings (EOS and
-# other special tokens removed), the columns those of the dataset (`solution`, ...) with `prompts`, each a
-# list over the completions. They run in a process of their own, which imports this file.
-
-
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-
-
-def format(completions, **_):
-    """1.0 for <think>...</think><answer>...</answer>, each tag once, nothing around it (R1-V); both may span
-    lines."""
-    pattern = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
-    return [float(all(text.count(tag) == 1 for tag in TAGS) and pattern.fullmatch(text) is not None)
-            for text in completions]
-
-
-def tag_count(completions, **_):
-    """0.25 for each of the four tags of `format` that stands exactly once (open-r1, without its newlines)."""
-    return [sum(text.count(tag) == 1 for tag in TAGS) / 4 for text in completions]
-
-
-def accuracy(completions, solution, **_):
-    """1.0 if the answer equals the row's solution: as text, as a number, as a choice letter, or, where
-    math-verify is installed, as mathematics. The answer is the last <answer>, in it or else in the whole text
-    the last \\boxed{}, else the whole; words around it count as wrong. None if the row has no solution."""
-    return [None if gold is None else float(same_answer(final_answer(text), final_answer(str(gold))))
-            for text, gold in zip(completions, solution)]
-
-
-def numeric(completions, solution, **_):
-    """1.0 if the one number in the answer equals that of the solution. Words and units around it do not
-    matter, two numbers are wrong; of an equation what follows the last sign. 50% is 50 or 0.5; 1,000 1000."""
-    return compare(read_number, completions, solution, same_number)
-
-
-def counting(completions, solution, **_):
-    """1.0 if the one count in the answer, in digits or as a word from zero to twenty, is the solution's."""
-    return compare(read_count, completions, solution)
-
-
-def choice(completions, solution, **_):
-    """1.0 if the answer names the solution's choice, A to J: alone, "(B) a dog", "the answer is B"."""
-    return compare(read_choice, completions, solution)
-
-
-def iou(completions, solution, **_):
-    """Intersection over union of the answer's box and the solution's, [x1, y1, x2, y2] in the same pixels.
-
-    Coordinates are edges: width = x2 - x1, without the + 1 of older detection code, which moves the IoU of
-    boxes w by h by up to about 1/w + 1/h; so does rounding to whole pixels. Not rescaled: where the model
-    answers in pixels of the resized picture (Qwen2.5-VL), the solution must be in those. No box, or one
-    turned inside out, is 0.
-    """
-    def overlap(a, b):
-        inside = math.prod(max(0.0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
-        return inside / (sum((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a, b)) - inside)
-
-    return compare(read_box, completions, solution, overlap)
-
-
-def cosine(completions, solution, completion_ids, max_completion_length, min_value_wrong=-1.0,
-           max_value_wrong=-0.5, min_value_correct=0.5, max_value_correct=1.0, **_):
-    """`accuracy`, right answers worth more when short, wrong ones when long (arXiv 2502.03373, app. C.1):
-    far + (near - far) (1 + cos(pi |y| / max length)) / 2, lengths in tokens; numbers and names are TRL's."""
-    rewards = []
-    for right, ids, longest in zip(accuracy(completions, solution), completion_ids, max_completion_length):
-        near, far = (max_value_correct, min_value_correct) if right else (min_value_wrong, max_value_wrong)
-        share = min(len(ids) / longest, 1.0)
-        rewards.append(None if right is None else far + (near - far) * (1 + math.cos(math.pi * share)) / 2)
-    return rewards
-
-
-def repetition_penalty(completions, completion_ids, ngram_size=3, max_penalty=-1.0, **_):
-    """max_penalty times the share of token n-grams that occurred before (arXiv 2502.03373, app. C.2)."""
-    counts = [max(len(ids) - ngram_size + 1, 0) for ids in completion_ids]
-    unique = [len(set(zip(*(ids[i:] for i in range(ngram_size))))) for ids in completion_ids]
-    return [max_penalty * (1 - m / n) if n else 0.0 for m, n in zip(unique, counts)]
-
-
-def soft_overlong(completions, completion_ids, max_completion_length, soft_punish_cache=0.2, **_):
-    """0 up to max length - cache, then falling linearly to -1 at max length (DAPO, arXiv 2503.14476 eq. 13).
-    soft_punish_cache: tokens, or below 1 a share of the max length; the paper has 4096 of 20480."""
-    caches = [c * soft_punish_cache if soft_punish_cache < 1 else soft_punish_cache
-              for c in max_completion_length]
-    return [-min(max(len(ids) - longest + cache, 0) / cache, 1.0)
-            for ids, longest, cache in zip(completion_ids, max_completion_length, caches)]
-
-
-def compare(read, completions, solution, score=operator.eq):
-    """score(read(answer), read(solution)); 0.0 for an answer that is not read, None without a solution."""
-    rewards = []
-    for text, gold in zip(completions, solution):
-        found, known = read(final_answer(text)), None if gold is None else read(final_answer(str(gold)))
-        if gold is not None and known is None:
-            raise ValueError(f"solution {str(gold)[:100]!r} cannot be read (or is two answers)")
-        rewards.append(None if gold is None else 0.0 if found is None else float(score(found, known)))
-    return rewards
-
-
-def same_number(a, b):
-    """Two (value, is a percentage): where only one is a percentage, it may be meant either way."""
-    (x, x_percent), (y, y_percent) = a, b
-    pairs = [(x, y)] + ([] if x_percent == y_percent else [(x / 100, y) if x_percent else (x, y / 100)])
-    return any(math.isclose(p, q, rel_tol=1e-9, abs_tol=1e-12) for p, q in pairs)
-
-
-def final_answer(text: str) -> str:
-    opened = list(re.finditer("<answer>", text, re.IGNORECASE))
-    if opened:
-        text = re.split("</answer>", text[opened[-1].end():], maxsplit=1, flags=re.IGNORECASE)[0]
-    start = text.rfind("\\boxed{")
-    if start >= 0:
-        depth, begin = 1, start + len("\\boxed{")
-        for i in range(begin, len(text)):
-            depth += (text[i] == "{") - (text[i] == "}")
-            if depth == 0:
-                return text[begin:i].strip()
-        return ""  # cut off: what is there may be half an answer
-    return text.strip()
-
-
-def plain(text: str) -> str:
-    """One spelling of digits (any script's), minus signs, spaces, fractions; casefolded, without $ and **."""
-    text = "".join(str(unicodedata.decimal(c, c)) for c in unicodedata.normalize("NFC", text))
-    for pattern, to in (("[\u2010-\u2015\u2212\uff0d]", "-"), (r"\\text\{([^{}]*)\}", r"\1"),
-                        (r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2"), (r"\{,\}", ","),
-                        (r"\\[,;!()\[\]]|\\?\$|\*\*", ""), ("\\\\%|\uff05", "%")):
-        text = re.sub(pattern, to, text)
-    return " ".join(text.casefold().split())
-
-
-NUMBER = (r"([-+]?(?:\d{1,3}(?:[, ]\d{3})+(?!\d)|\d+)(?:\.\d*)?(?:e[-+]?\d+)?|[-+]?\.\d+)"
-          r"(?: ?/ ?(\d+(?:\.\d+)?))? ?(%|percent\b)?")  # number, what it is divided by, percent sign
-
-
-def number_of(match):
-    """A match of NUMBER -> (value, is a percentage); None for one that is infinite or divided by 0."""
-    below = float(match[2] or 1)
-    value = float(re.sub("[, ]", "", match[1])) / below if below else math.inf
-    return (value, match[3] is not None) if math.isfinite(value) else None
-
-
-def numbers_in(text: str) -> list:
-    """[(value, is a percentage)]; [] where something is computed, bounded or not to be read as a number."""
-    text = re.sub(r"\b(?:minus|negative) (?=[\d.])", "-", text)
-    number = r"(?<![a-z0-9_.^/,])" + NUMBER
-    if re.search(r"[\\^*/<>\u2264\u2265\u00b1\u221a\u00d7\u00f7\u03c0]|(?<![a-z0-9_])[-+,.]?\d",
-                 re.sub(number, " ", text)):
-        return []
-    return [number_of(match) for match in re.finditer(number, text)]
-
-
-def read_number(text: str):
-    found = numbers_in(re.split("[=\u2248]", plain(text))[-1])
-    return found[0] if len(found) == 1 else None
-
-
-COUNTS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-          "sixteen seventeen eighteen nineteen twenty").split()
-
-
-def read_count(text: str):
-    text = re.sub(rf"\b(?:{'|'.join(COUNTS)})\b", lambda word: str(COUNTS.index(word[0])), plain(text))
-    found = set(numbers_in(text))
-    value, percent = found.pop() or (-1, True) if len(found) == 1 else (-1, True)
-    return None if percent or value < 0 or value % 1 else int(value)
-
-
-def read_choice(text: str, leading_only=False):
-    text = " ".join(unicodedata.normalize("NFKC", text).replace("*", "").strip("$ \n").split())
-    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    first = re.match(r"\(?([A-Ja-j])(?:\)|[.:](?!\w)|\.?$)(?! ?(?:and\b|or\b|[,/(]))", text)
-    if first or leading_only:
-        return first and first[1].upper()
-    # a letter, but not the article, the pronoun or a unit
-    letter = (r"(?<![\w/])(?<!\w')(?<!\d )([B-HJ]|[AI](?! (?!(?:and|or|is|as|so|because|since)\b)[a-z]))"
-              r"(?!\w|['.]\w|/| ?[=+^])")
-    named = re.findall(r"(?i:answer|option|choice|choose|pick|select|it is|must be)(?i: is|:| option)* ?\(?"
-                       + letter, text)
-    letters = set(named or re.findall(letter, text))
-    return letters.pop() if len(letters) == 1 else None
-
-
-def read_box(text: str):
-    found = [float(n) for n in re.findall(r"(?<![\w.])[-+]?\d+(?:\.\d+)?", plain(text)[:1000])]
-    return found if len(found) == 4 and found[0] < found[2] and found[1] < found[3] else None
-
-
-def same_answer(answer: str, gold: str) -> bool:
-    short, known = (plain(s).rstrip(".") for s in (answer, gold))
-    if short == known:
-        return known != ""
-    numbers = [re.fullmatch(NUMBER, s) for s in (short, known)]
-    if all(numbers):
-        numbers = [number_of(match) for match in numbers]
-        return None not in numbers and same_number(*numbers)
-    if re.fullmatch(r"\(?[a-j]\)?", known):  # a choice: "(B)", "B.", "B: a dog"
-        return read_choice(answer, leading_only=True) == known.strip("()").upper()
-    if len(answer) > 1000:
-        return False  # too long for math-verify
-    try:
-        from math_verify import parse, verify
-    except ImportError:
-        return False
-    return verify(parse(f"${gold}$", parsing_timeout=None), parse(f"${answer}$", parsing_timeout=None),
-                  timeout_seconds=None)  # gold first; the reward process has its own time limit
-
-
-READERS = {"numeric": read_number, "counting": read_count, "choice": read_choice, "iou": read_box}
-
-
-def check_solution(row, reward_funcs):
-    """RowError for a solution that a built-in reward will not be able to read."""
-    for name in READERS.keys() & set(reward_funcs):
-        try:
-            compare(READERS[name], [""], [row["solution"]])
-        except ValueError as error:
-            raise data.RowError(f"{row['_source']}: --reward_funcs {name}: {error}") from None
-
-
-REWARDS = ("accuracy", "format", "tag_count", "numeric", "counting", "choice", "iou", "cosine",
-           "repetition_penalty", "soft_overlong")
-NEED_SOLUTION = {"accuracy", "numeric", "counting", "choice", "iou", "cosine"}
+from rewards import BUILT_IN, NEED_SOLUTION, answers, boxes
 
 # ------------------------------------------------------------------------------------------------------------
 
@@ -339,7 +109,7 @@ def build_parser():
     add("--dataset", nargs="+", help="files, folders, hub ids of prompts (see data.py); none: shapes")
     # rewards
     add("--reward_funcs", nargs="+", default=["accuracy", "format"],
-        help=f"{', '.join(REWARDS)}, or path/to/file.py:function; spaces or commas")
+        help=f"{', '.join(BUILT_IN)}, or path/to/file.py:function; spaces or commas")
     add("--reward_weights", nargs="+", type=model.finite, help="one per reward; default 1, 0.1 for format")
     add("--missing_eos_penalty", type=model.not_negative, default=0.0,
         help="off the reward of answers cut at the limit")
@@ -526,10 +296,10 @@ def check_args(args, parser):
     check_loss(args, parser)
     args.reward_funcs = [name for item in args.reward_funcs for name in item.split(",") if name]
     for name in args.reward_funcs:
-        if name not in REWARDS and ":" not in name:
+        if name not in BUILT_IN and ":" not in name:
             parser.error(f"--reward_funcs {name} names no function of the file: {name}:function"
                          if name.endswith(".py") else f"unknown --reward_funcs {name}; choose from "
-                         f"{', '.join(REWARDS)} or path/to/file.py:function")
+                         f"{', '.join(BUILT_IN)} or path/to/file.py:function")
     names = [name.rpartition(":")[2] for name in args.reward_funcs]
     if not names:
         parser.error("--reward_funcs names no function")
@@ -558,6 +328,16 @@ def check_args(args, parser):
                      f"--per_device_train_batch_size {size} must be a multiple of --num_generations {G}")
 
 
+def check_solution(row, reward_funcs):
+    """RowError for a solution that a built-in reward will not be able to read."""
+    readers = answers.READERS | boxes.READERS
+    for name in readers.keys() & set(reward_funcs):
+        try:
+            answers.compare(readers[name], [""], [row["solution"]])
+        except ValueError as error:
+            raise data.RowError(f"{row['_source']}: --reward_funcs {name}: {error}") from None
+
+
 def main(argv=None):
     args = parse_args(argv)
     rank, world_size, device = model.init_distributed(args.device, args.deterministic)
@@ -565,9 +345,8 @@ def main(argv=None):
     if resumed and model.is_done(args, output_dir, rank):
         return
     report = model.Report(args, output_dir, rank)
-    specs = [name if ":" in name else f"{Path(__file__).resolve()}:{name}" for name in args.reward_funcs]
     names = [name.rpartition(":")[2] for name in args.reward_funcs]
-    rewards = rollout.RewardRunner(specs, args.reward_timeout)  # starts while the model loads
+    rewards = rollout.RewardRunner(args.reward_funcs, args.reward_timeout)  # starts while the model loads
 
     # --- sizes. A rollout serves `updates` optimizer steps, num_iterations times over
     G = args.num_generations

@@ -48,7 +48,7 @@ def main(argv=None):
     add("models", nargs="+", help="[NAME=]folder or hub id")
     add("--dataset", help=".jsonl or .json with solutions; none: the built-in task's held-out rows")
     add("--image_root")
-    add("--reward", default=f"{ROOT / 'train_grpo.py'}:accuracy", help="path/to/file.py:function that judges")
+    add("--reward", default="accuracy", help="a built-in reward, or path/to/file.py:function, that judges")
     add("--rows", type=int, default=8, help="of the table")
     add("--num_generations_eval", type=int, default=1, help="answers to each question; the first is shown")
     add("--temperature", type=float, default=0.0, help="0 is greedy")

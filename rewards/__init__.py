@@ -1,0 +1,25 @@
+"""The built-in rewards: one file for each kind of them. Nothing in this folder imports torch.
+
+A reward is a function f(completions, **columns) that returns one number a completion, or None to abstain.
+`completions` are strings without EOS and other special tokens. The columns are those of the dataset
+(`solution`, ...), `prompts`, `completion_ids` and `max_completion_length`; each is a list as long as
+`completions`.
+
+A new one: write the function in a file of this folder, and add its line here. Or write it in a file of your
+own and pass --reward_funcs path/to/file.py:function; it may say `from rewards.answers import final_answer`.
+Both run in the reward process (process.py), not in the trainer.
+"""
+
+BUILT_IN = {  # the name for --reward_funcs: the file in this folder, and the function in it
+    "accuracy": "answers.py:accuracy",
+    "format": "form.py:think_format",
+    "tag_count": "form.py:tag_count",
+    "numeric": "answers.py:numeric",
+    "counting": "answers.py:counting",
+    "choice": "answers.py:choice",
+    "iou": "boxes.py:iou",
+    "cosine": "answers.py:cosine",
+    "repetition_penalty": "form.py:repetition_penalty",
+    "soft_overlong": "form.py:soft_overlong",
+}
+NEED_SOLUTION = {"accuracy", "numeric", "counting", "choice", "iou", "cosine"}
