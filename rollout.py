@@ -622,18 +622,19 @@ class RewardRunner:
 
     def __init__(self, specs: list[str], timeout: float = 60.0):
         self.specs, self.timeout = specs, timeout
+        folder = Path(__file__).resolve().with_name("rewards")
+        self.paths = [str(folder / BUILT_IN[spec]) if spec in BUILT_IN else spec for spec in specs]
         self.failed = 0  # completions of the latest `score` that a function hung or crashed on
         self.recent = [deque(maxlen=256) for _ in specs]  # whether it did, for the latest completions
         self._start()
 
     def _start(self):
-        folder = Path(__file__).resolve().with_name("rewards")
-        specs = [str(folder / BUILT_IN[spec]) if spec in BUILT_IN else spec for spec in self.specs]
+        program = Path(__file__).resolve().parent / "rewards" / "process.py"
         self.connection, theirs = multiprocessing.Pipe()
         fd = theirs.fileno()
         # -P: the files beside process.py cannot be imported by their bare names. process_group: what it
         # starts can be killed with it, and a terminal's ctrl-C does not reach it.
-        self.process = subprocess.Popen([sys.executable, "-P", folder / "process.py", str(fd), *specs],
+        self.process = subprocess.Popen([sys.executable, "-P", program, str(fd), *self.paths],
                                         stdin=subprocess.DEVNULL, pass_fds=[fd], process_group=0)
         theirs.close()
         atexit.register(self.close)

@@ -33,6 +33,7 @@ import model
 import rollout
 import train_dpo
 import train_grpo
+from rewards import answers, form
 
 RED = (AssertionError, pytest.fail.Exception)  # the second is `pytest.raises` that saw nothing raised
 
@@ -308,13 +309,14 @@ EXHIBITS = [
         rollout, "checked_rewards", "if len(result) != count:", "result = result * count\n    if len(result) < count:"),
         "test_faults.test_what_a_reward_may_return", {"what": "[1.0]", "expected": "expected 3 rewards"}),
     Exhibit("verl #6673, UniRL #462: one completion that the grader dies of ends the run", rewrite(
-        rollout.RewardRunner, "_score_one", "if self.process.exitcode == -signal.SIGTERM:", "if True:"),
+        rollout.RewardRunner, "_score_one", "if self.process.returncode == -signal.SIGTERM:", "if True:"),
         "test_faults.test_rewards_that_crash", red=(rollout.RewardError,)),
     Exhibit("open-r1 #237, R1-V #19: a format pattern without DOTALL", rewrite(
-        train_grpo, "format", ", re.DOTALL)", ")"), "test_rewards.test_format",
+        form, "think_format", "FORMAT.fullmatch(text)", "re.fullmatch(FORMAT.pattern, text)"), "test_rewards.test_format",
         {"text": "<think>a\nb</think>\n<answer>4</answer>", "expected": 1}),
     Exhibit("ours: 'A picture' is choice A", rewrite(
-        train_grpo, "read_choice", r"(?:\)|[.:](?!\w)|\.?$)(?! ?", r"(?:\b)(?! ?"), "test_rewards.test_accuracy",
+        answers, "read_choice", "re.match(FIRST_CHOICE,", r"re.match(FIRST_CHOICE.replace(r'(?:\)|[.:](?!\w)|\.?$)', r'\b'),"),
+        "test_rewards.test_accuracy",
         {"text": "A picture of two dogs.", "solution": "A", "expected": 0}),
     # losses
     Exhibit("NeMo-RL #2506, TRL #4638: the KL's gradient lacks the sampling term", rewrite(

@@ -17,6 +17,7 @@ import data
 import losses
 import model
 import rollout
+from rewards import answers
 
 README, GUIDE = (ROOT / "README.md").read_text(), (ROOT / "GUIDE.md").read_text()
 COMMANDS, GUIDE_COMMANDS = ([line for block in re.findall(r"```bash\n(.*?)```", page, re.S) for line in block.splitlines()
@@ -150,7 +151,7 @@ def test_guide_snippets(tmp_path, monkeypatch):
         assert len(rows) == 3 and all(data.load_image(image, rows[0]).size == (40, 30) for image in rows[0]["images"])
         blocks = [block["type"] for message in data.to_messages(rows[0]) for block in message["content"]]
         assert blocks.count("image") == images
-    assert train_grpo.accuracy(["<answer>3.0</answer>"], [rows[0]["solution"]]) == [1.0]
+    assert answers.accuracy(["<answer>3.0</answer>"], [rows[0]["solution"]]) == [1.0]
     names = {}
     exec(reward, names)
     assert names["brief"](["it is 42", "42 " + "so " * 20, "?"], solution=["42", "42", None], other=1) == [1.0, 0.0, None]
@@ -168,7 +169,7 @@ def test_main_job_learns_from_the_picture(tmp_path):
     assert "step 1 must start at: ratio 1 (expected 1), clip_ratio/region_mean 0 (expected 0), grad_norm" in output
     policy, processor = model.load_policy(str(folder / "runs" / "grpo-1" / "final"))
     rows = data.shapes_rows(256, 0, "test")
-    rewards = rollout.RewardRunner([f"{ROOT / 'train_grpo.py'}:accuracy"])
+    rewards = rollout.RewardRunner(["accuracy"])
     pictures = [row["images"] for row in rows]
     blank = [[image.point(lambda _: 255) for image in images] for images in pictures]
     shares = {}

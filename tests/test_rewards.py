@@ -1,19 +1,24 @@
 """The built-in rewards on hand-labelled strings, and the process that runs reward functions."""
 
+import ast
 import ctypes
 import json
 import os
 import re
 import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import rollout
 import train_grpo
+from rewards import BUILT_IN, answers, boxes, form, process
 
 FORMAT = [
     ("<think>a</think><answer>4</answer>", 1), ("<think>a\nb</think>\n<answer>4</answer>", 1),  # R1-V's lacked DOTALL
@@ -44,17 +49,22 @@ ACCURACY = [  # completion, solution, reward
 @pytest.mark.parametrize("text, expected", FORMAT, ids=range(len(FORMAT)))
 def test_format(text, expected):
     """open-r1 #237: without DOTALL multi-line reasoning always scores 0; anything around the tags scores 0."""
-    assert train_grpo.format([text]) == [expected]
+    assert form.think_format([text]) == [expected]
 
 
 @pytest.mark.parametrize("text, solution, expected", ACCURACY, ids=range(len(ACCURACY)))
 def test_accuracy(text, solution, expected):
     """Text, number, choice letter; the last answer counts; a row without solution abstains."""
-    assert train_grpo.accuracy([text], solution=[solution]) == [expected]
+    assert answers.accuracy([text], solution=[solution]) == [expected]
 
 
 LABELS = [json.loads(line) for line in open(Path(__file__).parent / "data" / "rewards.jsonl")]
 TEXT_REWARDS = ("format", "tag_count", "accuracy", "numeric", "counting", "choice")
+
+
+def built_in(name):
+    file, function = BUILT_IN[name].split(":")
+    return getattr({"answers.py": answers, "boxes.py": boxes, "form.py": form}[file], function)
 
 
 def has_math_verify():
@@ -87,7 +97,7 @@ def test_hand_labelled_strings(name):
         label = row[name]
         if name == "accuracy" and has_math_verify():
             label = row.get("accuracy_math_verify", label)
-        got = getattr(train_grpo, name)([row["text"]], solution=[row.get("solution")])
+        got = built_in(name)([row["text"]], solution=[row.get("solution")])
         assert label is None or got == [label], (row, got)
 
 
@@ -106,7 +116,7 @@ def test_long_strings(text, solution, labels):
     """A reasoning of 100,000 characters is well formed (format once cut its text there, and found no end)."""
     assert len(text) >= 100_000
     for name, label in labels.items():
-        assert getattr(train_grpo, name)([text], solution=[solution]) == [label], name
+        assert built_in(name)([text], solution=[solution]) == [label], name
 
 
 def test_rewards_take_long_and_nasty_text_quickly():
@@ -116,7 +126,7 @@ def test_rewards_take_long_and_nasty_text_quickly():
                  "1," * 50_000, "111," * 25_000 + "1", "\\frac{" * 15_000, "minus " * 16_000, "answer is " * 10_000,
                  "(A) " * 25_000, "-" * 100_000, " " * 100_000, "<answer>" + "\\text{1" * 15_000, "\ufdfa" * 100_000):
         for name in TEXT_REWARDS:
-            getattr(train_grpo, name)([text], solution=["B" if name == "choice" else "4"])
+            built_in(name)([text], solution=["B" if name == "choice" else "4"])
     assert time.perf_counter() - began < 10
 
 
@@ -136,16 +146,16 @@ def test_math_verify_gets_the_gold_first():
     interval for a gold inequality is right, the swapped call says wrong."""
     math_verify = pytest.importorskip("math_verify")
     gold, answer = r"x<3", r"(-\infty,3)"
-    assert train_grpo.accuracy([rf"so \boxed{{{answer}}}"], solution=[gold]) == [1.0]
+    assert answers.accuracy([rf"so \boxed{{{answer}}}"], solution=[gold]) == [1.0]
     parsed = [math_verify.parse(f"${s}$", parsing_timeout=None) for s in (answer, gold)]
     assert not math_verify.verify(*parsed, timeout_seconds=None)
-    assert train_grpo.accuracy([r"\boxed{7}"], solution=["no mathematics at all"]) == [0.0]
+    assert answers.accuracy([r"\boxed{7}"], solution=["no mathematics at all"]) == [0.0]
 
 
 def test_rewards_abstain_without_a_solution_and_refuse_one_that_cannot_be_read():
     """A row without solution is None, never 0; a solution that no answer could equal is an error of the data."""
     for name, bad in (("numeric", "3 or 4"), ("counting", "-1"), ("choice", "a dog"), ("iou", "[3, 1, 2, 4]")):
-        reward = getattr(train_grpo, name)
+        reward = built_in(name)
         assert reward(["<answer>x</answer>"], solution=[None]) == [None]
         with pytest.raises(ValueError, match="solution"):
             reward(["<answer>x</answer>"], solution=[bad])
@@ -161,7 +171,7 @@ def test_iou_by_hand(answer, expected):
     turned inside out is none. A key with a digit is a fifth number only if it stands alone."""
     expected = 1.0 if expected is None else expected
     for gold in ("[0, 0, 10, 10]", [0, 0, 10, 10], "<answer>[0, 0, 10, 10]</answer>"):
-        assert train_grpo.iou([f"<answer>{answer}</answer>"], solution=[gold]) == [pytest.approx(expected)]
+        assert boxes.iou([f"<answer>{answer}</answer>"], solution=[gold]) == [pytest.approx(expected)]
 
 
 @pytest.mark.parametrize("w, h", [(5, 8), (20, 30), (100, 40)])
@@ -169,9 +179,9 @@ def test_iou_error_of_the_other_convention_and_of_rounding(w, h):
     """What the docstring says of the + 1 convention and of whole pixels: at most about 1/w + 1/h."""
     gold = [10.5, 20.5, 10.5 + w, 20.5 + h]
     rounded = [x + d for x, d in zip(gold, (0.5, 0.5, -0.5, -0.5))]
-    assert 1 - train_grpo.iou([f"<answer>{rounded}</answer>"], solution=[gold])[0] <= 1 / w + 1 / h
+    assert 1 - boxes.iou([f"<answer>{rounded}</answer>"], solution=[gold])[0] <= 1 / w + 1 / h
     shifted = [x + 1 for x in gold]
-    ours = train_grpo.iou([f"<answer>{shifted}</answer>"], solution=[gold])[0]
+    ours = boxes.iou([f"<answer>{shifted}</answer>"], solution=[gold])[0]
     plus_one = w * h / (2 * (w + 1) * (h + 1) - w * h)
     assert ours == pytest.approx((w - 1) * (h - 1) / (2 * w * h - (w - 1) * (h - 1)))
     assert 0 < plus_one - ours < 1 / w + 1 / h
@@ -185,22 +195,22 @@ def test_cosine_by_hand():
     """arXiv 2502.03373 with TRL's defaults: right 1 to 0.5, wrong -1 to -0.5 as the answer grows; never beyond the end
     (cos is periodic); no solution abstains. TRL's own example: 50 of 100 tokens give 0.75 and -0.75."""
     texts, gold = [r"\boxed{4}"] * 4 + [r"\boxed{5}"] * 4 + ["4"], ["4"] * 8 + [None]
-    got = train_grpo.cosine(texts, gold, **lengths(0, 50, 100, 150, 0, 50, 100, 150, 5))
+    got = answers.cosine(texts, gold, **lengths(0, 50, 100, 150, 0, 50, 100, 150, 5))
     assert got[:8] == pytest.approx([1, 0.75, 0.5, 0.5, -1, -0.75, -0.5, -0.5]) and got[8] is None
 
 
 def test_repetition_penalty_by_hand():
     """TRL's example [1 2 3 4], [5 5 5 5 5] with bigrams gives 0, -0.75; shorter than an n-gram is 0."""
     ids = [[1, 2, 3, 4], [5] * 5, [1], [], [1, 2, 1, 2, 1]]
-    assert train_grpo.repetition_penalty([""] * 5, ids, ngram_size=2) == pytest.approx([0, -0.75, 0, 0, -0.5])
-    assert train_grpo.repetition_penalty([""] * 5, ids) == pytest.approx([0, -2 / 3, 0, 0, -1 / 3])
+    assert form.repetition_penalty([""] * 5, ids, ngram_size=2) == pytest.approx([0, -0.75, 0, 0, -0.5])
+    assert form.repetition_penalty([""] * 5, ids) == pytest.approx([0, -2 / 3, 0, 0, -1 / 3])
 
 
 def test_soft_overlong_by_hand():
     """DAPO eq. 13: 0 up to 80 of 100 tokens, then linear to -1 at 100; TRL's example: 90 tokens give -0.5."""
     ids = lengths(0, 80, 81, 90, 100, 120)
-    assert train_grpo.soft_overlong([""] * 6, **ids) == pytest.approx([0, 0, -0.05, -0.5, -1, -1])
-    assert train_grpo.soft_overlong([""] * 6, **ids, soft_punish_cache=40) == pytest.approx(
+    assert form.soft_overlong([""] * 6, **ids) == pytest.approx([0, 0, -0.05, -0.5, -1, -1])
+    assert form.soft_overlong([""] * 6, **ids, soft_punish_cache=40) == pytest.approx(
         [0, -0.5, -0.525, -0.75, -1, -1])
 
 
@@ -294,8 +304,7 @@ def score(reward_file):
 def test_columns_reach_the_function_and_none_abstains(reward_file):
     """TRL's calling convention; None is nan here, and never a zero. Length rewards get TRL's completion_ids and the run's
     limit, which the text does not tell."""
-    built_in = [f"{train_grpo.__file__}:{name}" for name in ("format", "soft_overlong")]
-    runner = rollout.RewardRunner([f"{reward_file}:words", *built_in])
+    runner = rollout.RewardRunner([f"{reward_file}:words", "format", "soft_overlong"])
     scores = runner.score(TEXTS, ROWS, step=1, **lengths(80, 90, 100))
     runner.close()
     assert scores.shape == (3, 3) and scores[1].tolist() == [0, 0, 0]
@@ -338,15 +347,138 @@ def test_missing_reward_is_an_error_at_start(reward_file, spec, message):
     runner.close()
 
 
+def test_rewards_import_no_torch():
+    """A rank's reward process, which started by importing torch and transformers again, took 5 CPU seconds and 380 MB."""
+    files = list((ROOT / "rewards").glob("*.py"))
+    assert len(files) == 5
+    allowed = sys.stdlib_module_names | {"math_verify"}
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                assert all(alias.name.split(".")[0] in allowed for alias in node.names), ast.unparse(node)
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 1 or node.module.split(".")[0] in allowed, ast.unparse(node)
+
+
+OF_THE_PROCESS = '''
+import multiprocessing, os, sys, time
+
+def memory(completions, **_):
+    assert not {"torch", "transformers", "numpy", "rollout", "model"} & set(sys.modules)
+    return [next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) for _ in completions]
+
+def length(text):
+    return float(len(text))
+
+def pooled(completions, method, **_):
+    with multiprocessing.get_context(method[0]).Pool(2) as pool:
+        return pool.map(length, completions)
+
+def leaves_children(completions, **_):
+    for _ in range(2):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        print(child.pid, file=open("children", "a"))
+    if completions[0] == "crash":
+        os.abort()
+    return [1.0 for _ in completions]
+
+def chatty(completions, **_):
+    print("out of", len(completions), "answers")
+    print("and an error", file=sys.stderr)
+    os.write(1, b"bytes\\n")
+    return [1.0 for _ in completions]
+'''
+
+
+@pytest.fixture
+def of_the_process(tmp_path, monkeypatch):
+    """of_the_process(name): a runner of that function."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(OF_THE_PROCESS)
+    made = []
+
+    def make(*names):
+        made.append(rollout.RewardRunner([name if name in BUILT_IN else f"mine.py:{name}" for name in names]))
+        return made[-1]
+
+    yield make
+    for runner in made:
+        runner.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux only")
+def test_the_reward_process_is_small(of_the_process):
+    """Without torch, and below 60 MB with every built-in reward loaded."""
+    runner = of_the_process("memory", *BUILT_IN)
+    rows = [{"_source": "rows.jsonl:1", "prompt": "q", "solution": None}]
+    scores = runner.score(["<answer>4</answer>"], rows, step=1, **lengths(5))
+    assert scores[0, 0] < 60_000  # kB
+
+
+def gone(pid):
+    """Whether a process has ended, if nobody has asked for its exit code yet."""
+    try:
+        return "Z" in open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_reward_may_use_a_pool(of_the_process, method):
+    """The process was a daemon of multiprocessing, which may have no children."""
+    rows = [row | {"method": method} for row in ROWS]
+    assert of_the_process("pooled").score(TEXTS, rows, step=1).tolist() == [[7, 3, 4]]
+
+
+@pytest.mark.parametrize("text, expected", [("fine", 1.0), ("crash", None)])
+def test_children_end_with_the_reward_process(of_the_process, tmp_path, text, expected):
+    """Also those that it forked itself; and they do not keep its crash from being seen: they hold no end of its socket."""
+    runner = of_the_process("leaves_children")
+    began = time.monotonic()
+    score = runner.score([text], ROWS[:1], step=1)[0, 0]
+    assert score.isnan() if expected is None else score == expected
+    assert time.monotonic() - began < 30  # of the 60 of the limit
+    runner.close()
+    children = (tmp_path / "children").read_text().split()
+    assert len(children) == (2 if expected else 4)  # a crash is tried again
+    while not all(map(gone, children)):
+        assert time.monotonic() - began < 60
+        time.sleep(0.05)
+
+
+def test_a_reward_may_print(of_the_process, capfd):
+    """F39: what it prints is seen at once, as its own, and is no part of what is said between the processes."""
+    runner = of_the_process("chatty")
+    assert runner.score(TEXTS, ROWS, step=1).tolist() == [[1, 1, 1]]
+    out, err = capfd.readouterr()
+    assert "out of 3 answers\n" in out and "bytes\n" in out and "and an error\n" in err
+
+
+def test_the_reward_process_ends_with_its_trainer(tmp_path):
+    """Killed, or at its end without a close(): no reward process is left."""
+    (tmp_path / "mine.py").write_text(OF_THE_PROCESS)
+    for end in ("os.kill(os.getpid(), 9)", "pass"):
+        program = (f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import rollout\n"
+                   "runner = rollout.RewardRunner(['mine.py:memory']); runner.wait_until_ready()\n"
+                   f"print(runner.process.pid, flush=True); {end}")
+        result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, text=True, capture_output=True)
+        deadline = time.monotonic() + 30
+        while not gone(int(result.stdout)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux only")
 def test_the_child_bounds_itself_under_a_memory_limit_too():
-    """Guards against a reward process that outlives its parent where a batch system has set a limit of memory: it has to
-    ask for the parent's death signal, and to offer itself to the OOM killer, before it looks at limits."""
+    """Guards against a reward process that outlives its parent where a batch system has set a limit of memory: it asks
+    for the parent's death signal, offers itself to the OOM killer, and leaves that limit as it is."""
     pid = os.fork()
     if pid == 0:
         try:
             resource.setrlimit(resource.RLIMIT_DATA, (1 << 40, 1 << 40))
-            rollout._bound_child()
+            process.end_with_parent()
+            process.limit_memory()
             number = ctypes.c_int()
             ctypes.CDLL(None).prctl(2, ctypes.byref(number))  # PR_GET_PDEATHSIG
             adjusted = Path("/proc/self/oom_score_adj").read_text().strip() == "1000"
