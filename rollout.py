@@ -654,6 +654,8 @@ class RewardRunner:
                                         "its process was killed")
             return json.loads(self.connection.recv_bytes())
         except (EOFError, OSError):
+            with suppress(subprocess.TimeoutExpired):  # its exit code is its own, not that of being killed
+                self.process.wait(5)
             self.close()
             raise RewardProcessLost(f"{what}: its process died "
                                     f"(exit code {self.process.returncode})") from None
