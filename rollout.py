@@ -6,7 +6,6 @@ Sizes in comments: P prompts, G num_generations, N = P * G completions (group-ma
 longest completion, R position rows (3 for M-RoPE models, else 1).
 """
 
-import atexit
 import json
 import math
 import multiprocessing
@@ -17,6 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import weakref
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -637,7 +637,7 @@ class RewardRunner:
         self.process = subprocess.Popen([sys.executable, "-P", program, str(fd), *self.paths],
                                         stdin=subprocess.DEVNULL, pass_fds=[fd], process_group=0)
         theirs.close()
-        atexit.register(self.close)
+        self._end = weakref.finalize(self, end_process, self.process, self.connection, os.getpid())
         with suppress(OSError):  # it is gone already: `_ask` will say so
             self.connection.send(sys.path)
         self.ready = False
@@ -739,13 +739,17 @@ class RewardRunner:
         return checked_rewards(result, len(rows), what, at)
 
     def close(self):
-        if self.connection.closed:  # its number may be another's by now
-            return
-        with suppress(OSError):  # it is gone
-            os.killpg(self.process.pid, signal.SIGKILL)  # and what it has started
-        self.process.wait()
-        self.connection.close()
-        atexit.unregister(self.close)
+        self._end()  # the first time only: later the process's number may be another's
+
+
+def end_process(process: subprocess.Popen, connection, owner: int):
+    """Kill a reward process and what it started: at close(), or at the end of its runner or the program."""
+    if os.getpid() != owner:  # the end of a forked copy
+        return
+    with suppress(OSError):  # it is gone
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    connection.close()
 
 
 def checked_rewards(result, count: int, what: str, at) -> torch.Tensor:
