@@ -105,8 +105,9 @@ def save_tiny(folder, hf_class, config, processor, eos: int):
 
 
 def text_config(tokenizer, **more):
+    """Heads of 16: FlexAttention on CUDA refuses smaller ones."""
     return dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.1, bos_token_id=None,
+                num_key_value_heads=2, head_dim=16, max_position_embeddings=512, initializer_range=0.1, bos_token_id=None,
                 eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id) | more
 
 
@@ -126,12 +127,14 @@ def build_tiny_qwen(folder, family: str):
     named = dict(vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>", image_token="<|image_pad|>",
                  video_token="<|video_pad|>")
     tokenizer, template = tokenizer_with("<|vision_start|><|image_pad|><|vision_end|>", **named)
-    text = text_config(tokenizer, rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2]))
+    text = text_config(tokenizer, rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3]))
     vision = dict(depth=2, num_heads=2, patch_size=8, spatial_merge_size=2, temporal_patch_size=2, initializer_range=0.1)
     if family == "Qwen2VL":
-        vision |= dict(embed_dim=32, hidden_size=32, mlp_ratio=2)
+        del text["head_dim"]  # which it works out
+        text |= dict(hidden_size=64)
+        vision |= dict(embed_dim=32, hidden_size=64, mlp_ratio=2)
     else:
-        text |= dict(head_dim=8, rope_parameters=text["rope_parameters"] | dict(mrope_interleaved=True))
+        text["rope_parameters"] |= dict(mrope_section=[4, 2, 2], mrope_interleaved=True)
         vision |= dict(hidden_size=32, intermediate_size=48, out_hidden_size=32, num_position_embeddings=36,
                        deepstack_visual_indexes=[0])
     if family == "Qwen3VLMoe":
@@ -211,7 +214,7 @@ def build_tiny_gemma3(folder):
     tokenizer, template = tokenizer_with("<start_of_image>", boi_token="<start_of_image>", eoi_token="<end_of_image>",
                                          image_token="<image_soft_token>")
     config = transformers.Gemma3Config(
-        text_config=text_config(tokenizer, head_dim=8, query_pre_attn_scalar=8, sliding_window=8,
+        text_config=text_config(tokenizer, query_pre_attn_scalar=16, sliding_window=8,
                                 layer_types=["sliding_attention", "full_attention"]),
         vision_config=dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=32,
                            patch_size=8, vision_use_head=False),
@@ -228,8 +231,10 @@ def build_tiny_text(folder, family: str, **more):
     tokenizer, _ = tokenizer_with("")
     tokenizer.chat_template = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}\
 {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-    more = {"head_dim": 8} | more if family != "Falcon" else more  # which works its own out
-    config = getattr(transformers, f"{family}Config")(**text_config(tokenizer, **more), tie_word_embeddings=False)
+    text = text_config(tokenizer, **more)
+    if family == "Falcon":
+        del text["head_dim"]  # which it works out
+    config = getattr(transformers, f"{family}Config")(**text, tie_word_embeddings=False)
     save_tiny(folder, getattr(transformers, f"{family}ForCausalLM"), config, tokenizer, tokenizer.eos_token_id)
 
 
@@ -304,6 +309,21 @@ class InProcess(rollout.RewardRunner):
 
     def close(self):
         pass
+
+
+def close_to_scale(actual, expected, share=4e-6, at_least=0.0, name="values"):
+    """|actual - expected| <= share * the largest |expected| of the tensor.
+
+    For one value computed in two ways (other shapes, batches or orders), which differ by rounding. A rounding is a share of
+    the terms of a sum, and where they cancel not of the sum: an element near 0 is as inexact as the largest. How many there
+    are is the CPU's affair: two passes that are equal to the bit with AVX2 differ with AVX-512, by 6e-6 of 15. So a limit that
+    says nothing of the scale is of one CPU. Two passes that are one computation are torch.equal instead.
+
+    share: log-probs differ by up to 4.4e-7 of their scale (AVX2, SSE), so 4e-6; hidden states by 9e-7, so 1e-5; gradients,
+    whose sums are longer, by 4e-6, so 4e-5. at_least: the scale where `expected` is 0 but for rounding."""
+    scale = max(expected.abs().max().item(), at_least)
+    assert 0 < scale < float("inf"), f"{name}: no scale"
+    torch.testing.assert_close(actual, expected, atol=share * scale, rtol=0, msg=lambda m: f"{name}, scale {scale:.3g}: {m}")
 
 
 def few(families, *quick):
