@@ -132,7 +132,8 @@ def test_grpo_gradients_do_not_depend_on_micro_batches(launch, task, loss_type):
                               "--max_tokens_per_batch", budget)
     for size in runs.keys() - {12}:
         assert_same(runs[size][1][0], grads[0], 2e-5)
-        assert runs[size][0][0]["loss"] == pytest.approx(metrics[0]["loss"], abs=1e-6)
+        # Advantages of up to 1.5, for LUSPO times 6 tokens, that cancel: 2e-6 of these.
+        assert runs[size][0][0]["loss"] == pytest.approx(metrics[0]["loss"], abs=3e-6)
 
 
 @pytest.mark.parametrize("algo", ["online_dpo", "trpa", "gtpo", "reg_grpo"])
