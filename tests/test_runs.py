@@ -140,9 +140,9 @@ def test_grpo_gradients_do_not_depend_on_micro_batches(launch, task, loss_type):
 def test_group_losses_do_not_depend_on_micro_batches(launch, task, algo):
     """Online DPO under gradient accumulation (TRL 1.16 multiplies its gradient by the accumulation steps): a micro-batch of
     three groups, and three of one, with and without images; at the second step too, off the start."""
-    runs = {size: launch("train_grpo", *grpo(task, "--algo", algo), "--max_steps", 2,
+    runs = {size: launch("train_grpo", *grpo(task, "--algo", algo), "--max_steps", 2, "--seed", 1,
                          "--per_device_train_batch_size", size, "--gradient_accumulation_steps", 12 // size)
-            for size in (12, 4)}
+            for size in (12, 4)}  # with seed 0 gtpo's step 2 samples a token that a last bit decides
     (whole, grads), (parts, ours) = runs[12], runs[4]
     assert_same(ours[0], grads[0], 2e-5)
     for a, b in zip(parts, whole):
