@@ -183,11 +183,8 @@ def test_wrong_flags(module, arguments, message, capsys):
 
 def test_sync_ref_model_is_refused(capsys):
     """There are no reference weights to move: the reference is the model without its adapter."""
-    parser = train_grpo.build_parser()
-    args = parser.parse_args(["--lora_r", "8"])
-    args.sync_ref_model = True
     with pytest.raises(SystemExit):
-        model.check_lora(args, parser)
+        train_grpo.parse_args(["--lora_r", "8", "--sync_ref_model", "--beta", "0.1"])
     assert "--sync_ref_model cannot go with --lora_r" in capsys.readouterr().err
 
 
