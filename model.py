@@ -617,7 +617,7 @@ class Policy(nn.Module):
             self.kept.clear(), self.copies.clear()
 
     def standing(self, key, new: torch.Tensor, keep: bool) -> torch.Tensor:
-        """`new`, in memory that is the same in every call with this key if keep: CUDA graphs read it there."""
+        """`new`; if keep, in memory that is the same in every call with this key: graphs read it there."""
         if not keep:
             return new
         old = self.copies.get(key)
@@ -752,23 +752,24 @@ class Policy(nn.Module):
         # The backward of each is repeatable on its device, and that of the other is not.
         used = hidden[index] if mask.is_cuda else hidden.index_select(0, index)                   # (M, H)
         weight, targets = self.hf.get_output_embeddings().weight, batch["completion_ids"].flatten()[trained]
-        per_token = ChunkedLogps.apply(used, weight, targets, self.never_sampled, temperature, chunk, entropies,
-                                       sums_of_squares)                                           # 3 x (M,)
+        per_token = ChunkedLogps.apply(used, weight, targets, self.never_sampled, temperature, chunk,
+                                       entropies, sums_of_squares)                                # 3 x (M,)
         zeros = torch.zeros(mask.numel(), device=mask.device)
         return tuple(None if x is None else zeros.scatter(0, trained, x).view(mask.shape) for x in per_token)
 
 
 def embed_patches(conv, x: torch.Tensor) -> torch.Tensor:
     """A convolution whose kernel is its stride, (B, C, n1 * k1, n2 * k2, ...) -> (B, E, n1, n2, ...), as what
-    it is: one matrix product of the patches. A convolution takes 2 to 200 times as long (Qwen-VL's 3-D one, by
-    the CPU and dtype), and on a GPU some of its kernels are not repeatable."""
+    it is: one matrix product of the patches. A convolution takes 2 to 200 times as long (Qwen-VL's 3-D one,
+    by the CPU and dtype), and on a GPU some of its kernels are not repeatable."""
     kernel = conv.kernel_size
     counts = [size // k for size, k in zip(x.shape[2:], kernel)]
     for d, (n, k) in enumerate(zip(counts, kernel), 2):
         x = x.narrow(d, 0, n * k)  # as a convolution leaves out what fills no kernel
     x = x.reshape(*x.shape[:2], *(size for pair in zip(counts, kernel) for size in pair))
     dims = range(2, x.dim(), 2)
-    patches = x.permute(0, *dims, 1, *(d + 1 for d in dims)).flatten(-1 - len(kernel))  # (B, n1, ..., C k1 ..)
+    x = x.permute(0, *dims, 1, *(d + 1 for d in dims))                      # (B, n1, n2, ..., C, k1, k2, ...)
+    patches = x.flatten(-1 - len(kernel))  # (B, n1, n2, ..., C * k1 * k2 ...)
     return F.linear(patches, conv.weight.flatten(1), conv.bias).movedim(-1, 1)
 
 
@@ -1450,7 +1451,7 @@ def within(interval: str, kind=float):
 
 
 def help_of(cls) -> dict[str, tuple[str, str]]:
-    """{field: (section, help)}: a field's comment, with the comment lines below it; sections are `# --- name`."""
+    """{field: (section, help)}: its comment, with the comment lines below it. A section is `# --- name`."""
     found, section, name = {}, "", None
     for line in inspect.getsource(cls).splitlines():
         code, _, comment = line.partition("  # ")
@@ -1472,7 +1473,7 @@ def without_none(hint):
 
 
 def option_of(hint) -> dict:
-    """The argparse options of a field's type: X | None, list[X], Literal, bool, or a number in an interval."""
+    """The argparse options of a type: X | None, list[X], Literal, bool, or a number in an interval."""
     hint, options = without_none(hint), {}
     if get_origin(hint) is list:
         hint, options["nargs"] = get_args(hint)[0], "+"
@@ -1504,8 +1505,8 @@ def parser_of(cls, defaults: dict | None = None) -> argparse.ArgumentParser:
             text += f" (default: {shown})"
         if section not in groups:
             groups[section] = parser.add_argument_group(section)
-        groups[section].add_argument(f"--{field.name}", help=text.replace("%", "%%"), default=argparse.SUPPRESS,
-                                     **option_of(hints[field.name]))
+        groups[section].add_argument(f"--{field.name}", help=text.replace("%", "%%"),
+                                     default=argparse.SUPPRESS, **option_of(hints[field.name]))
     return parser
 
 
@@ -1524,7 +1525,8 @@ def parse(cls, presets: dict, tiny: dict, tiny_by_algo: dict, argv=None):
     first.add_argument("--algo", default=cls.algo)
     first.add_argument("--model_name_or_path")
     known, _ = first.parse_known_args(argv)
-    preset = {field.name: default_of(field) for field in dataclasses.fields(cls)} | presets.get(known.algo, {})
+    defaults = {field.name: default_of(field) for field in dataclasses.fields(cls)}
+    preset = defaults | presets.get(known.algo, {})
     if known.model_name_or_path is None:
         preset |= tiny | tiny_by_algo.get(known.algo, {})
     parser = parser_of(cls, preset)
@@ -1542,7 +1544,7 @@ def parse(cls, presets: dict, tiny: dict, tiny_by_algo: dict, argv=None):
         preset.pop("loss_weights", None)  # they belong to the preset's own losses
     if "num_train_epochs" in given:  # it counts, against the tiny model's max_steps too
         preset["max_steps"] = -1
-    values = {field.name: default_of(field) for field in dataclasses.fields(cls)} | preset | given
+    values = defaults | preset | given
     try:
         made = cls.__new__(cls)
         made.preset = preset
@@ -1565,7 +1567,8 @@ def check_shared(args):
     """What the flags of both scripts say together; fills in what depends on others."""
     built_in = args.model_name_or_path is None and args.dataset is None
     if args.cold_start_steps and not built_in:
-        raise ValueError("--cold_start_steps is for the built-in model and task; train your own with --algo sft")
+        raise ValueError("--cold_start_steps is for the built-in model and task; train your own with "
+                         "--algo sft")
     if args.cold_start_steps is None:
         args.cold_start_steps = 200 if built_in and args.algo != "sft" else 0
     if args.num_generations_eval > 1 and args.eval_temperature <= 0:
@@ -1583,7 +1586,8 @@ def check_shared(args):
         args.lora_alpha = args.lora_alpha or 32
         args.lora_target_modules = args.lora_target_modules or ["all-linear"]
         if getattr(args, "sync_ref_model", False):
-            raise ValueError("--sync_ref_model cannot go with --lora_r: its reference has no weights of its own")
+            raise ValueError("--sync_ref_model cannot go with --lora_r: its reference has no weights of its "
+                             "own")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -227,7 +227,8 @@ class GroupCache(DynamicCache):
 
     def move_slots(self, sources, targets):
         """Prompts take the slots of others."""
-        for buffer in (*(buffer for pair in self.prefix.values() for buffer in pair), self.prefix_bias, self.lengths):
+        keys_and_values = (buffer for pair in self.prefix.values() for buffer in pair)
+        for buffer in (*keys_and_values, self.prefix_bias, self.lengths):
             buffer[targets] = buffer[sources]
 
 
@@ -316,7 +317,7 @@ class Steps:
         """`step`; on a GPU as a CUDA graph, which spares the launches of its hundreds of kernels."""
         key = size, width, self.cache.places.shape
         if not self.graphed or key not in self.graphs:
-            self.graphs[key] = None  # the first of a size runs as it is, and warms up what a capture may not do
+            self.graphs[key] = None  # the first of a size runs as it is, and warms up what no capture may do
             return self.step(size, width)
         if self.graphs[key] is None:
             self.graphs[key] = torch.cuda.CUDAGraph()
@@ -325,8 +326,8 @@ class Steps:
         self.graphs[key].replay()
 
     def admit(self, prompts: list[Prompt], chosen: list[int], free: list[int], n: int, G: int):
-        """Prefill prompts[i] for i in chosen into free slots, and draw their completions' first tokens, in rows
-        from n on."""
+        """Prefill prompts[i] for i in chosen into free slots, and draw their completions' first tokens, in
+        rows from n on."""
         cache, policy, device = self.cache, self.policy, self.t.device
         cache.filling = to_device(torch.tensor(free), device)
         batch = to_device(pack_groups([(prompts[i], []) for i in chosen], policy.pad_id), device)
@@ -346,7 +347,7 @@ class Steps:
         self.draw(hidden.repeat_interleave(G, 0), at)
 
     def drop_ended(self, slot_of: list[int], age_of: list[int]):
-        """Rows from the end take the places of those that have ended. slot_of and age_of, of each row, follow."""
+        """Rows from the end take the places of those that have ended; slot_of and age_of follow."""
         n = len(slot_of)
         keep = [i for i, alive in enumerate(self.running[:n].tolist()) if alive]
         sources, targets = [i for i in keep if i >= len(keep)], sorted(set(range(len(keep))) - set(keep))
@@ -386,8 +387,8 @@ def bucketed(n: int, bucket: int, most: int) -> int:
 
 
 def can_be_graphed(policy: Policy) -> bool:
-    """A capture may not wait for the GPU: experts' grouped_mm does, but in bf16 on Hopper and Blackwell; rotary
-    frequencies that follow the longest row do. Nor may it gather FSDP's shards."""
+    """A capture may not wait for the GPU: experts' grouped_mm does, but in bf16 on Hopper and Blackwell;
+    rotary frequencies that follow the longest row do. Nor may it gather FSDP's shards."""
     device, config = policy.device, policy.hf.config.get_text_config()
     experts = any(name.endswith("_experts") for name in config.to_dict())
     waits = device.type == "cuda" and experts and (

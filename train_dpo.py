@@ -97,20 +97,22 @@ TINY_BY_ALGO = {"sft": dict(learning_rate=2e-3, max_steps=100, warmup_steps=20, 
 class Args:
     # --- what
     algo: Literal[*PRESETS] = "mpo"  # a preset of the loss flags; a flag given wins
-    model_name_or_path: str | None = None  # folder or hub id of a vision-language model; none: a tiny one is built
+    model_name_or_path: str | None = None  # folder or hub id of a vision-language model; none: a tiny one is
+    # built
     # --- data
     dataset: list[str] | None = None  # files, folders, hub ids of pairs (see data.py); none: shapes
     dataset_weights: list[Positive] | None = None  # each one's share of the draws; default: its rows
     image_root: str | None = None  # folder that image paths are relative to, and may not leave
-    sort_by: str | None = None  # column of the data: train in its order, lowest first, in each epoch (curriculum)
+    sort_by: str | None = None  # column of the data: train in its order, lowest first, in each epoch
+    # (curriculum)
     eval_dataset: str | None = None  # held-out rows, same columns and --image_root
     overlong: Literal["error", "skip"] = "error"  # rows over the limit: stop, or skip and count them
     dataloader_num_workers: Count = 2  # threads that read and process rows ahead
     seed: Count = 0  # of the data order, the sampling, the tiny model
     max_length: Size | None = None  # longest prompt + completion in tokens; default: the model's context
     # --- losses
-    loss_type: list[Name] = field(default_factory=list)  # of pairs: LOSSES; or sft; spaces or commas; default: the
-    # preset's
+    loss_type: list[Name] = field(default_factory=list)  # of pairs: LOSSES; or sft; spaces or commas;
+    # default: the preset's
     loss_weights: list[Finite] | None = None  # one per loss_type; default 1 each
     beta: Positive = 0.1  # strength of the pull to the reference; simpo's scale; in asft of the metrics alone
     bco_delta: Literal["running", "ema", "none"] = "running"  # BCO's reward shift
@@ -145,13 +147,13 @@ class Args:
     gradient_checkpointing: bool = False  # recompute layers in the backward
     freeze_vision_tower: bool = False  # train the language model only
     share_prompt: bool = True  # a group is one row; --no-share_prompt gives each completion its own
-    cold_start_steps: Count | None = None  # most SFT steps before the run, on the built-in model and task only;
-    # default 200 there (0 in --algo sft), it stops at 0.4 sampled accuracy
+    cold_start_steps: Count | None = None  # most SFT steps before the run, on the built-in model and task
+    # only; default 200 there (0 in --algo sft), it stops at 0.4 sampled accuracy
     shard_size: Size | None = None  # ranks that hold one copy of the weights between them; default: all
     lora_r: Size | None = None  # rank of LoRA adapters, which alone are trained; none: train all weights
     lora_alpha: Size | None = None  # adapters are scaled by lora_alpha / lora_r; default 32
-    lora_target_modules: list[Name] | None = None  # names of linear layers (q_proj v_proj), or all-linear, the
-    # default: all but the output head
+    lora_target_modules: list[Name] | None = None  # names of linear layers (q_proj v_proj), or all-linear,
+    # the default: all but the output head
     use_rslora: bool = False  # scale by lora_alpha / sqrt(lora_r)
     use_dora: bool = False  # DoRA: train the norm of each row as well
     preflight: bool | None = None  # try the largest micro-batch before step 1; default: on cuda
@@ -175,7 +177,8 @@ class Args:
     resume: str = "auto"  # auto: go on with the run in --output_dir; never; or a checkpoint
     allow_changed: list[str] = field(default_factory=list)  # settings that may differ from the resumed run's
     max_hours: Positive | None = None  # write a checkpoint and end after so long, as on SIGTERM
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # send metrics there too; pip install it
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # send metrics there too; pip
+    # install it
     push_to_hub: str | None = None  # OWNER/NAME: upload final/ there at the end; made private if new
 
     HELP = {"LOSSES": ", ".join(losses.PAIR_LOSSES), "SMOOTHED": ", ".join(sorted(losses.SMOOTHED_LOSSES))}
@@ -195,7 +198,8 @@ def check_losses(args):
         raise ValueError("--loss_type names no loss")
     unknown = [name for name in args.loss_type if name not in losses.PREFERENCE_LOSSES]
     if unknown:
-        raise ValueError(f"unknown --loss_type {unknown[0]}; choose from {', '.join(losses.PREFERENCE_LOSSES)}")
+        known = ", ".join(losses.PREFERENCE_LOSSES)
+        raise ValueError(f"unknown --loss_type {unknown[0]}; choose from {known}")
     args.loss_weights = args.loss_weights or [1.0] * len(args.loss_type)
     if len(args.loss_weights) != len(args.loss_type):
         raise ValueError(f"{len(args.loss_type)} --loss_type but {len(args.loss_weights)} --loss_weights")
@@ -213,7 +217,8 @@ def check_losses(args):
                          f"{', '.join(sorted(losses.F_DIVERGENCE_LOSSES))}")
     for flag in ("use_weighting", "weight_column"):
         if getattr(args, flag) and (not pairs or given & losses.SORTING_LOSSES):
-            raise ValueError(f"--{flag} weighs pairs: not sft, nor aot and aot_unpaired, which sort them apart")
+            raise ValueError(f"--{flag} weighs pairs: not sft, nor aot and aot_unpaired, which sort them "
+                             "apart")
     if args.ld_alpha != 1 and (not pairs or "tgdpo" in given):
         raise ValueError("--ld_alpha compares the lengths of a pair: sft has none, tgdpo has its own weights")
     model.changes_nothing(args, {

@@ -338,12 +338,14 @@ CORRECTIONS = "none", "token_truncate", "token_mask", "sequence_truncate", "sequ
 class Args:
     # --- what
     algo: Literal[*PRESETS] = "grpo"  # a preset of the loss flags; a flag given wins
-    model_name_or_path: str | None = None  # folder or hub id of a vision-language model; none: a tiny one is built
+    model_name_or_path: str | None = None  # folder or hub id of a vision-language model; none: a tiny one is
+    # built
     # --- data
     dataset: list[str] | None = None  # files, folders, hub ids of prompts (see data.py); none: shapes
     dataset_weights: list[Positive] | None = None  # each one's share of the draws; default: its rows
     image_root: str | None = None  # folder that image paths are relative to, and may not leave
-    sort_by: str | None = None  # column of the data: train in its order, lowest first, in each epoch (curriculum)
+    sort_by: str | None = None  # column of the data: train in its order, lowest first, in each epoch
+    # (curriculum)
     eval_dataset: str | None = None  # held-out rows, same columns and --image_root
     overlong: Literal["error", "skip"] = "error"  # rows over the limit: stop, or skip and count them
     dataloader_num_workers: Count = 2  # threads that read and process rows ahead
@@ -354,43 +356,43 @@ class Args:
     # path/to/file.py:function; spaces or commas
     reward_weights: list[Finite] | None = None  # one per reward; default 1, 0.1 for format
     missing_eos_penalty: NonNegative = 0.0  # off the reward of answers cut at the limit
-    advantage_estimator: Literal["grpo", "rloo", "gdpo", "ngrpo", "dgpo", "none"] = "grpo"  # baseline: the group's
-    # mean (grpo), its other completions (rloo), per reward function (gdpo), with a virtual best (ngrpo), by
-    # difficulty (dgpo); none: the reward, for losses of a group
-    scale_rewards: Literal["group", "batch", "none"] | None = None  # whose std divides grpo's advantages; default
-    # group
+    advantage_estimator: Literal["grpo", "rloo", "gdpo", "ngrpo", "dgpo", "none"] = "grpo"  # baseline: the
+    # group's mean (grpo), its other completions (rloo), per reward function (gdpo), with a virtual best
+    # (ngrpo), by difficulty (dgpo); none: the reward, for losses of a group
+    scale_rewards: Literal["group", "batch", "none"] | None = None  # whose std divides grpo's advantages;
+    # default group
     # --- loss
-    loss_type: Literal[*dict.fromkeys([*losses.POLICY_LOSSES, *losses.GROUP_LOSSES])] = "grpo"  # the loss of a
-    # token, and the mean: POLICY_LOSSES; of a group: GROUP_LOSSES
-    importance_sampling_level: Literal[losses.RATIO_LEVELS] = "token"  # the ratio: GRPO's, GSPO's, GSPO-token's,
-    # RLOO's
+    loss_type: Literal[*dict.fromkeys([*losses.POLICY_LOSSES, *losses.GROUP_LOSSES])] = "grpo"  # the loss of
+    # a token, and the mean: POLICY_LOSSES; of a group: GROUP_LOSSES
+    importance_sampling_level: Literal[losses.RATIO_LEVELS] = "token"  # the ratio: GRPO's, GSPO's,
+    # GSPO-token's, RLOO's
     epsilon: NonNegative = 0.2  # ratio clipped below at 1 - epsilon
-    epsilon_high: NonNegative | None = None  # ratio clipped above at 1 + epsilon_high; default: epsilon. cispo: at
-    # epsilon_high itself
+    epsilon_high: NonNegative | None = None  # ratio clipped above at 1 + epsilon_high; default: epsilon.
+    # cispo: at epsilon_high itself
     delta: Annotated[float, "(1, inf)"] | None = None  # upper bound of the ratio also for negative advantages
     beta: NonNegative = 0.0  # weight of the KL to the starting policy; 0: no reference
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of the KL per token
     sync_ref_model: bool = False  # let the reference follow the policy
     ref_model_mixup_alpha: Share = 0.6  # a sync: alpha * policy + rest * reference
     ref_model_sync_steps: Size = 512  # optimizer steps between syncs
-    use_bias_correction_kl: bool = True  # multiply the KL by the ratio: then k1's and k3's gradient is the KL's,
-    # but for the ratio of level sequence
+    use_bias_correction_kl: bool = True  # multiply the KL by the ratio: then k1's and k3's gradient is the
+    # KL's, but for the ratio of level sequence
     kl_in_reward: bool = False  # take beta * KL off the rewards, as RLOO does
     entropy_coef: Finite = 0.0  # weight of the bonus for mean token entropy
     top_entropy_quantile: Annotated[float, "(0, 1]"] = 1.0  # share of tokens, by entropy, trained
     mask_truncated_completions: bool = False  # no gradient from answers that met the length limit
     off_policy_mask_threshold: NonNegative | None = None  # drop completions of negative advantage whose mean
     # log-prob fell by more than this since they were sampled
-    importance_sampling_correction: Literal[CORRECTIONS] | None = None  # weigh by trainer / sampler probabilities;
-    # default none, with a server TRL's sequence_mask
+    importance_sampling_correction: Literal[CORRECTIONS] | None = None  # weigh by trainer / sampler
+    # probabilities; default none, with a server TRL's sequence_mask
     importance_sampling_clip_max: Positive = 3.0  # largest such weight: cut, or 0
     # --- sampling
     vllm_server_base_url: str | None = None  # let this `vllm serve` sample, on GPUs of its own; started as
     # rollout.VLLMServer says, it must see --output_dir under the same path
-    dynamic_sampling: Count = 0  # at most so many more rounds of prompts until each group of the batch has rewards
-    # that differ (DAPO); costs a rollout a round
-    variance_sampling: Annotated[float, "[0, 1)"] = 0.0  # share of the prompts, drawn by how much their rewards
-    # varied when last sampled (MMR1: 0.5)
+    dynamic_sampling: Count = 0  # at most so many more rounds of prompts until each group of the batch has
+    # rewards that differ (DAPO); costs a rollout a round
+    variance_sampling: Annotated[float, "[0, 1)"] = 0.0  # share of the prompts, drawn by how much their
+    # rewards varied when last sampled (MMR1: 0.5)
     num_generations: Annotated[int, "[2, inf)"] = 8  # G, completions per prompt
     max_completion_length: Size = 256  # tokens sampled at most
     temperature: Positive = 1.0  # of sampling; every log-prob is taken at it
@@ -421,13 +423,13 @@ class Args:
     gradient_checkpointing: bool = False  # recompute layers in the backward
     freeze_vision_tower: bool = False  # train the language model only
     share_prompt: bool = True  # a group is one row; --no-share_prompt gives each completion its own
-    cold_start_steps: Count | None = None  # most SFT steps before the run, on the built-in model and task only;
-    # default 200 there (0 in --algo sft), it stops at 0.4 sampled accuracy
+    cold_start_steps: Count | None = None  # most SFT steps before the run, on the built-in model and task
+    # only; default 200 there (0 in --algo sft), it stops at 0.4 sampled accuracy
     shard_size: Size | None = None  # ranks that hold one copy of the weights between them; default: all
     lora_r: Size | None = None  # rank of LoRA adapters, which alone are trained; none: train all weights
     lora_alpha: Size | None = None  # adapters are scaled by lora_alpha / lora_r; default 32
-    lora_target_modules: list[Name] | None = None  # names of linear layers (q_proj v_proj), or all-linear, the
-    # default: all but the output head
+    lora_target_modules: list[Name] | None = None  # names of linear layers (q_proj v_proj), or all-linear,
+    # the default: all but the output head
     use_rslora: bool = False  # scale by lora_alpha / sqrt(lora_r)
     use_dora: bool = False  # DoRA: train the norm of each row as well
     preflight: bool | None = None  # try the largest micro-batch before step 1; default: on cuda
@@ -449,7 +451,8 @@ class Args:
     resume: str = "auto"  # auto: go on with the run in --output_dir; never; or a checkpoint
     allow_changed: list[str] = field(default_factory=list)  # settings that may differ from the resumed run's
     max_hours: Positive | None = None  # write a checkpoint and end after so long, as on SIGTERM
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # send metrics there too; pip install it
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # send metrics there too; pip
+    # install it
     push_to_hub: str | None = None  # OWNER/NAME: upload final/ there at the end; made private if new
 
     HELP = {"REWARDS": ", ".join(REWARDS), "POLICY_LOSSES": ", ".join(losses.POLICY_LOSSES),
@@ -492,21 +495,24 @@ def check_loss(args):
         raise ValueError("--kl_in_reward needs --beta above 0, its weight")
     for name in ("kl_in_reward", "missing_eos_penalty"):
         if getattr(args, name) and args.advantage_estimator == "gdpo":
-            raise ValueError(f"--{name} cannot go with gdpo, which never sums the rewards it would be taken off")
+            raise ValueError(f"--{name} cannot go with gdpo, which never sums the rewards it would be taken "
+                             "off")
     if loss in losses.GROUP_LOSSES and args.advantage_estimator != "none":
         raise ValueError(f"--loss_type {loss} compares rewards: it needs --advantage_estimator none")
     if loss not in losses.GROUP_LOSSES and args.advantage_estimator == "none":
         raise ValueError("--advantage_estimator none is for --loss_type "
-                     f"{', '.join(losses.GROUP_LOSSES)}; got {loss}")
+                         f"{', '.join(losses.GROUP_LOSSES)}; got {loss}")
     if loss in losses.GROUP_LOSSES:
         neutral = dict(importance_sampling_level="token", importance_sampling_correction="none",
                        top_entropy_quantile=1, off_policy_mask_threshold=None,
                        mask_truncated_completions=False, kl_in_reward=False)
         for name, value in neutral.items():
             if getattr(args, name) != value:
-                raise ValueError(f"--loss_type {loss} compares whole completions: --{name} does not go with it")
+                raise ValueError(f"--loss_type {loss} compares whole completions: --{name} does not go with "
+                                 "it")
         if bool(args.beta) == (loss in ("disco", "reg_grpo")):
-            raise ValueError(f"--loss_type {loss} " + ("has no --beta" if args.beta else "needs --beta above 0"))
+            why = "has no --beta" if args.beta else "needs --beta above 0"
+            raise ValueError(f"--loss_type {loss} {why}")
     if args.sync_ref_model and not args.beta:
         raise ValueError("--sync_ref_model needs --beta above 0")
     if args.delta is not None and (reductions[loss][0] is not losses.clipped_term
@@ -515,10 +521,10 @@ def check_loss(args):
         raise ValueError(f"--delta must be above 1 + epsilon_high, and is for --loss_type {clipped}")
     if loss == "gmpo" and (level != "token" or args.top_entropy_quantile < 1):
         raise ValueError("gmpo builds the ratio of the whole sequence itself: it takes "
-                     "--importance_sampling_level token, and no --top_entropy_quantile")
+                         "--importance_sampling_level token, and no --top_entropy_quantile")
     if loss == "vespo" and (level != "token" or args.importance_sampling_correction.startswith("sequence")):
         raise ValueError("vespo builds the ratio of the whole sequence itself: it takes "
-                     "--importance_sampling_level token, --importance_sampling_correction none or token_*")
+                         "--importance_sampling_level token, --importance_sampling_correction none or token_*")
     if level in ("sequence", "sequence_sum") and reductions[loss][1] in ("token", "constant", "micro_batch"):
         warn(f"{loss} sums over tokens, so with one ratio a sequence (--importance_sampling_level {level}) "
              "each completion weighs as much as it is long; GSPO is --loss_type grpo")
@@ -562,8 +568,8 @@ def check_args(args):
         args.importance_sampling_correction = (
             default if served and args.loss_type in losses.POLICY_LOSSES else "none")
     if served and (args.top_k or args.top_p < 1 or args.min_p):
-        raise ValueError("--vllm_server_base_url does not go with --top_k, --top_p or --min_p: vLLM's log-probs "
-                     "would be those of what they leave, the trainer's are of the whole softmax")
+        raise ValueError("--vllm_server_base_url does not go with --top_k, --top_p or --min_p: vLLM's "
+                         "log-probs would be those of what they leave, the trainer's are of all ids")
     check_loss(args)
     for name in args.reward_funcs:
         if name not in REWARDS and ":" not in name:
