@@ -23,6 +23,7 @@ completion, M trained tokens, H hidden, V vocabulary, R position rows (3 for M-R
 """
 
 import argparse
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -45,7 +46,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from types import UnionType
+from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -615,7 +617,7 @@ class Policy(nn.Module):
             self.kept.clear(), self.copies.clear()
 
     def standing(self, key, new: torch.Tensor, keep: bool) -> torch.Tensor:
-        """`new`, in memory that is the same in every call with this key, if keep: CUDA graphs read it."""
+        """`new`; if keep, in memory that is the same in every call with this key: graphs read it there."""
         if not keep:
             return new
         old = self.copies.get(key)
@@ -766,7 +768,8 @@ def embed_patches(conv, x: torch.Tensor) -> torch.Tensor:
         x = x.narrow(d, 0, n * k)  # as a convolution leaves out what fills no kernel
     x = x.reshape(*x.shape[:2], *(size for pair in zip(counts, kernel) for size in pair))
     dims = range(2, x.dim(), 2)
-    patches = x.permute(0, *dims, 1, *(d + 1 for d in dims)).flatten(-1 - len(kernel))  # (B, n1, .., C k1 ..)
+    x = x.permute(0, *dims, 1, *(d + 1 for d in dims))                      # (B, n1, n2, ..., C, k1, k2, ...)
+    patches = x.flatten(-1 - len(kernel))  # (B, n1, n2, ..., C * k1 * k2 ...)
     return F.linear(patches, conv.weight.flatten(1), conv.bias).movedim(-1, 1)
 
 
@@ -877,20 +880,6 @@ def adapter_off(policy: Policy):
     finally:
         for layer in layers:
             layer.adapter_on = True
-
-
-def check_lora(args, parser):
-    """Resolve the LoRA flags, of which none may stand without --lora_r."""
-    given = [f"--{name}" for name in ("lora_alpha", "lora_target_modules", "use_rslora", "use_dora")
-             if getattr(args, name)]
-    if args.lora_r is None and given:
-        parser.error(f"{given[0]} needs --lora_r, which turns LoRA on")
-    if args.lora_r is not None:
-        args.lora_alpha = 32 if args.lora_alpha is None else args.lora_alpha
-        names = ",".join(args.lora_target_modules or ["all-linear"]).split(",")
-        args.lora_target_modules = [name for name in names if name]
-        if getattr(args, "sync_ref_model", False):
-            parser.error("--sync_ref_model cannot go with --lora_r: its reference has no weights of its own")
 
 
 def add_lora(hf, args):
@@ -1439,7 +1428,12 @@ def clip_grad_norm_(parameters, max_norm: float) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Flags and optimizer of both scripts
+# Flags: a dataclass a script, one line a flag. The type is the range, the comment is the help.
+
+Size, Count = Annotated[int, "[1, inf)"], Annotated[int, "[0, inf)"]
+Positive, NonNegative = Annotated[float, "(0, inf)"], Annotated[float, "[0, inf)"]
+Share, Finite = Annotated[float, "[0, 1]"], Annotated[float, "(-inf, inf)"]
+Name = Annotated[str, "name"]  # a list of them takes spaces or commas
 
 
 def within(interval: str, kind=float):
@@ -1456,132 +1450,148 @@ def within(interval: str, kind=float):
     return read
 
 
-size, count = within("[1, inf)", int), within("[0, inf)", int)
-positive, not_negative, finite, share = map(within, ("(0, inf)", "[0, inf)", "(-inf, inf)", "[0, 1]"))
+def help_of(cls) -> dict[str, tuple[str, str]]:
+    """{field: (section, help)}: its comment, with the comment lines below it. A section is `# --- name`."""
+    found, section, name = {}, "", None
+    for line in inspect.getsource(cls).splitlines():
+        code, _, comment = line.partition("  # ")
+        if line.strip().startswith("# --- "):
+            section, name = line.strip().removeprefix("# --- "), None
+        elif field := re.match(r"    (\w+): ", code):
+            name = field[1]
+            found[name] = section, comment.strip()
+        elif name and line.strip().startswith("# "):
+            found[name] = section, f"{found[name][1]} {line.strip().removeprefix('# ')}"
+        else:
+            name = None
+    return found
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """--help with each flag's default, which --algo's preset and the built-in model's own may replace."""
-
-    def _get_help_string(self, action):
-        said = any(action.default is x for x in (None, False, argparse.SUPPRESS)) or "default" in action.help
-        return action.help + ("" if said else " (default: %(default)s)")
+def without_none(hint):
+    """X of the type X | None, any other type as it is."""
+    return get_args(hint)[0] if get_origin(hint) in (Union, UnionType) else hint
 
 
-def changes_nothing(args, parser, unused: dict[str, str]):
-    """An error for a flag of `unused` {name: why it does nothing} that is not at its default or preset."""
-    for name, why in unused.items():
-        if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} changes nothing {why}")
+def option_of(hint) -> dict:
+    """The argparse options of a type: X | None, list[X], Literal, bool, or a number in an interval."""
+    hint, options = without_none(hint), {}
+    if get_origin(hint) is list:
+        hint, options["nargs"] = get_args(hint)[0], "+"
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(hint) is Literal:
+        return options | {"choices": get_args(hint)}
+    if get_origin(hint) is Annotated and hint is not Name:
+        kind, interval = get_args(hint)
+        return options | {"type": within(interval, kind), "metavar": interval}
+    return options
 
 
-def add_run_flags(parser):
-    """The flags that train_dpo.py and train_grpo.py have in common."""
-    add, on_off = parser.add_argument, argparse.BooleanOptionalAction
-    # what
-    add("--model_name_or_path", help="folder or hub id of a vision-language model; none: a tiny one is built")
-    add("--dataset_weights", nargs="+", type=positive,
-        help="each one's share of the draws; default: its rows")
-    add("--image_root", help="folder that image paths are relative to, and may not leave")
-    add("--sort_by", help="column of the data: train in its order, lowest first, in each epoch (curriculum)")
-    add("--eval_dataset", help="held-out rows, same columns and --image_root")
-    add("--dataloader_num_workers", type=count, default=2, help="threads that read and process rows ahead")
-    add("--output_dir", help="default: a new runs/<algo>-N")
-    add("--report_to", choices=TRACKERS, default="none", help="send metrics there too; pip install it")
-    add("--push_to_hub", metavar="OWNER/NAME", help="upload final/ there at the end; made private if new")
-    # steps
-    add("--gradient_accumulation_steps", type=size, default=1, help="micro-batches of an optimizer step")
-    add("--max_tokens_per_batch", type=size, help="cut a step into micro-batches of whole groups by tokens; "
-        "per_device_train_batch_size x gradient_accumulation_steps stays the step")
-    add("--num_train_epochs", type=positive, default=1.0,
-        help="passes over the data, of as many draws as it has rows, skipped ones replaced, those that "
-        "dynamic sampling rejects not counted; max_steps wins")
-    add("--max_steps", type=within("[-1, inf)", int), default=-1, help="optimizer steps; -1: from the epochs")
-    add("--learning_rate", type=not_negative, default=1e-6, help="peak, after the warm-up")
-    add("--lr_scheduler_type", choices=["cosine", "linear", "constant"], default="linear", help="the decay")
-    add("--warmup_steps", type=not_negative, default=0.0, help="steps, or below 1 a share of all steps")
-    add("--weight_decay", type=not_negative, default=0.0, help="of AdamW, on every parameter")
-    add("--adam_beta1", type=within("[0, 1)"), default=0.9, help="of AdamW")
-    add("--adam_beta2", type=within("[0, 1)"), default=0.999, help="of AdamW")
-    add("--max_grad_norm", type=positive, default=1.0, help="global norm that gradients are clipped to")
-    # rows and model
-    add("--overlong", choices=["error", "skip"], default="error", help="rows beyond; never cut, skip counts")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="compute; weights are fp32")
-    add("--gradient_checkpointing", action=on_off, default=False, help="recompute layers in the backward")
-    add("--freeze_vision_tower", action=on_off, default=False, help="train the language model only")
-    add("--share_prompt", action=on_off, default=True,
-        help="a group is one row; --no-share_prompt gives each completion its own")
-    add("--cold_start_steps", type=count,
-        help="most SFT steps before the run, on the built-in model and task "
-        "only; default 200 there (0 in --algo sft), it stops at 0.4 sampled accuracy")
-    add("--shard_size", type=size, help="ranks that hold one copy of the weights between them; default: all")
-    add("--lora_r", type=size, help="rank of LoRA adapters, which alone are trained; none: train all weights")
-    add("--lora_alpha", type=size, help="adapters are scaled by lora_alpha / lora_r; default 32")
-    add("--lora_target_modules", nargs="+", help="names of linear layers (q_proj v_proj), or all-linear, "
-        "the default: all but the output head")
-    add("--use_rslora", action=on_off, default=False, help="scale by lora_alpha / sqrt(lora_r)")
-    add("--use_dora", action=on_off, default=False, help="DoRA: train the norm of each row as well")
-    add("--preflight", action=on_off, help="try the largest micro-batch before step 1; default: on cuda")
-    # checkpoints
-    add("--save_steps", type=size, default=100, help="write a checkpoint every so many steps")
-    add("--save_total_limit", type=size, default=2, help="checkpoints that are kept")
-    add("--resume", default="auto", help="auto: go on with the run in --output_dir; never; or a checkpoint")
-    add("--allow_changed", nargs="+", default=[], help="settings that may differ from the resumed run's")
-    add("--max_hours", type=positive, help="write a checkpoint and end after so long, as on SIGTERM")
-    # evaluation and the rest
-    add("--eval_steps", type=size, default=100, help="evaluate every so many steps, and before and after")
-    add("--per_device_eval_batch_size", type=size, default=16,
-        help="held-out rows answered or scored at once")
-    add("--eval_temperature", type=not_negative, default=0.0, help="of held-out answers; 0 is greedy")
-    add("--num_generations_eval", type=size, default=1, help="answers to each held-out row; above 1 adds "
-        "eval/pass@k, and needs --eval_temperature")
-    add("--reward_timeout", type=positive, default=60.0,
-        help="seconds for one call of one reward function; a "
-        "completion that it hangs on, also alone, gets no reward")
-    add("--seed", type=count, default=0, help="of the data order, the sampling, the tiny model")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda where there is one")
-    add("--deterministic", action=on_off, default=False, help="on a GPU: only kernels that give the same "
-        "bits each time, so that a resumed run equals one never stopped; slower. On a CPU it always does")
+def parser_of(cls, defaults: dict | None = None) -> argparse.ArgumentParser:
+    """The parser of a dataclass of flags. `defaults` are what --help shows besides the fields' own; cls.HELP
+    {word: text} says what a word in capitals stands for in a help."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--FLAG VALUE ...]", description=sys.modules[cls.__module__].__doc__,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints, groups = get_type_hints(cls, include_extras=True), {}
+    texts = {name: text for base in reversed(cls.__mro__[:-1]) for name, text in help_of(base).items()}
+    words = {word: text for base in cls.__mro__[:-1] for word, text in vars(base).get("HELP", {}).items()}
+    for field in dataclasses.fields(cls):
+        section, text = texts[field.name]
+        text = re.sub("|".join(words) or "$^", lambda word: words[word[0]], text)
+        default = (defaults or {}).get(field.name, default_of(field))
+        if default not in (None, [], "") and default is not False and "default" not in text:
+            shown = " ".join(map(str, default)) if isinstance(default, list) else default
+            text += f" (default: {shown})"
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
+        groups[section].add_argument(f"--{field.name}", help=text.replace("%", "%%"),
+                                     default=argparse.SUPPRESS, **option_of(hints[field.name]))
+    return parser
 
 
-def parse_args(argv, parser, presets: dict, tiny: dict, tiny_by_algo: dict, check_args):
-    """Flags over --algo's preset and, for the built-in model, its defaults; checked here and by the script's
-    own check_args(args, parser). A typo is an error naming the nearest flag."""
-    first, _ = parser.parse_known_args(argv)
-    preset = dict(presets[first.algo])
-    if first.loss_type is not None:
-        preset.pop("loss_weights", None)  # they belong to the preset's own losses
-    parser.set_defaults(**preset)
-    if first.model_name_or_path is None:
-        own = tiny | tiny_by_algo.get(first.algo, {})
-        flags = sys.argv[1:] if argv is None else argv
-        if any(str(flag).startswith("--num_train_epochs") for flag in flags):  # given, it counts
-            own.pop("max_steps", None)
-        parser.set_defaults(**own)
-    args, unknown = parser.parse_known_args(argv)
+def default_of(field):
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def parse(cls, presets: dict, tiny: dict, tiny_by_algo: dict, argv=None):
+    """The command line as a `cls`, a dataclass of flags.
+
+    --algo's preset replaces defaults, and so do, without a model path, the tiny model's; a flag that is given
+    wins. cls.__post_init__ checks what flags say together, and raises ValueError. A typo is an error that
+    names the nearest flag. `args.preset` {name: value} are the defaults that held.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--algo", default=cls.algo)
+    first.add_argument("--model_name_or_path")
+    known, _ = first.parse_known_args(argv)
+    defaults = {field.name: default_of(field) for field in dataclasses.fields(cls)}
+    preset = defaults | presets.get(known.algo, {})
+    if known.model_name_or_path is None:
+        preset |= tiny | tiny_by_algo.get(known.algo, {})
+    parser = parser_of(cls, preset)
+    given, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [f for action in parser._actions for f in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0.75)
         parser.error(f"unknown argument {unknown[0]}; " + (
             f"did you mean {near[0]}?" if near else "--help lists what there is, GUIDE.md TRL's settings"))
-    args.loss_type = [name for item in args.loss_type for name in item.split(",") if name]
-    if not args.loss_type:
-        parser.error("--loss_type names no loss")
+    given = vars(given)
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        if without_none(hint) == list[Name] and name in given:
+            given[name] = [part for item in given[name] for part in item.split(",") if part]
+    if "loss_type" in given:
+        preset.pop("loss_weights", None)  # they belong to the preset's own losses
+    if "num_train_epochs" in given:  # it counts, against the tiny model's max_steps too
+        preset["max_steps"] = -1
+    values = defaults | preset | given
+    try:
+        made = cls.__new__(cls)
+        made.preset = preset
+        cls.__init__(made, **values)
+    except ValueError as error:
+        parser.error(str(error))
+    vars(made).pop("preset")  # it is no flag
+    return made
+
+
+def changes_nothing(args, unused: dict[str, str]):
+    """An error for a flag of `unused` {name: why it does nothing} that is not at its default or preset."""
+    preset = getattr(args, "preset", {})
+    for field in dataclasses.fields(args):
+        if field.name in unused and getattr(args, field.name) != preset.get(field.name, default_of(field)):
+            raise ValueError(f"--{field.name} changes nothing {unused[field.name]}")
+
+
+def check_shared(args):
+    """What the flags of both scripts say together; fills in what depends on others."""
     built_in = args.model_name_or_path is None and args.dataset is None
     if args.cold_start_steps and not built_in:
-        parser.error("--cold_start_steps is for the built-in model and task; train your own with --algo sft")
+        raise ValueError("--cold_start_steps is for the built-in model and task; train your own with "
+                         "--algo sft")
     if args.cold_start_steps is None:
         args.cold_start_steps = 200 if built_in and args.algo != "sft" else 0
     if args.num_generations_eval > 1 and args.eval_temperature <= 0:
-        parser.error("--num_generations_eval needs --eval_temperature above 0: greedy answers are alike")
+        raise ValueError("--num_generations_eval needs --eval_temperature above 0: greedy answers are alike")
     if args.max_steps == 0:
-        parser.error("--max_steps must be at least 1, or -1 for --num_train_epochs, got 0")
+        raise ValueError("--max_steps must be at least 1, or -1 for --num_train_epochs, got 0")
     weights = args.dataset_weights
     if weights is not None and len(weights) != len(args.dataset or []):
-        parser.error(f"--dataset_weights must be one number for each --dataset, got {weights}")
-    check_lora(args, parser)
-    check_args(args, parser)
-    return args
+        raise ValueError(f"--dataset_weights must be one number for each --dataset, got {weights}")
+    given = [f"--{name}" for name in ("lora_alpha", "lora_target_modules", "use_rslora", "use_dora")
+             if getattr(args, name)]
+    if args.lora_r is None and given:
+        raise ValueError(f"{given[0]} needs --lora_r, which turns LoRA on")
+    if args.lora_r is not None:
+        args.lora_alpha = args.lora_alpha or 32
+        args.lora_target_modules = args.lora_target_modules or ["all-linear"]
+        if getattr(args, "sync_ref_model", False):
+            raise ValueError("--sync_ref_model cannot go with --lora_r: its reference has no weights of its "
+                             "own")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Optimizer
 
 
 def make_optimizer(args, policy, max_steps: int):

@@ -225,8 +225,8 @@ class GroupCache(DynamicCache):
 
     def move_slots(self, sources, targets):
         """Prompts take the slots of others."""
-        prefixes = (buffer for pair in self.prefix.values() for buffer in pair)
-        for buffer in (*prefixes, self.prefix_bias, self.lengths):
+        keys_and_values = (buffer for pair in self.prefix.values() for buffer in pair)
+        for buffer in (*keys_and_values, self.prefix_bias, self.lengths):
             buffer[targets] = buffer[sources]
 
 
@@ -315,7 +315,7 @@ class Steps:
         """`step`; on a GPU as a CUDA graph, which spares the launches of its hundreds of kernels."""
         key = size, width, self.cache.places.shape
         if not self.graphed or key not in self.graphs:
-            self.graphs[key] = None  # the first of a size runs as it is: it warms up what a capture may not
+            self.graphs[key] = None  # the first of a size runs as it is, and warms up what no capture may do
             return self.step(size, width)
         if self.graphs[key] is None:
             self.graphs[key] = torch.cuda.CUDAGraph()
@@ -345,8 +345,7 @@ class Steps:
         self.draw(hidden.repeat_interleave(G, 0), at)
 
     def drop_ended(self, slot_of: list[int], age_of: list[int]):
-        """Rows from the end take the places of those that have ended. slot_of and age_of, of each row,
-        follow."""
+        """Rows from the end take the places of those that have ended; slot_of and age_of follow."""
         n = len(slot_of)
         keep = [i for i, alive in enumerate(self.running[:n].tolist()) if alive]
         sources, targets = [i for i in keep if i >= len(keep)], sorted(set(range(len(keep))) - set(keep))

@@ -30,14 +30,15 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads ruin a shared machine
 
-import argparse
 import hashlib
 import itertools
 import math
 import socket
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,6 +49,7 @@ import data
 import losses
 import model
 import rollout
+from model import Count, Finite, Name, NonNegative, Positive, Share, Size
 
 PRESETS = {
     "sft": dict(loss_type=["sft"], nll_normalization="token", learning_rate=2e-5),
@@ -91,77 +93,135 @@ TINY_BY_ALGO = {"sft": dict(learning_rate=2e-3, max_steps=100, warmup_steps=20, 
                 "discopop": dict(beta=0.5)}
 
 
-def build_parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=model.HelpFormatter,
-                                allow_abbrev=False)
-    add = p.add_argument
-    on_off = argparse.BooleanOptionalAction
-    # what
-    add("--algo", choices=list(PRESETS), default="mpo", help="a preset of the loss flags; a flag given wins")
-    add("--dataset", nargs="+", help="files, folders, hub ids of pairs (see data.py); none: shapes")
-    add("--ref_cache", default="runs/ref_cache", help="folder of cached reference log-probs")
-    # losses
-    add("--loss_type", nargs="+", help=f"any of {', '.join(losses.PREFERENCE_LOSSES)}; spaces or commas")
-    add("--loss_weights", nargs="+", type=model.finite, help="one per loss_type; default 1 each")
-    add("--beta", type=model.positive, default=0.1,
-        help="strength of the pull to the reference; simpo's scale; in asft of the metrics alone")
-    add("--bco_delta", choices=["running", "ema", "none"], default="running", help="BCO's reward shift")
-    add("--nll_normalization", choices=["sequence", "token"], default="sequence", help="the mean in `sft`")
-    add("--label_smoothing", type=model.within("[0, 0.5)"), default=0.0,
-        help="share of wrong labels assumed by "
-        f"{', '.join(sorted(losses.SMOOTHED_LOSSES))}")
-    add("--simpo_gamma", type=model.finite, default=0.5,
-        help="SimPO's margin gamma (its paper tunes gamma / beta)")
-    add("--ld_alpha", type=model.share, default=1.0,
-        help="LD-DPO: weight of an answer's tokens beyond the other's")
-    add("--use_weighting", action=on_off, default=False, help="WPO: weigh pairs by how on-policy they are")
-    add("--weight_column", help="column of the data that multiplies each pair's losses")
-    add("--guide_model", help="tgdpo: folder or hub id of the DPO-trained model that weighs the tokens")
-    add("--f_divergence_type", default="reverse_kl", help="of the pull to the reference",
-        choices=["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"])
-    add("--f_alpha_divergence_coef", type=model.finite, default=0.5, help="alpha of alpha_divergence")
-    # steps
-    add("--per_device_train_batch_size", type=model.size, default=8,
-        help="pairs (SFT: rows) of a micro-batch")
-    # limits
-    add("--max_length", type=model.size,
-        help="longest prompt + completion in tokens; default: the model's context")
-    add("--max_completion_length", type=model.size, default=256, help="tokens of a held-out answer")
-    # evaluation and the rest
-    add("--stop_at_accuracy", type=model.within("(0, 1]"), help="stop once eval/accuracy reaches it")
-    model.add_run_flags(p)
-    return p
+@dataclass
+class Args:
+    # --- what
+    algo: Literal[*PRESETS] = "mpo"  # a preset of the loss flags; a flag given wins
+    model_name_or_path: str | None = None  # folder or hub id of a vision-language model; none: a tiny one is
+    # built
+    # --- data
+    dataset: list[str] | None = None  # files, folders, hub ids of pairs (see data.py); none: shapes
+    dataset_weights: list[Positive] | None = None  # each one's share of the draws; default: its rows
+    image_root: str | None = None  # folder that image paths are relative to, and may not leave
+    sort_by: str | None = None  # column of the data: train in its order, lowest first, in each epoch
+    # (curriculum)
+    eval_dataset: str | None = None  # held-out rows, same columns and --image_root
+    overlong: Literal["error", "skip"] = "error"  # rows over the limit: stop, or skip and count them
+    dataloader_num_workers: Count = 2  # threads that read and process rows ahead
+    seed: Count = 0  # of the data order, the sampling, the tiny model
+    max_length: Size | None = None  # longest prompt + completion in tokens; default: the model's context
+    # --- losses
+    loss_type: list[Name] = field(default_factory=list)  # of pairs: LOSSES; or sft; spaces or commas;
+    # default: the preset's
+    loss_weights: list[Finite] | None = None  # one per loss_type; default 1 each
+    beta: Positive = 0.1  # strength of the pull to the reference; simpo's scale; in asft of the metrics alone
+    bco_delta: Literal["running", "ema", "none"] = "running"  # BCO's reward shift
+    nll_normalization: Literal["sequence", "token"] = "sequence"  # the mean in `sft`
+    label_smoothing: Annotated[float, "[0, 0.5)"] = 0.0  # share of wrong labels assumed by SMOOTHED
+    simpo_gamma: Finite = 0.5  # SimPO's margin gamma (its paper tunes gamma / beta)
+    ld_alpha: Share = 1.0  # LD-DPO: weight of an answer's tokens beyond the other's
+    use_weighting: bool = False  # WPO: weigh pairs by how on-policy they are
+    weight_column: str | None = None  # column of the data that multiplies each pair's losses
+    guide_model: str | None = None  # tgdpo: folder or hub id of the DPO-trained model that weighs the tokens
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    # of the pull to the reference
+    f_alpha_divergence_coef: Finite = 0.5  # alpha of alpha_divergence
+    ref_cache: str = "runs/ref_cache"  # folder of cached reference log-probs
+    # --- steps
+    per_device_train_batch_size: Size = 8  # pairs (SFT: rows) of a micro-batch
+    gradient_accumulation_steps: Size = 1  # micro-batches of an optimizer step
+    max_tokens_per_batch: Size | None = None  # cut a step into micro-batches of whole groups by tokens;
+    # per_device_train_batch_size x gradient_accumulation_steps stays the step
+    num_train_epochs: Positive = 1.0  # passes over the data, of as many draws as it has rows, skipped ones
+    # replaced, those that dynamic sampling rejects not counted; max_steps wins
+    max_steps: Annotated[int, "[-1, inf)"] = -1  # optimizer steps; -1: from the epochs
+    learning_rate: NonNegative = 1e-6  # peak, after the warm-up
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "linear"  # the decay
+    warmup_steps: NonNegative = 0.0  # steps, or below 1 a share of all steps
+    weight_decay: NonNegative = 0.0  # of AdamW, on every parameter
+    adam_beta1: Annotated[float, "[0, 1)"] = 0.9  # of AdamW
+    adam_beta2: Annotated[float, "[0, 1)"] = 0.999  # of AdamW
+    max_grad_norm: Positive = 1.0  # global norm that gradients are clipped to
+    # --- model
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of computing; weights are fp32
+    gradient_checkpointing: bool = False  # recompute layers in the backward
+    freeze_vision_tower: bool = False  # train the language model only
+    share_prompt: bool = True  # a group is one row; --no-share_prompt gives each completion its own
+    cold_start_steps: Count | None = None  # most SFT steps before the run, on the built-in model and task
+    # only; default 200 there (0 in --algo sft), it stops at 0.4 sampled accuracy
+    shard_size: Size | None = None  # ranks that hold one copy of the weights between them; default: all
+    lora_r: Size | None = None  # rank of LoRA adapters, which alone are trained; none: train all weights
+    lora_alpha: Size | None = None  # adapters are scaled by lora_alpha / lora_r; default 32
+    lora_target_modules: list[Name] | None = None  # names of linear layers (q_proj v_proj), or all-linear,
+    # the default: all but the output head
+    use_rslora: bool = False  # scale by lora_alpha / sqrt(lora_r)
+    use_dora: bool = False  # DoRA: train the norm of each row as well
+    preflight: bool | None = None  # try the largest micro-batch before step 1; default: on cuda
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    deterministic: bool = False  # on a GPU: only kernels that give the same bits each time, so that a resumed
+    # run equals one never stopped; slower. On a CPU it always does
+    # --- evaluation
+    eval_steps: Size = 100  # evaluate every so many steps, and before and after
+    per_device_eval_batch_size: Size = 16  # held-out rows answered or scored at once
+    eval_temperature: NonNegative = 0.0  # of held-out answers; 0 is greedy
+    num_generations_eval: Size = 1  # answers to each held-out row; above 1 adds eval/pass@k, and needs
+    # --eval_temperature
+    reward_timeout: Positive = 60.0  # seconds for one call of one reward function; a completion that it hangs
+    # on, also alone, gets no reward
+    max_completion_length: Size = 256  # tokens of a held-out answer
+    stop_at_accuracy: Annotated[float, "(0, 1]"] | None = None  # stop once eval/accuracy reaches it
+    # --- run
+    output_dir: str | None = None  # default: a new runs/<algo>-N; one that holds this run goes on
+    save_steps: Size = 100  # write a checkpoint every so many steps
+    save_total_limit: Size = 2  # checkpoints that are kept
+    resume: str = "auto"  # auto: go on with the run in --output_dir; never; or a checkpoint
+    allow_changed: list[str] = field(default_factory=list)  # settings that may differ from the resumed run's
+    max_hours: Positive | None = None  # write a checkpoint and end after so long, as on SIGTERM
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # send metrics there too; pip
+    # install it
+    push_to_hub: str | None = None  # OWNER/NAME: upload final/ there at the end; made private if new
+
+    HELP = {"LOSSES": ", ".join(losses.PAIR_LOSSES), "SMOOTHED": ", ".join(sorted(losses.SMOOTHED_LOSSES))}
+
+    def __post_init__(self):
+        model.check_shared(self)
+        check_losses(self)
 
 
 def parse_args(argv):
-    return model.parse_args(argv, build_parser(), PRESETS, TINY_DEFAULTS, TINY_BY_ALGO, check_args)
+    return model.parse(Args, PRESETS, TINY_DEFAULTS, TINY_BY_ALGO, argv)
 
 
-def check_args(args, parser):
+def check_losses(args):
+    """Losses and options that do not go together, or that would change nothing, are a ValueError."""
+    if not args.loss_type:
+        raise ValueError("--loss_type names no loss")
     unknown = [name for name in args.loss_type if name not in losses.PREFERENCE_LOSSES]
     if unknown:
-        parser.error(f"unknown --loss_type {unknown[0]}; choose from {', '.join(losses.PREFERENCE_LOSSES)}")
+        known = ", ".join(losses.PREFERENCE_LOSSES)
+        raise ValueError(f"unknown --loss_type {unknown[0]}; choose from {known}")
     args.loss_weights = args.loss_weights or [1.0] * len(args.loss_type)
     if len(args.loss_weights) != len(args.loss_type):
-        parser.error(f"{len(args.loss_type)} --loss_type but {len(args.loss_weights)} --loss_weights")
+        raise ValueError(f"{len(args.loss_type)} --loss_type but {len(args.loss_weights)} --loss_weights")
     if len(set(args.loss_type)) < len(args.loss_type):
-        parser.error(f"a --loss_type stands twice in {' '.join(args.loss_type)}; give it one weight")
+        raise ValueError(f"a --loss_type stands twice in {' '.join(args.loss_type)}; give it one weight")
     given, pairs = set(args.loss_type), set(args.loss_type) - {"sft"}
     if args.label_smoothing and not given & losses.SMOOTHED_LOSSES:
-        parser.error(f"--label_smoothing is not used by {', '.join(args.loss_type)}, only by "
-                     f"{', '.join(sorted(losses.SMOOTHED_LOSSES))}")
+        raise ValueError(f"--label_smoothing is not used by {', '.join(args.loss_type)}, only by "
+                         f"{', '.join(sorted(losses.SMOOTHED_LOSSES))}")
     if "exo_pair" in given and args.label_smoothing == 0:
-        parser.error("exo_pair needs --label_smoothing above 0 (1e-3, say): it takes its logarithm")
+        raise ValueError("exo_pair needs --label_smoothing above 0 (1e-3, say): it takes its logarithm")
     without = ", ".join(sorted(given - losses.F_DIVERGENCE_LOSSES - {"sft"}))
     if args.f_divergence_type != "reverse_kl" and (without or not pairs):
-        parser.error(f"--f_divergence_type does nothing to {without or 'sft'}; it is for "
-                     f"{', '.join(sorted(losses.F_DIVERGENCE_LOSSES))}")
+        raise ValueError(f"--f_divergence_type does nothing to {without or 'sft'}; it is for "
+                         f"{', '.join(sorted(losses.F_DIVERGENCE_LOSSES))}")
     for flag in ("use_weighting", "weight_column"):
         if getattr(args, flag) and (not pairs or given & losses.SORTING_LOSSES):
-            parser.error(f"--{flag} weighs pairs: not sft, nor aot and aot_unpaired, which sort them apart")
+            raise ValueError(f"--{flag} weighs pairs: not sft, nor aot and aot_unpaired, which sort them "
+                             "apart")
     if args.ld_alpha != 1 and (not pairs or "tgdpo" in given):
-        parser.error("--ld_alpha compares the lengths of a pair: sft has none, and tgdpo has its own weights")
-    model.changes_nothing(args, parser, {
+        raise ValueError("--ld_alpha compares the lengths of a pair: sft has none, tgdpo has its own weights")
+    model.changes_nothing(args, {
         name: f"without {what}" for name, what, used in (
             ("beta", "a pair loss", pairs), ("simpo_gamma", "--loss_type simpo", "simpo" in given),
             ("bco_delta", "--loss_type bco_pair", "bco_pair" in given),
@@ -169,7 +229,7 @@ def check_args(args, parser):
             ("f_alpha_divergence_coef", "--f_divergence_type alpha_divergence",
              args.f_divergence_type == "alpha_divergence")) if not used})
     if ("tgdpo" in given) != (args.guide_model is not None):
-        parser.error("tgdpo needs --guide_model, a model trained by DPO, and nothing else takes it")
+        raise ValueError("tgdpo needs --guide_model, a model trained by DPO, and nothing else takes it")
 
 
 def check_columns(args, train_rows, eval_rows):

@@ -36,14 +36,15 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads ruin a shared machine
 
-import argparse
 import math
 import sys
 import time
 from collections import deque
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -53,38 +54,39 @@ import data
 import losses
 import model
 import rollout
+from model import Count, Finite, Name, NonNegative, Positive, Share, Size
 from rewards import BUILT_IN, NEED_SOLUTION, answers, boxes
 
 # ------------------------------------------------------------------------------------------------------------
 
 PRESETS = {
-    "grpo": dict(loss_type=["grpo"], importance_sampling_level="token", epsilon=0.2),  # arXiv 2402.03300
-    "gspo": dict(loss_type=["grpo"], importance_sampling_level="sequence", epsilon=3e-4,
+    "grpo": dict(loss_type="grpo", importance_sampling_level="token", epsilon=0.2),  # arXiv 2402.03300
+    "gspo": dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-4,
                  epsilon_high=4e-4),  # arXiv 2507.18071
-    "gspo_token": dict(loss_type=["grpo"], importance_sampling_level="sequence_token", epsilon=3e-4,
+    "gspo_token": dict(loss_type="grpo", importance_sampling_level="sequence_token", epsilon=3e-4,
                        epsilon_high=4e-4),  # arXiv 2507.18071
-    "dr_grpo": dict(loss_type=["dr_grpo"], scale_rewards="none", epsilon=0.2),  # arXiv 2503.20783
-    "dapo": dict(loss_type=["dapo"], epsilon=0.2, epsilon_high=0.28,
+    "dr_grpo": dict(loss_type="dr_grpo", scale_rewards="none", epsilon=0.2),  # arXiv 2503.20783
+    "dapo": dict(loss_type="dapo", epsilon=0.2, epsilon_high=0.28,
                  mask_truncated_completions=True),  # arXiv 2503.14476
-    "lite_ppo": dict(loss_type=["dapo"], scale_rewards="batch"),  # arXiv 2508.08221
-    "cispo": dict(loss_type=["cispo"], epsilon_high=5.0, scale_rewards="batch"),  # 2506.13585, 2510.13786
-    "sapo": dict(loss_type=["sapo"]),  # arXiv 2511.20347
-    "luspo": dict(loss_type=["luspo"], importance_sampling_level="sequence", epsilon=2e-3,
+    "lite_ppo": dict(loss_type="dapo", scale_rewards="batch"),  # arXiv 2508.08221
+    "cispo": dict(loss_type="cispo", epsilon_high=5.0, scale_rewards="batch"),  # 2506.13585, 2510.13786
+    "sapo": dict(loss_type="sapo"),  # arXiv 2511.20347
+    "luspo": dict(loss_type="luspo", importance_sampling_level="sequence", epsilon=2e-3,
                   epsilon_high=2.5e-3),  # arXiv 2602.05261
-    "vespo": dict(loss_type=["vespo"]),  # arXiv 2602.10693
-    "rloo": dict(loss_type=["grpo"], importance_sampling_level="sequence_sum", advantage_estimator="rloo",
+    "vespo": dict(loss_type="vespo"),  # arXiv 2602.10693
+    "rloo": dict(loss_type="grpo", importance_sampling_level="sequence_sum", advantage_estimator="rloo",
                  kl_in_reward=True, kl_estimator="k1", beta=0.03),  # arXiv 2402.14740
-    "gdpo": dict(loss_type=["grpo"], advantage_estimator="gdpo"),  # arXiv 2601.05242
-    "ngrpo": dict(loss_type=["grpo"], advantage_estimator="ngrpo", epsilon=0.16,
+    "gdpo": dict(loss_type="grpo", advantage_estimator="gdpo"),  # arXiv 2601.05242
+    "ngrpo": dict(loss_type="grpo", advantage_estimator="ngrpo", epsilon=0.16,
                   epsilon_high=0.24),  # arXiv 2509.18851
-    "dgpo": dict(loss_type=["dapo"], advantage_estimator="dgpo"),  # arXiv 2601.20614
-    "gmpo": dict(loss_type=["gmpo"], epsilon=0.4),  # arXiv 2507.20673
-    "gtpo": dict(loss_type=["gtpo"], scale_rewards="none"),  # arXiv 2508.03772
-    "online_dpo": dict(loss_type=["sigmoid"], advantage_estimator="none", beta=0.1),  # arXiv 2402.04792
-    "copg": dict(loss_type=["copg"], advantage_estimator="none", beta=0.1),  # arXiv 2406.19185, beta is ours
-    "trpa": dict(loss_type=["trpa"], advantage_estimator="none", beta=0.1),  # arXiv 2504.04524
-    "disco": dict(loss_type=["disco"], advantage_estimator="none"),  # arXiv 2505.12366
-    "reg_grpo": dict(loss_type=["reg_grpo"], advantage_estimator="none"),  # arXiv 2506.07464
+    "dgpo": dict(loss_type="dapo", advantage_estimator="dgpo"),  # arXiv 2601.20614
+    "gmpo": dict(loss_type="gmpo", epsilon=0.4),  # arXiv 2507.20673
+    "gtpo": dict(loss_type="gtpo", scale_rewards="none"),  # arXiv 2508.03772
+    "online_dpo": dict(loss_type="sigmoid", advantage_estimator="none", beta=0.1),  # arXiv 2402.04792
+    "copg": dict(loss_type="copg", advantage_estimator="none", beta=0.1),  # arXiv 2406.19185, beta is ours
+    "trpa": dict(loss_type="trpa", advantage_estimator="none", beta=0.1),  # arXiv 2504.04524
+    "disco": dict(loss_type="disco", advantage_estimator="none"),  # arXiv 2505.12366
+    "reg_grpo": dict(loss_type="reg_grpo", advantage_estimator="none"),  # arXiv 2506.07464
 }
 # Updates that a rollout is cut into: GSPO's paper has four; what else corrects for old samples gets as many
 # here, the other presets take one.
@@ -99,99 +101,145 @@ TINY_BY_ALGO = {algo: dict(learning_rate=2e-4, per_device_train_batch_size=64, m
                 for algo in UPDATES_PER_ROLLOUT}
 
 
-def build_parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=model.HelpFormatter,
-                                allow_abbrev=False)
-    add = p.add_argument
-    on_off = argparse.BooleanOptionalAction
-    # what
-    add("--algo", choices=list(PRESETS), default="grpo", help="a preset of the loss flags; a flag given wins")
-    add("--dataset", nargs="+", help="files, folders, hub ids of prompts (see data.py); none: shapes")
-    # rewards
-    add("--reward_funcs", nargs="+", default=["accuracy", "format"],
-        help=f"{', '.join(BUILT_IN)}, or path/to/file.py:function; spaces or commas")
-    add("--reward_weights", nargs="+", type=model.finite, help="one per reward; default 1, 0.1 for format")
-    add("--missing_eos_penalty", type=model.not_negative, default=0.0,
-        help="off the reward of answers cut at the limit")
-    add("--advantage_estimator", choices=["grpo", "rloo", "gdpo", "ngrpo", "dgpo", "none"], default="grpo",
-        help="baseline: the group's mean (grpo), its other completions (rloo), per reward function (gdpo), "
-        "with a virtual best (ngrpo), by difficulty (dgpo); none: the reward, for losses of a group")
-    add("--scale_rewards", choices=["group", "batch", "none"], help="whose std divides grpo's advantages; "
-        "default group")
-    # loss
-    add("--loss_type", nargs=1, help="the loss of a token, and the mean: "
-        f"{', '.join(losses.POLICY_LOSSES)}; of a group: {', '.join(losses.GROUP_LOSSES)}")
-    add("--importance_sampling_level", choices=losses.RATIO_LEVELS, default="token",
-        help="the ratio: GRPO's, GSPO's, GSPO-token's, RLOO's")
-    add("--epsilon", type=model.not_negative, default=0.2, help="ratio clipped below at 1 - epsilon")
-    add("--epsilon_high", type=model.not_negative,
-        help="ratio clipped above at 1 + epsilon_high; default: epsilon. "
-        "cispo: at epsilon_high itself")
-    add("--delta", type=model.within("(1, inf)"),
-        help="upper bound of the ratio also for negative advantages")
-    add("--beta", type=model.not_negative, default=0.0,
-        help="weight of the KL to the starting policy; 0: no reference")
-    add("--kl_estimator", choices=["k1", "k2", "k3"], default="k3", help="of the KL per token")
-    add("--sync_ref_model", action=on_off, default=False, help="let the reference follow the policy")
-    add("--ref_model_mixup_alpha", type=model.share, default=0.6,
-        help="a sync: alpha * policy + rest * reference")
-    add("--ref_model_sync_steps", type=model.size, default=512, help="optimizer steps between syncs")
-    add("--use_bias_correction_kl", action=on_off, default=True,
-        help="multiply the KL by the ratio: then k1's and k3's gradient is the KL's, but for the ratio of "
-        "level sequence")
-    add("--kl_in_reward", action=on_off, default=False, help="take beta * KL off the rewards, as RLOO does")
-    add("--entropy_coef", type=model.finite, default=0.0, help="weight of the bonus for mean token entropy")
-    add("--top_entropy_quantile", type=model.within("(0, 1]"), default=1.0,
-        help="share of tokens, by entropy, trained")
-    add("--mask_truncated_completions", action=on_off, default=False,
-        help="no gradient from answers that met the length limit")
-    add("--off_policy_mask_threshold", type=model.not_negative,
-        help="drop completions of negative advantage whose mean "
-        "log-prob fell by more than this since they were sampled")
-    add("--importance_sampling_correction", help="weigh by trainer / sampler probabilities; default none, "
-        "with a server TRL's sequence_mask",
-        choices=["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
-    add("--importance_sampling_clip_max", type=model.positive, default=3.0,
-        help="largest such weight: cut, or 0")
-    # sampling
-    add("--vllm_server_base_url", metavar="URL", help="let this `vllm serve` sample, on GPUs of its own; "
-        "started as rollout.VLLMServer says, it must see --output_dir under the same path")
-    add("--dynamic_sampling", type=model.count, default=0, metavar="N",
-        help="at most N more rounds of prompts until "
-        "each group of the batch has rewards that differ (DAPO); costs a rollout a round")
-    add("--variance_sampling", type=model.within("[0, 1)"), default=0.0, metavar="SHARE",
-        help="of the prompts, drawn by how much their rewards varied when last sampled (MMR1: 0.5)")
-    add("--num_generations", type=model.within("[2, inf)", int), default=8, help="G, completions per prompt")
-    add("--max_completion_length", type=model.size, default=256, help="tokens sampled at most")
-    add("--temperature", type=model.positive, default=1.0, help="of sampling; every log-prob is taken at it")
-    add("--top_k", type=model.count, default=0, help="sample among the k likeliest tokens; 0: all")
-    add("--top_p", type=model.within("(0, 1]"), default=1.0,
-        help="sample among the likeliest tokens that sum to p")
-    add("--min_p", type=model.share, default=0.0,
-        help="sample tokens of at least this share of the likeliest's")
-    # steps
-    add("--per_device_train_batch_size", type=model.size, default=8, help="completions of a micro-batch")
-    add("--steps_per_generation", type=model.size, help="micro-batches of a rollout, a multiple of "
-        "gradient_accumulation_steps; default: one update per rollout, in "
-        f"{', '.join(UPDATES_PER_ROLLOUT)} four")
-    add("--num_iterations", type=model.size, default=1, help="passes over a rollout")
-    add("--rollout_tokens", type=model.size, default=262_144,
-        help="keys and values in memory while sampling, in "
-        "tokens; prompts beyond wait")
-    # limits
-    add("--max_prompt_length", type=model.size,
-        help="tokens; default: what the context leaves the completion")
-    model.add_run_flags(p)
-    return p
+CORRECTIONS = "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+
+
+@dataclass
+class Args:
+    # --- what
+    algo: Literal[*PRESETS] = "grpo"  # a preset of the loss flags; a flag given wins
+    model_name_or_path: str | None = None  # folder or hub id of a vision-language model; none: a tiny one is
+    # built
+    # --- data
+    dataset: list[str] | None = None  # files, folders, hub ids of prompts (see data.py); none: shapes
+    dataset_weights: list[Positive] | None = None  # each one's share of the draws; default: its rows
+    image_root: str | None = None  # folder that image paths are relative to, and may not leave
+    sort_by: str | None = None  # column of the data: train in its order, lowest first, in each epoch
+    # (curriculum)
+    eval_dataset: str | None = None  # held-out rows, same columns and --image_root
+    overlong: Literal["error", "skip"] = "error"  # rows over the limit: stop, or skip and count them
+    dataloader_num_workers: Count = 2  # threads that read and process rows ahead
+    seed: Count = 0  # of the data order, the sampling, the tiny model
+    max_prompt_length: Size | None = None  # tokens; default: what the context leaves the completion
+    # --- rewards
+    reward_funcs: list[Name] = field(default_factory=lambda: ["accuracy", "format"])  # any of REWARDS, or
+    # path/to/file.py:function; spaces or commas
+    reward_weights: list[Finite] | None = None  # one per reward; default 1, 0.1 for format
+    missing_eos_penalty: NonNegative = 0.0  # off the reward of answers cut at the limit
+    advantage_estimator: Literal["grpo", "rloo", "gdpo", "ngrpo", "dgpo", "none"] = "grpo"  # baseline: the
+    # group's mean (grpo), its other completions (rloo), per reward function (gdpo), with a virtual best
+    # (ngrpo), by difficulty (dgpo); none: the reward, for losses of a group
+    scale_rewards: Literal["group", "batch", "none"] | None = None  # whose std divides grpo's advantages;
+    # default group
+    # --- loss
+    loss_type: Literal[*dict.fromkeys([*losses.POLICY_LOSSES, *losses.GROUP_LOSSES])] = "grpo"  # the loss of
+    # a token, and the mean: POLICY_LOSSES; of a group: GROUP_LOSSES
+    importance_sampling_level: Literal[losses.RATIO_LEVELS] = "token"  # the ratio: GRPO's, GSPO's,
+    # GSPO-token's, RLOO's
+    epsilon: NonNegative = 0.2  # ratio clipped below at 1 - epsilon
+    epsilon_high: NonNegative | None = None  # ratio clipped above at 1 + epsilon_high; default: epsilon.
+    # cispo: at epsilon_high itself
+    delta: Annotated[float, "(1, inf)"] | None = None  # upper bound of the ratio also for negative advantages
+    beta: NonNegative = 0.0  # weight of the KL to the starting policy; 0: no reference
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of the KL per token
+    sync_ref_model: bool = False  # let the reference follow the policy
+    ref_model_mixup_alpha: Share = 0.6  # a sync: alpha * policy + rest * reference
+    ref_model_sync_steps: Size = 512  # optimizer steps between syncs
+    use_bias_correction_kl: bool = True  # multiply the KL by the ratio: then k1's and k3's gradient is the
+    # KL's, but for the ratio of level sequence
+    kl_in_reward: bool = False  # take beta * KL off the rewards, as RLOO does
+    entropy_coef: Finite = 0.0  # weight of the bonus for mean token entropy
+    top_entropy_quantile: Annotated[float, "(0, 1]"] = 1.0  # share of tokens, by entropy, trained
+    mask_truncated_completions: bool = False  # no gradient from answers that met the length limit
+    off_policy_mask_threshold: NonNegative | None = None  # drop completions of negative advantage whose mean
+    # log-prob fell by more than this since they were sampled
+    importance_sampling_correction: Literal[CORRECTIONS] | None = None  # weigh by trainer / sampler
+    # probabilities; default none, with a server TRL's sequence_mask
+    importance_sampling_clip_max: Positive = 3.0  # largest such weight: cut, or 0
+    # --- sampling
+    vllm_server_base_url: str | None = None  # let this `vllm serve` sample, on GPUs of its own; started as
+    # rollout.VLLMServer says, it must see --output_dir under the same path
+    dynamic_sampling: Count = 0  # at most so many more rounds of prompts until each group of the batch has
+    # rewards that differ (DAPO); costs a rollout a round
+    variance_sampling: Annotated[float, "[0, 1)"] = 0.0  # share of the prompts, drawn by how much their
+    # rewards varied when last sampled (MMR1: 0.5)
+    num_generations: Annotated[int, "[2, inf)"] = 8  # G, completions per prompt
+    max_completion_length: Size = 256  # tokens sampled at most
+    temperature: Positive = 1.0  # of sampling; every log-prob is taken at it
+    top_k: Count = 0  # sample among the k likeliest tokens; 0: all
+    top_p: Annotated[float, "(0, 1]"] = 1.0  # sample among the likeliest tokens that sum to p
+    min_p: Share = 0.0  # sample tokens of at least this share of the likeliest's
+    rollout_tokens: Size = 262_144  # keys and values in memory while sampling, in tokens; prompts beyond wait
+    # --- steps
+    per_device_train_batch_size: Size = 8  # completions of a micro-batch
+    steps_per_generation: Size | None = None  # micro-batches of a rollout, a multiple of
+    # gradient_accumulation_steps; default: one update per rollout, in FOUR_UPDATES four
+    num_iterations: Size = 1  # passes over a rollout
+    gradient_accumulation_steps: Size = 1  # micro-batches of an optimizer step
+    max_tokens_per_batch: Size | None = None  # cut a step into micro-batches of whole groups by tokens;
+    # per_device_train_batch_size x gradient_accumulation_steps stays the step
+    num_train_epochs: Positive = 1.0  # passes over the data, of as many draws as it has rows, skipped ones
+    # replaced, those that dynamic sampling rejects not counted; max_steps wins
+    max_steps: Annotated[int, "[-1, inf)"] = -1  # optimizer steps; -1: from the epochs
+    learning_rate: NonNegative = 1e-6  # peak, after the warm-up
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "linear"  # the decay
+    warmup_steps: NonNegative = 0.0  # steps, or below 1 a share of all steps
+    weight_decay: NonNegative = 0.0  # of AdamW, on every parameter
+    adam_beta1: Annotated[float, "[0, 1)"] = 0.9  # of AdamW
+    adam_beta2: Annotated[float, "[0, 1)"] = 0.999  # of AdamW
+    max_grad_norm: Positive = 1.0  # global norm that gradients are clipped to
+    # --- model
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of computing; weights are fp32
+    gradient_checkpointing: bool = False  # recompute layers in the backward
+    freeze_vision_tower: bool = False  # train the language model only
+    share_prompt: bool = True  # a group is one row; --no-share_prompt gives each completion its own
+    cold_start_steps: Count | None = None  # most SFT steps before the run, on the built-in model and task
+    # only; default 200 there (0 in --algo sft), it stops at 0.4 sampled accuracy
+    shard_size: Size | None = None  # ranks that hold one copy of the weights between them; default: all
+    lora_r: Size | None = None  # rank of LoRA adapters, which alone are trained; none: train all weights
+    lora_alpha: Size | None = None  # adapters are scaled by lora_alpha / lora_r; default 32
+    lora_target_modules: list[Name] | None = None  # names of linear layers (q_proj v_proj), or all-linear,
+    # the default: all but the output head
+    use_rslora: bool = False  # scale by lora_alpha / sqrt(lora_r)
+    use_dora: bool = False  # DoRA: train the norm of each row as well
+    preflight: bool | None = None  # try the largest micro-batch before step 1; default: on cuda
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    deterministic: bool = False  # on a GPU: only kernels that give the same bits each time, so that a resumed
+    # run equals one never stopped; slower. On a CPU it always does
+    # --- evaluation
+    eval_steps: Size = 100  # evaluate every so many steps, and before and after
+    per_device_eval_batch_size: Size = 16  # held-out rows answered or scored at once
+    eval_temperature: NonNegative = 0.0  # of held-out answers; 0 is greedy
+    num_generations_eval: Size = 1  # answers to each held-out row; above 1 adds eval/pass@k, and needs
+    # --eval_temperature
+    reward_timeout: Positive = 60.0  # seconds for one call of one reward function; a completion that it hangs
+    # on, also alone, gets no reward
+    # --- run
+    output_dir: str | None = None  # default: a new runs/<algo>-N; one that holds this run goes on
+    save_steps: Size = 100  # write a checkpoint every so many steps
+    save_total_limit: Size = 2  # checkpoints that are kept
+    resume: str = "auto"  # auto: go on with the run in --output_dir; never; or a checkpoint
+    allow_changed: list[str] = field(default_factory=list)  # settings that may differ from the resumed run's
+    max_hours: Positive | None = None  # write a checkpoint and end after so long, as on SIGTERM
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # send metrics there too; pip
+    # install it
+    push_to_hub: str | None = None  # OWNER/NAME: upload final/ there at the end; made private if new
+
+    HELP = {"REWARDS": ", ".join(BUILT_IN), "POLICY_LOSSES": ", ".join(losses.POLICY_LOSSES),
+            "GROUP_LOSSES": ", ".join(losses.GROUP_LOSSES), "FOUR_UPDATES": ", ".join(UPDATES_PER_ROLLOUT)}
+
+    def __post_init__(self):
+        model.check_shared(self)
+        check_args(self)
 
 
 def parse_args(argv):
-    return model.parse_args(argv, build_parser(), PRESETS, TINY_DEFAULTS, TINY_BY_ALGO, check_args)
+    return model.parse(Args, PRESETS, TINY_DEFAULTS, TINY_BY_ALGO, argv)
 
 
-def check_loss(args, parser):
+def check_loss(args):
     """Combinations that contradict each other are refused; that change what is optimised, warned of."""
-    loss, level = args.loss_type, args.importance_sampling_level
+    loss, level, preset = args.loss_type, args.importance_sampling_level, getattr(args, "preset", {})
     reductions = losses.POLICY_LOSSES | dict.fromkeys(losses.GROUP_LOSSES, (None, "group"))
 
     def warn(text):
@@ -200,8 +248,8 @@ def check_loss(args, parser):
 
     if args.advantage_estimator == "grpo":
         args.scale_rewards = args.scale_rewards or "group"
-    elif args.scale_rewards not in (None, parser.get_default("scale_rewards")):
-        parser.error("--scale_rewards is for --advantage_estimator grpo; "
+    elif args.scale_rewards not in (None, preset.get("scale_rewards")):
+        raise ValueError("--scale_rewards is for --advantage_estimator grpo; "
                      f"{args.advantage_estimator} has its own")
     else:
         args.scale_rewards = None
@@ -214,36 +262,39 @@ def check_loss(args, parser):
     if kl_in_loss and args.kl_estimator == "k2" and args.use_bias_correction_kl:
         warn("the gradient of k2 is the KL's without the ratio: --no-use_bias_correction_kl")
     if args.kl_in_reward and not args.beta:
-        parser.error("--kl_in_reward needs --beta above 0, its weight")
+        raise ValueError("--kl_in_reward needs --beta above 0, its weight")
     for name in ("kl_in_reward", "missing_eos_penalty"):
         if getattr(args, name) and args.advantage_estimator == "gdpo":
-            parser.error(f"--{name} cannot go with gdpo, which never sums the rewards it would be taken off")
+            raise ValueError(f"--{name} cannot go with gdpo, which never sums the rewards it would be taken "
+                             "off")
     if loss in losses.GROUP_LOSSES and args.advantage_estimator != "none":
-        parser.error(f"--loss_type {loss} compares rewards: it needs --advantage_estimator none")
+        raise ValueError(f"--loss_type {loss} compares rewards: it needs --advantage_estimator none")
     if loss not in losses.GROUP_LOSSES and args.advantage_estimator == "none":
-        parser.error("--advantage_estimator none is for --loss_type "
-                     f"{', '.join(losses.GROUP_LOSSES)}; got {loss}")
+        raise ValueError("--advantage_estimator none is for --loss_type "
+                         f"{', '.join(losses.GROUP_LOSSES)}; got {loss}")
     if loss in losses.GROUP_LOSSES:
         neutral = dict(importance_sampling_level="token", importance_sampling_correction="none",
                        top_entropy_quantile=1, off_policy_mask_threshold=None,
                        mask_truncated_completions=False, kl_in_reward=False)
         for name, value in neutral.items():
             if getattr(args, name) != value:
-                parser.error(f"--loss_type {loss} compares whole completions: --{name} does not go with it")
+                raise ValueError(f"--loss_type {loss} compares whole completions: --{name} does not go with "
+                                 "it")
         if bool(args.beta) == (loss in ("disco", "reg_grpo")):
-            parser.error(f"--loss_type {loss} " + ("has no --beta" if args.beta else "needs --beta above 0"))
+            why = "has no --beta" if args.beta else "needs --beta above 0"
+            raise ValueError(f"--loss_type {loss} {why}")
     if args.sync_ref_model and not args.beta:
-        parser.error("--sync_ref_model needs --beta above 0")
+        raise ValueError("--sync_ref_model needs --beta above 0")
     if args.delta is not None and (reductions[loss][0] is not losses.clipped_term
                                    or args.delta <= 1 + args.epsilon_high):
         clipped = ", ".join(n for n, (term, _) in reductions.items() if term is losses.clipped_term)
-        parser.error(f"--delta must be above 1 + epsilon_high, and is for --loss_type {clipped}")
+        raise ValueError(f"--delta must be above 1 + epsilon_high, and is for --loss_type {clipped}")
     if loss == "gmpo" and (level != "token" or args.top_entropy_quantile < 1):
-        parser.error("gmpo builds the ratio of the whole sequence itself: it takes "
-                     "--importance_sampling_level token, and no --top_entropy_quantile")
+        raise ValueError("gmpo builds the ratio of the whole sequence itself: it takes "
+                         "--importance_sampling_level token, and no --top_entropy_quantile")
     if loss == "vespo" and (level != "token" or args.importance_sampling_correction.startswith("sequence")):
-        parser.error("vespo builds the ratio of the whole sequence itself: it takes "
-                     "--importance_sampling_level token, --importance_sampling_correction none or token_*")
+        raise ValueError("vespo builds the ratio of the whole sequence itself: it takes --importance_sampling_"
+                         "level token, --importance_sampling_correction none or token_*")
     if level in ("sequence", "sequence_sum") and reductions[loss][1] in ("token", "constant", "micro_batch"):
         warn(f"{loss} sums over tokens, so with one ratio a sequence (--importance_sampling_level {level}) "
              "each completion weighs as much as it is long; GSPO is --loss_type grpo")
@@ -256,7 +307,7 @@ def check_loss(args, parser):
         warn(f"--epsilon_high {args.epsilon_high:g} lets the ratio rise to {1 + args.epsilon_high:g}"
              + (": it is cispo's" if args.algo == "cispo" else ""))
     no_kl = "without --beta in a loss of tokens"
-    model.changes_nothing(args, parser, {
+    model.changes_nothing(args, {
         name: why for name, why, used in (
             ("epsilon", f"in --loss_type {loss}", loss in clips),
             ("epsilon_high", f"in --loss_type {loss}",
@@ -277,54 +328,49 @@ def check_loss(args, parser):
              "at 1, but the gradient is no longer that of the expected reward")
 
 
-def check_args(args, parser):
-    known = [*losses.POLICY_LOSSES, *losses.GROUP_LOSSES]
-    if args.loss_type[0] not in known or len(args.loss_type) != 1:
-        parser.error(f"unknown --loss_type {' '.join(args.loss_type)}; choose one of {', '.join(known)}")
-    args.loss_type = args.loss_type[0]
+def check_args(args):
     args.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     served = args.vllm_server_base_url is not None
     if served and not args.vllm_server_base_url.startswith(("http://", "https://")):
-        parser.error(f"--vllm_server_base_url {args.vllm_server_base_url}: expected http://host:port")
+        raise ValueError(f"--vllm_server_base_url {args.vllm_server_base_url}: expected http://host:port")
     if args.importance_sampling_correction is None:
         default = "token_truncate" if args.loss_type == "vespo" else "sequence_mask"
         args.importance_sampling_correction = (
             default if served and args.loss_type in losses.POLICY_LOSSES else "none")
     if served and (args.top_k or args.top_p < 1 or args.min_p):
-        parser.error("--vllm_server_base_url does not go with --top_k, --top_p or --min_p: vLLM's log-probs "
-                     "would be those of what they leave, the trainer's are of the whole softmax")
-    check_loss(args, parser)
-    args.reward_funcs = [name for item in args.reward_funcs for name in item.split(",") if name]
+        raise ValueError("--vllm_server_base_url does not go with --top_k, --top_p or --min_p: vLLM's "
+                         "log-probs would be those of what they leave, the trainer's are of all ids")
+    check_loss(args)
     for name in args.reward_funcs:
         if name not in BUILT_IN and ":" not in name:
-            parser.error(f"--reward_funcs {name} names no function of the file: {name}:function"
+            raise ValueError(f"--reward_funcs {name} names no function of the file: {name}:function"
                          if name.endswith(".py") else f"unknown --reward_funcs {name}; choose from "
                          f"{', '.join(BUILT_IN)} or path/to/file.py:function")
     names = [name.rpartition(":")[2] for name in args.reward_funcs]
     if not names:
-        parser.error("--reward_funcs names no function")
+        raise ValueError("--reward_funcs names no function")
     if len(set(names)) < len(names):
-        parser.error(f"two --reward_funcs have one name ({', '.join(names)}): their metrics would mix")
+        raise ValueError(f"two --reward_funcs have one name ({', '.join(names)}): their metrics would mix")
     args.reward_weights = args.reward_weights or [0.1 if f == "format" else 1.0 for f in args.reward_funcs]
     if len(args.reward_weights) != len(args.reward_funcs):
-        parser.error(f"{len(args.reward_funcs)} --reward_funcs "
+        raise ValueError(f"{len(args.reward_funcs)} --reward_funcs "
                      f"but {len(args.reward_weights)} --reward_weights")
     if not any(args.reward_weights):
-        parser.error("--reward_weights are all 0: there is nothing to train on")
+        raise ValueError("--reward_weights are all 0: there is nothing to train on")
     if args.advantage_estimator == "dgpo" and max(args.reward_weights) <= 0:
-        parser.error("dgpo measures difficulty by the highest reward: a --reward_weights must be above 0")
+        raise ValueError("dgpo measures difficulty by the highest reward: a --reward_weights must be above 0")
     ga, size, G = args.gradient_accumulation_steps, args.per_device_train_batch_size, args.num_generations
     args.steps_per_generation = args.steps_per_generation or ga * UPDATES_PER_ROLLOUT.get(args.algo, 1)
     if args.steps_per_generation % ga:
         enough = ga * math.ceil(args.steps_per_generation / ga)
-        parser.error(f"--steps_per_generation {args.steps_per_generation} must be a multiple of "
+        raise ValueError(f"--steps_per_generation {args.steps_per_generation} must be a multiple of "
                      f"--gradient_accumulation_steps {ga}; {enough} is")
     if size * ga % G:
-        parser.error(f"an update of {size} x {ga} completions (per_device_train_batch_size x "
+        raise ValueError(f"an update of {size} x {ga} completions (per_device_train_batch_size x "
                      f"gradient_accumulation_steps) must hold whole groups of --num_generations {G}; "
                      f"{math.ceil(size * ga / G) * G} completions would")
     if args.loss_type in (*losses.GROUP_LOSSES, "gtpo") and size % G:
-        parser.error(f"--loss_type {args.loss_type} compares the completions of a group: "
+        raise ValueError(f"--loss_type {args.loss_type} compares the completions of a group: "
                      f"--per_device_train_batch_size {size} must be a multiple of --num_generations {G}")
 
 

@@ -2,14 +2,20 @@
 
 Each exhibit names the bug, a patch that brings it back, and the check (file.test of this folder, with the arguments of
 one of its cases), which passes without the patch. "ours" stood in this code once, "possible" are nobody's that we know
-of. A patch that rewrites a line asserts that the line is there once, so that it cannot rot unseen: if the code has
-moved on, move the patch.
+of. A patch changes what a function takes or gives, and knows nothing of its source: so the function may be written
+anew, and its exhibits stay. One that moves takes its exhibit along: the name here is then an AttributeError.
 """
 
 # ruff: noqa: F401 (checks and their fixtures are taken by name)
 
 import inspect
-import textwrap
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import struct
 from typing import NamedTuple
 
 import pytest
@@ -23,6 +29,9 @@ import test_rewards
 import test_runs
 import test_sampler
 import torch
+import torch.distributed as dist
+from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
 from test_data import root
 from test_faults import pytestmark, runner
 from test_runs import launch, task
@@ -31,25 +40,10 @@ import data
 import losses
 import model
 import rollout
-import train_dpo
 import train_grpo
 from rewards import answers, form
 
 RED = (AssertionError, pytest.fail.Exception)  # the second is `pytest.raises` that saw nothing raised
-
-
-def rewrite(owner, name, *changes):
-    """A patch: owner.name with (old, new) strings replaced in its source."""
-    def patch(monkeypatch, _):
-        function, scope = inspect.unwrap(getattr(owner, name)), {}
-        source = textwrap.dedent(inspect.getsource(function))
-        for old, new in zip(changes[::2], changes[1::2], strict=True):
-            assert source.count(old) == 1, f"{name} has {source.count(old)} times: {old}"
-            source = source.replace(old, new)
-        exec(compile(source, f"<{name}, as it must not be>", "exec"), function.__globals__, scope)
-        monkeypatch.setattr(owner, name, scope[name])
-
-    return patch
 
 
 def around(owner, name, wrapper):
@@ -61,7 +55,12 @@ def around(owner, name, wrapper):
     return patch
 
 
-# --- bugs that a wrapper brings back
+def instead(owner, name, value):
+    """A patch: another value in the place of owner.name."""
+    return lambda monkeypatch, _: monkeypatch.setattr(owner, name, value)
+
+
+# --- room 1: images and prompts
 
 
 def shifted_markers(original, policy, tokens, text_inputs, pixels):
@@ -81,6 +80,68 @@ def pops_images(original, policy, processor, row):
     prompt = original(policy, processor, row)
     row["images"] = []
     return prompt
+
+
+def no_filler(_, policy, groups, *args, **kwargs):
+    """The groups as they are, also where none has an image."""
+    return model.pack_groups(groups, policy.pad_id, one_row=True)
+
+
+def one_prompt_a_row(original, *args, **kwargs):
+    """The lengths of a row say that its later prompts are completions of its first."""
+    batch = original(*args, **kwargs)
+    merged = []
+    for (first, completions), *others in batch["segments"]:
+        merged.append([(first, [*completions, *(n for P, lengths in others for n in (P, *lengths))])])
+    return batch | {"segments": merged}
+
+
+def padding_sees_nothing(original, segment_ids, group_ids, *args):
+    return original(segment_ids, group_ids, *args) & (group_ids >= 0)[:, None, :, None]
+
+
+def converted_at_once(of_kind):
+    """A wrapper: pictures of that kind are what Pillow's convert() makes of them."""
+    def wrapper(original, file, *args):
+        with Image.open(file) as opened:
+            return opened.convert("RGB") if of_kind(opened) else original(file, *args)
+
+    return wrapper
+
+
+def tags_written(_, file, *args):
+    with Image.open(file) as opened:
+        return ImageOps.exif_transpose(opened).convert("RGB")
+
+
+def fetched(original, image, row):
+    """What a URL leads to stands for an image."""
+    return Image.new("RGB", (8, 8)) if "://" in image else original(image, row)
+
+
+def any_path(original, image, row):
+    """The root is where relative paths start, and keeps none of them in."""
+    return original(os.path.join(row["_image_root"], image), row | {"_image_root": "/"})
+
+
+def own_keys_win(original, value, *args):
+    """What a row says of its own place and root counts."""
+    return original(value, *args) | {key: x for key, x in value.items() if key.startswith("_")}
+
+
+def cut_at_eos(original, policy, processor, row, column):
+    """What stands behind an end-of-turn token in the answer is lost without a word."""
+    answer = row[column].split(processor.tokenizer.eos_token)[0]
+    return original(policy, processor, row | {column: answer}, column)
+
+
+def any_role(original, row):
+    """Roles go on as they are, also those that no template knows."""
+    messages = original(row | {"prompt": [message | {"role": "user"} for message in row["prompt"]]})
+    return [ours | {"role": theirs["role"]} for ours, theirs in zip(messages, row["prompt"])]
+
+
+# --- room 2: sampling
 
 
 def no_temperature(original, policy, batch, temperature=1.0, *args, **kwargs):
@@ -117,15 +178,198 @@ def encoded_again(monkeypatch, get):
     monkeypatch.setattr(rollout, "sample", patched)
 
 
+def first_id_at_zero(original, logits, uniforms, *args, **kwargs):
+    """A uniform of 0 is the first id, be its probability 0."""
+    token, logp = original(logits, uniforms, *args, **kwargs)
+    return torch.where(uniforms == 0, 0, token), logp
+
+
+def end_of_the_block(original, logits, uniforms, *args, **kwargs):
+    """The sum of the blocks before is not taken off the target: it is beyond every id of its block but the last."""
+    token, logp = original(logits, uniforms, *args, **kwargs)
+    last = (token // 256 * 256 + 255).clamp(max=logits.shape[-1] - 1)
+    return torch.where(token < 256, token, last), logp
+
+
+# --- room 3: sums, counts, ranks
+
+
+def mean_over_completions(original, logps, *args, **kwargs):
+    """Of the micro-batch's own."""
+    loss, metrics = original(logps, *args, **kwargs)
+    return loss / len(logps), metrics
+
+
+def mean_over_tokens(original, logps, old_logps, A, mask, **kwargs):
+    """Of the micro-batch's own."""
+    loss, metrics = original(logps, old_logps, A, mask, **kwargs)
+    return loss / mask.sum(), metrics
+
+
 def divided_again(original, logps, *args, **kwargs):
     """By the number of micro-batches of the 12 completions, which the count knows already."""
     loss, metrics = original(logps, *args, **kwargs)
     return loss / (12 // len(logps)), metrics
 
 
-def mean_of_the_micro_batch(original, logps, old_logps, A, mask, **kwargs):
-    loss, metrics = original(logps, old_logps, A, mask, **kwargs)
-    return loss / mask.sum(), metrics
+def norm_of_own_shards(_, parameters, max_norm):
+    return float(sum(p.grad.to_local().norm() for p in parameters))
+
+
+# --- room 4: advantages and rewards
+
+
+def every_gth_is_a_group(original, rewards, G, **kwargs):
+    A = original(rewards.view(G, -1).T.flatten(), G, **kwargs)
+    return A.view(-1, G).T.flatten()
+
+
+def formula_alone(_, rewards, G, **kwargs):
+    """(r - mean) / (std + 1e-4), whatever the rewards."""
+    groups = rewards.view(-1, G)
+    x = groups - groups.mean(-1, keepdim=True)
+    std = (x.square().sum(-1, keepdim=True) / (G - 1)).sqrt()
+    return (x / (std + 1e-4)).flatten()
+
+
+def repeated(original, result, count, *args):
+    """One reward is that of all completions."""
+    return original(result * count if len(result) == 1 else result, count, *args)
+
+
+def no_second_try(original, *args, **kwargs):
+    """A process that died is an error of the function, and not of one completion."""
+    try:
+        return original(*args, **kwargs)
+    except rollout.RewardProcessLost as error:
+        raise rollout.RewardError(str(error)) from error
+
+
+def one_line_only(original, completions, **columns):
+    """A dot matches no newline."""
+    return [0.0 if "\n" in text else score for text, score in zip(completions, original(completions, **columns))]
+
+
+def any_first_letter(original, text, *args, **kwargs):
+    """A letter that the text begins with is a choice, whatever follows."""
+    first = re.match(r"\(?([A-Ja-j])\b", text)
+    return first[1].upper() if first else original(text, *args, **kwargs)
+
+
+def no_estimator(original, parts, weights, G, count, *_):
+    """Groups are chosen alike for every estimator."""
+    return original(parts, weights, G, count)
+
+
+# --- room 5: losses
+
+
+def no_sampling_term(original, *args, **kwargs):
+    return original(*args, **kwargs | {"use_bias_correction_kl": False})
+
+
+def other_tokens(original, *args, **kwargs):
+    """Those that are not clipped are counted."""
+    loss, metrics = original(*args, **kwargs)
+    clipped, tokens = metrics["clip_ratio/low_mean"]
+    return loss, metrics | {"clip_ratio/low_mean": (tokens - clipped, tokens)}
+
+
+def worst_of_both(original, logps, old_logps, A, mask, *, epsilon, epsilon_high, **kwargs):
+    """PPO's bound taken as a maximum where A < 0, which cuts what it should keep and keeps what it should cut."""
+    _, metrics = original(logps, old_logps, A, mask, epsilon=epsilon, epsilon_high=epsilon_high, **kwargs)
+    ratio, A = (logps - old_logps).exp(), A[:, None]
+    plain, clipped = ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon_high) * A
+    return -torch.where(A > 0, torch.min(plain, clipped), torch.max(plain, clipped)).sum(), metrics
+
+
+def unknown_is_zero(original, logps, *args):
+    """A level that is none of them gives a ratio of 1 and no gradient."""
+    try:
+        return original(logps, *args)
+    except ValueError:
+        return torch.zeros_like(logps)
+
+
+def clears_the_padding(original, logps, old_logps, A, mask, **kwargs):
+    """In the tensor that it was given."""
+    logps.data[~mask] = 0.0
+    return original(logps, old_logps, A, mask, **kwargs)
+
+
+def unclamped(monkeypatch, _):
+    """DiscoPOP as it is written down: e^89 is inf, and 0 * inf is nan."""
+    def discopop_loss(r_w, r_l, *, beta, discopop_tau, **_):
+        m = beta * (r_w - r_l)
+        mu = (m / discopop_tau).sigmoid()
+        return -(1 - mu) * torch.nn.functional.logsigmoid(m) + mu * (-m).exp()
+
+    monkeypatch.setitem(losses.PAIR_LOSSES, "discopop", discopop_loss)
+
+
+def slope_of_temperature_1(original, ctx, grad_logps, *others):
+    return original(ctx, grad_logps * ctx.temperature, *others)
+
+
+# --- room 6: resume, checkpoints, export
+
+
+def first_epoch_again(original, num_rows, num_draws, *args, **kwargs):
+    epoch = original(num_rows, num_rows, *args, **kwargs)
+    return list(itertools.islice(itertools.cycle(epoch), num_draws))
+
+
+def skipped_for_good(original, num_rows, num_draws, seed, **kwargs):
+    """The two draws that a resume passes over are rows that never come again."""
+    gone = set(original(num_rows, 2, seed))
+    return original(num_rows, num_draws, seed, **{"dropped": gone, **kwargs})
+
+
+def a_typo_starts_anew(original, *args, path=None):
+    """A path that is no checkpoint is as good as none."""
+    try:
+        return original(*args, path=path)
+    except model.InputError:
+        return None, []
+
+
+def no_manifest_is_no_run(original, output_dir, *args):
+    """Where no checkpoint is complete, the run starts from the beginning."""
+    return original(output_dir, *args) if model.complete_checkpoints(output_dir) else (None, [])
+
+
+def forgets_what_is_there(original, saver, *args, **kwargs):
+    saver.saved = None
+    return original(saver, *args, **kwargs)
+
+
+def before_the_collective(_, what, function):
+    """Rank 0 calls it first: its error is out before the others have their answer."""
+    answer = function() if dist.get_rank() == 0 else None
+    return model.all_gather_object(answer)[0]
+
+
+def believes_every_line(original, output_dir, *args):
+    for line in (output_dir / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)["step"]
+    original(output_dir, *args)
+
+
+def made_up_state(original, output_dir, policy, optimizer, *args, **kwargs):
+    """torch, asked for the state of an optimizer that has none, lets it take a step first."""
+    torch.distributed.checkpoint.state_dict.get_optimizer_state_dict(policy, optimizer)
+    return original(output_dir, policy, optimizer, *args, **kwargs)
+
+
+def own_list_first(original, value):
+    """Of the lists of all ranks each takes its own."""
+    return [value] if isinstance(value, list) else original(value)
+
+
+def insists_at_once(original, stop, *args):
+    """Whenever the signal comes, the one before it was long ago."""
+    stop.since -= 60
+    return original(stop, *args)
 
 
 def without_processor(original, policy, processor, source, folder, rank=0):
@@ -134,17 +378,12 @@ def without_processor(original, policy, processor, source, folder, rank=0):
         (folder / name).unlink(missing_ok=True)
 
 
-def worst_of_both(monkeypatch, get):
-    """PPO's bound taken as a maximum where A < 0, which cuts what it should keep and keeps what it should cut."""
-    rewrite(losses, "clipped_term", "-torch.min(capped * A, ratio.clamp(1 - epsilon, 1 + epsilon_high) * A)",
-            "-torch.where(A > 0, torch.min(capped * A, ratio.clamp(1 - epsilon, 1 + epsilon_high) * A), "
-            "torch.max(capped * A, ratio.clamp(1 - epsilon, 1 + epsilon_high) * A))")(monkeypatch, get)
-    monkeypatch.setitem(losses.POLICY_LOSSES, "grpo", (losses.clipped_term, "sequence"))
-
-
-def unclamped(monkeypatch, get):
-    rewrite(losses, "discopop_loss", "(-m).clamp(max=80).exp()", "(-m).exp()")(monkeypatch, get)
-    monkeypatch.setitem(losses.PAIR_LOSSES, "discopop", losses.discopop_loss)
+def head_written_again(original, policy, processor, source, folder, rank=0):
+    """The output head, though it is the embeddings."""
+    original(policy, processor, source, folder, rank)
+    head = policy.hf.get_output_embeddings().weight.detach().to(policy.dtype, copy=True)
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | {"lm_head.weight": head}, file, {"format": "pt"})
 
 
 # --- checks that no other file has
@@ -167,11 +406,10 @@ def every_rank_runs_the_vision_tower(loaded):
     assert len(calls) == 1
 
 
-def a_typo_in_resume_is_an_error(tmp_path):
-    """--resume names a checkpoint that is not there: no run starts from the beginning instead."""
-    args = train_dpo.parse_args(["--resume", "nowhere", "--output_dir", str(tmp_path / "r")])
+def a_path_that_is_no_checkpoint_is_an_error(tmp_path):
+    """--resume PATH with a typo in it: no run starts from the beginning instead."""
     with pytest.raises(model.InputError, match="--resume nowhere"):
-        model.open_run(args, 0, 1)
+        model.load_checkpoint(tmp_path, *test_faults.parts(), 0, path="nowhere")
 
 
 def checkpoints_without_a_manifest_are_no_fresh_start(tmp_path):
@@ -204,192 +442,178 @@ class Exhibit(NamedTuple):
 
 
 QWEN = {"family": "qwen2_5_vl"}
+MIXED = {"batch": test_group_rows.BATCHES["mixed, uneven, padded"]}
 PACKED = "test_group_rows.test_packed_equals_transformers_one_by_one"
-SAMPLER = "test_sampler.test_sampler_equals_trainer"
 BAD_IMAGE = "test_data.test_bad_images_name_row_and_file"
+SHOWN = "test_faults.test_images_are_rgb_as_shown"
+SAMPLER = "test_sampler.test_sampler_equals_trainer"
 CUTS = "test_runs.test_grpo_gradients_do_not_depend_on_micro_batches"
+CLIP = "test_losses.test_clip_geometry"
+PLAN = "test_data.test_draw_plan_covers_each_row_once_an_epoch"
 
 EXHIBITS = [
-    # images and prompts
-    Exhibit("TRL #5785: image markers padded on the other side than the prompt", around(
-        model.Policy, "prompt_positions", shifted_markers), PACKED,
-        QWEN | {"batch": test_group_rows.BATCHES["one image"], "one_row": False}),
-    Exhibit("TRL #5283: truncation drops the image tokens, the loss still falls", around(
-        data, "encode_prompt", keep_end), "test_group_rows.test_pixels_matter"),
-    Exhibit("verl #4999: the length filter popped the images first", around(
-        data, "encode_prompt", pops_images), "test_data.test_prompt_is_what_the_processor_makes", QWEN),
-    Exhibit("miles #2406, torchtitan #4777: a rank without images does not enter the vision tower", rewrite(
-        model.Policy, "pack", "if self.filler is not None and", "if False and"), "every_rank_runs_the_vision_tower"),
-    Exhibit("possible: pictures in another order than their groups", rewrite(
-        model, "pack_groups", "cat_pixels([prompt for prompt, _ in groups])",
-        "cat_pixels([prompt for prompt, _ in groups[::-1]])"), PACKED,
-        QWEN | {"batch": test_group_rows.BATCHES["mixed, uneven, padded"], "one_row": True}),
-    Exhibit("possible: a completion attends to the prompt before its own", rewrite(
-        model, "attend_segments", "at += 1 + len(completions)", "at += len(completions)"),
-        "test_group_rows.test_segments_are_the_dense_mask",
-        {"batch": test_group_rows.BATCHES["mixed, uneven, padded"]}, red=(RuntimeError,)),
-    Exhibit("ours: a padding token that attends to nothing", rewrite(
-        model, "group_attention_mask", "(ordered & same_group & visible)",
-        "(ordered & same_group & visible & (group_ids >= 0)[:, :, None])"), "test_group_rows.test_attention_mask_rule"),
-    Exhibit("ours: a 16-bit picture is white", rewrite(
-        data, "decode_image", 'if shown.mode == "I;16":', "if False:"), "test_faults.test_images_are_rgb_as_shown"),
-    Exhibit("ours: black on transparent is black on black", rewrite(
-        data, "decode_image", "if shown.has_transparency_data:", "if False:"),
-        "test_faults.test_images_are_rgb_as_shown"),
-    Exhibit("Pillow only warns of 144 megapixels, and decodes them", rewrite(
-        data, "decode_image", "if opened.width * opened.height > MAX_IMAGE_PIXELS:", "if False:"),
-        "test_faults.test_decompression_bombs_are_not_decoded", {"size": (12_000, 12_000)}, red=(TypeError,)),
-    Exhibit("torchtitan #4293: an image URL of a row is fetched", rewrite(
-        data, "load_image", 'if "://" in image or image.startswith("data:"):', "if False:"), BAD_IMAGE,
-        {"image": "https://example.com/a.png", "message": "URLs are not fetched"}),
-    Exhibit("FastChat #3873, LLaMA-Factory #8556: ../../etc/passwd is an image", rewrite(
-        data, "load_image", "if os.path.commonpath([root, path]) != root:", "if False:"), BAD_IMAGE,
-        {"image": "../outside.png", "message": "outside --image_root"}),
-    Exhibit("ours: a row's own _image_root won over the flag", rewrite(
-        data, "canonical", 'value | {"_source": source, "_image_root": image_root}',
-        '{"_source": source, "_image_root": image_root} | value'), "test_data.test_a_row_cannot_move_its_root"),
-    Exhibit("ours: an answer was cut at an EOS inside it", rewrite(
-        data, "encode_completion", '["input_ids"]) & set(policy.eos_ids):', '["input_ids"]) & set():'),
-        "test_data.test_bad_pairs_are_refused",
-        {"column": "chosen", "value": "4<|im_end|>lost", "message": "end-of-turn token"}),
-    Exhibit("transformers runs on with a model that brings its own code", around(
-        model, "refuse_remote_code", lambda *_: None), "test_faults.test_models_that_are_not_loaded"),
-    # sampling
-    Exhibit("R1-V #91, verl #3469: the policy samples <|image_pad|>", around(
-        model, "scaled_logits", lambda _, logits, never, temperature: logits.float() / temperature),
-        "test_sampler.test_placeholders_are_never_sampled", QWEN),
-    Exhibit("TRL #4159: no temperature in the trainer's log-probs", around(
-        model.Policy, "forward", no_temperature), SAMPLER, QWEN | {"temperature": 1.5}),
-    Exhibit("TRL #6789: top-p renormalised in the sampler alone", around(
-        rollout, "sample", renormalised), "test_sampler.test_narrowing_changes_the_draw_and_not_the_log_probs"),
-    Exhibit("cs336 #15, rllm #816: decoded, and encoded again", encoded_again, SAMPLER, QWEN | {"temperature": 1.0}),
-    Exhibit("tiny-grpo: the mask is ids != pad, and pad is EOS", around(
-        rollout, "sample", mask_of_pads), "test_sampler.test_eos_ends_and_belongs_to_the_completion"),
-    Exhibit("ours: searchsorted without right=True draws an id of probability 0", rewrite(
-        rollout, "sample_tokens", "searchsorted(within, target, right=True)", "searchsorted(within, target)"),
-        "test_sampler.test_uniform_ends"),
-    Exhibit("possible: a completion that takes the place of one that has ended leaves its keys behind", rewrite(
-        rollout.GroupCache, "move", "buffer[targets, :, :width] = buffer[sources, :, :width]", "pass"), SAMPLER,
-        QWEN | {"temperature": 1.0}),
-    Exhibit("possible: an inverse CDF that loses the rounding between a block's sum and its parts", rewrite(
-        rollout, "sample_tokens", "target = target - (cdf - sums).gather(-1, chosen)", "pass"),
-        "test_sampler.test_blocks_are_one_cdf", {"vocabulary": 1024}),
-    Exhibit("possible: a hash that forgets k gives a group of one answer", rewrite(
-        rollout, "keyed_uniform", "for word in (draw, k, t):", "for word in (draw, 0 * k, t):"),
-        "test_sampler.test_randomness_belongs_to_the_draw"),
-    # sums, counts, ranks
-    Exhibit("TRL #3021, transformers #34191: a mean of the micro-batch", rewrite(
-        losses, "token_mean", "return (x.sum(-1) / mask.sum(-1).clamp(min=1)).sum()",
-        "return (x.sum(-1) / mask.sum(-1).clamp(min=1)).mean()"), "test_losses.test_sum_over_count_is_split_invariant",
-        {"parts": 1}),
-    Exhibit("open-instruct #1161: token means per micro-batch", around(
-        losses, "policy_loss", mean_of_the_micro_batch), CUTS, {"loss_type": "dapo"}, slow=True),
-    Exhibit("ms-swift #10117: divided by the accumulation again", around(
-        losses, "policy_loss", divided_again), CUTS, {"loss_type": "grpo"}, slow=True),
-    Exhibit("NeMo Automodel #3830: world_size times a local mean", around(
-        model, "all_reduce_sums", lambda _, sums, device="cpu": sums),
-        "test_faults.test_counts_are_those_of_all_ranks"),
-    Exhibit("pytorch #77562: a decision, here to skip a step, from one rank's numbers", rewrite(
-        model, "clip_grad_norm_", "float(full(nn.utils.clip_grad_norm_(parameters, max_norm)))",
-        "float(sum(p.grad.to_local().norm() for p in parameters))"),
-        "test_faults.test_nan_on_one_rank_is_seen_by_all"),
-    # advantages and rewards
-    Exhibit("Search-R1 #88: a group is not the completions of one prompt", rewrite(
-        losses, "centred", ".double().view(-1, num_generations)", ".double().view(num_generations, -1).T"),
-        "test_losses.test_group_advantages_by_hand"),
-    Exhibit("DeepAnalyze #116: the std of a group of one", rewrite(
-        losses, "centred", "if num_generations < 2:", "if False:"), "test_losses.test_group_of_one_is_refused"),
-    Exhibit("ms-swift #8123: None makes the advantages nan", rewrite(
-        losses, "weighted_rewards", "scores.nan_to_num(0.0)", "scores"),
-        "test_losses.test_weighted_rewards_skip_who_abstained"),
-    Exhibit("TRL: the rounding of a mean, over 1e-4, is an advantage", rewrite(
-        losses, "centred", "flat = highest - lowest <= 1e-8 * size", "flat = highest < lowest"),
-        "test_losses.test_equal_rewards_give_exactly_zero"),
-    Exhibit("TRL #6533: one reward is broadcast to all", rewrite(
-        rollout, "checked_rewards", "if len(result) != count:", "result = result * count\n    if len(result) < count:"),
-        "test_faults.test_what_a_reward_may_return", {"what": "[1.0]", "expected": "expected 3 rewards"}),
-    Exhibit("verl #6673, UniRL #462: one completion that the grader dies of ends the run", rewrite(
-        rollout.RewardRunner, "_score_one", "if self.process.returncode == -signal.SIGTERM:", "if True:"),
-        "test_faults.test_rewards_that_crash", red=(rollout.RewardError,)),
-    Exhibit("open-r1 #237, R1-V #19: a format pattern without DOTALL", rewrite(
-        form, "think_format", "FORMAT.fullmatch(text)", "re.fullmatch(FORMAT.pattern, text)"), "test_rewards.test_format",
-        {"text": "<think>a\nb</think>\n<answer>4</answer>", "expected": 1}),
-    Exhibit("ours: 'A picture' is choice A", rewrite(
-        answers, "read_choice", "re.match(FIRST_CHOICE,", r"re.match(FIRST_CHOICE.replace(r'(?:\)|[.:](?!\w)|\.?$)', r'\b'),"),
-        "test_rewards.test_accuracy",
-        {"text": "A picture of two dogs.", "solution": "A", "expected": 0}),
-    # losses
-    Exhibit("NeMo-RL #2506, TRL #4638: the KL's gradient lacks the sampling term", rewrite(
-        losses, "policy_loss", "kl * ratio if use_bias_correction_kl else kl", "kl"),
-        "test_exact.test_kl_of_the_whole_completion", {"kind": "k3"}),
-    Exhibit("TRL #3144: the clip metric counts the other tokens", rewrite(
-        losses, "policy_loss", "mask & (x < -epsilon) & (A < 0)", "mask & (x > -epsilon) & (A < 0)"),
-        "test_losses.test_clip_geometry", {"ratio": 0.5, "A": -1.5}),
-    Exhibit("rasbt: the maximum where the advantage is negative", worst_of_both, "test_losses.test_clip_geometry",
-            {"ratio": 0.5, "A": -1.5}),
-    Exhibit("mlx-lm-lora #55: an unknown ratio level is a log-ratio of 0", rewrite(
-        losses, "log_ratios", "raise ValueError(f\"importance_sampling_level must be one of {', '.join(RATIO_LEVELS)}, "
-        "got {level!r}\")", "return 0 * token"), "test_losses.test_unknown_choices_raise",
-        {"call": lambda: test_losses.policy(*test_losses.policy_batch(), level="sequences")}),
-    Exhibit("nano-aha: the loss writes into its inputs", rewrite(
-        losses, "policy_loss", "logps = torch.where(mask, logps, 0.0)", "logps.data[~mask] = 0.0"),
-        "test_losses.test_inputs_are_not_changed"),
-    Exhibit("possible: DiscoPOP's gate of 0 times an overflow", unclamped,
-            "test_losses.test_outliers_stay_finite_in_every_pair_loss"),
-    Exhibit("possible: a hand-written backward without the temperature", rewrite(
-        model.ChunkedLogps, "backward", "grad_logps[at, None] / ctx.temperature", "grad_logps[at, None]"),
-        "test_group_rows.test_chunked_logps_value_and_gradient", {"tokens": 5}),
-    # resume, checkpoints, export
-    Exhibit("transformers #40691: every epoch in the order of the first", rewrite(
-        data, "draw_plan", "[seed, epoch]", "[seed, 0]"), "test_data.test_draw_plan_covers_each_row_once_an_epoch"),
-    Exhibit("open-instruct #681: what a resume skips is skipped in every epoch", rewrite(
-        data, "draw_plan", "for i in order if", "for i in order[2:] if"),
-        "test_data.test_draw_plan_covers_each_row_once_an_epoch"),
-    Exhibit("open-instruct #1823: --resume with a typo starts anew", rewrite(
-        model, "_open_run", 'if args.resume not in ("auto", "never"):', "if False:"), "a_typo_in_resume_is_an_error"),
-    Exhibit("ours: checkpoints without a manifest were a fresh start", rewrite(
-        model, "load_checkpoint", "if any(all_gather_object(bool(candidates or found))):", "if candidates:"),
-        "checkpoints_without_a_manifest_are_no_fresh_start"),
-    Exhibit("ours: a resumed run wrote over the checkpoint it came from", rewrite(
-        model.Saver, "save", 'if self.saved == state["step"]:', "if False:"),
-        "what_was_resumed_from_is_not_written_again"),
-    Exhibit("ours: DCP's CheckpointException is no Exception", rewrite(
-        model, "save_checkpoint", "except dcp.CheckpointException as reason:", "except ZeroDivisionError as reason:"),
-        "test_faults.test_one_rank_cannot_write", {"bad": 1}, slow=True),
-    Exhibit("Automodel #3254, ours: an error of rank 0 alone leaves the others waiting", rewrite(
-        model, "on_rank_0", 'answer = InputError(f"{what}: {error}")', "raise"),
-        "test_faults.test_a_folder_that_only_rank_0_cannot_make", slow=True),
-    Exhibit("ours: a garbage line of metrics.jsonl raised on rank 0 alone", rewrite(
-        model, "forget_after", "except (ValueError, KeyError, TypeError):", "except ZeroDivisionError:"),
-        "test_faults.test_garbage_in_metrics_is_dropped_and_said"),
-    Exhibit("ours: an optimizer without a state was saved with one of one step", rewrite(
-        model, "save_checkpoint", "if optimizer.state:", "if True:"),
-        "test_faults.test_a_checkpoint_before_the_first_step"),
-    Exhibit("ours: an old checkpoint that cannot be deleted was a failed save", rewrite(
-        model, "drop_checkpoint", "except OSError as reason:", "except ZeroDivisionError as reason:"),
-        "test_faults.test_an_old_checkpoint_that_cannot_be_deleted"),
-    Exhibit("KempnerForge #49: exists() differs between ranks", rewrite(
-        model, "load_checkpoint", "candidates = all_gather_object(candidates)[0]", "all_gather_object(candidates)"),
-        "test_faults.test_ranks_that_see_different_files", slow=True),
-    Exhibit("ours: the signal that torchrun passes on was a second one", rewrite(
-        model.Stop, "_handle", "if self.asked and now - self.since > 2:", "if self.asked:"),
-        "test_resume.test_a_second_signal_ends_at_once"),
-    Exhibit("EasyR1 #48, ours: the processor is not saved", around(
-        model, "export", without_processor), "test_data.test_export_from_a_hub_id"),
-    Exhibit("ours: a bf16 export held tied weights twice", rewrite(
-        model, "export", "{id(x): name for name", "{name: name for name"),
-        "test_data.test_bf16_export_is_bf16_and_tied_weights_stay_one"),
-    Exhibit("ours: a photograph's EXIF tags were written anew, which odd ones cannot be", rewrite(
-        data, "decode_image", "opened.transpose(TURNS[shown]) if shown in TURNS else opened",
-        '__import__("PIL.ImageOps").ImageOps.exif_transpose(opened)'),
-        "test_faults.test_exif_is_read_not_written", red=(data.RowError,)),
-    Exhibit("ours: a role that no template knows went to the model", rewrite(data, "to_messages", "if unknown:", "if False:"),
-            "test_data.test_odd_prompts_are_refused", {"prompt": [{"role": "User", "content": "x"}]}),
-    Exhibit("ours: dynamic sampling threw away the groups that NGRPO is for", rewrite(
-        train_grpo, "choose_groups", 'if estimator == "ngrpo"', "if False"), "test_rewards.test_choose_groups"),
-    Exhibit("ours: a preset's weights were held against another --loss_type", rewrite(
-        model, "parse_args", "if first.loss_type is not None:", "if False:"),
-        "test_runs.test_presets_set_defaults_and_flags_win", red=(SystemExit,)),
+    # --- room 1: images and prompts
+    Exhibit("TRL #5785: image markers padded on the other side than the prompt",
+            around(model.Policy, "prompt_positions", shifted_markers),
+            PACKED, QWEN | {"batch": test_group_rows.BATCHES["one image"], "one_row": False}),
+    Exhibit("TRL #5283: truncation drops the image tokens, the loss still falls",
+            around(data, "encode_prompt", keep_end), "test_group_rows.test_pixels_matter"),
+    Exhibit("verl #4999: the length filter popped the images first",
+            around(data, "encode_prompt", pops_images), "test_data.test_prompt_is_what_the_processor_makes", QWEN),
+    Exhibit("miles #2406, torchtitan #4777: a rank without images does not enter the vision tower",
+            around(model.Policy, "pack", no_filler), "every_rank_runs_the_vision_tower"),
+    Exhibit("possible: pictures in another order than their groups",
+            around(model, "cat_pixels", lambda original, prompts: original(prompts[::-1])),
+            PACKED, QWEN | MIXED | {"one_row": True}),
+    Exhibit("possible: a completion attends to the prompts before its own",
+            around(model, "pack_groups", one_prompt_a_row), "test_group_rows.test_segments_are_the_dense_mask", MIXED),
+    Exhibit("ours: a padding token that attends to nothing",
+            around(model, "group_attention_mask", padding_sees_nothing), "test_group_rows.test_attention_mask_rule"),
+    Exhibit("ours: a 16-bit picture is white",
+            around(data, "decode_image", converted_at_once(lambda image: image.mode == "I;16")), SHOWN),
+    Exhibit("ours: black on transparent is black on black",
+            around(data, "decode_image", converted_at_once(lambda image: image.has_transparency_data)), SHOWN),
+    Exhibit("ours: a photograph's EXIF tags were written anew, which odd ones cannot be",
+            around(data, "decode_image", tags_written), "test_faults.test_exif_is_read_not_written",
+            red=(struct.error,)),
+    Exhibit("Pillow only warns of 144 megapixels, and decodes them",
+            instead(data, "MAX_IMAGE_PIXELS", math.inf), "test_faults.test_decompression_bombs_are_not_decoded",
+            {"size": (12_000, 12_000)}, red=(TypeError,)),  # the test takes the decoder away: None is called
+    Exhibit("torchtitan #4293: an image URL of a row is fetched",
+            around(data, "load_image", fetched), BAD_IMAGE,
+            {"image": "https://example.com/a.png", "message": "URLs are not fetched"}),
+    Exhibit("FastChat #3873, LLaMA-Factory #8556: ../../etc/passwd is an image",
+            around(data, "load_image", any_path), BAD_IMAGE,
+            {"image": "../outside.png", "message": "outside --image_root"}),
+    Exhibit("ours: a row's own _image_root won over the flag",
+            around(data, "canonical", own_keys_win), "test_data.test_a_row_cannot_move_its_root"),
+    Exhibit("ours: an answer was cut at an EOS inside it",
+            around(data, "encode_completion", cut_at_eos), "test_data.test_bad_pairs_are_refused",
+            {"column": "chosen", "value": "4<|im_end|>lost", "message": "end-of-turn token"}),
+    Exhibit("ours: a role that no template knows went to the model",
+            around(data, "to_messages", any_role), "test_data.test_odd_prompts_are_refused",
+            {"prompt": [{"role": "User", "content": "x"}]}),
+    Exhibit("transformers runs on with a model that brings its own code",
+            around(model, "refuse_remote_code", lambda *_: None), "test_faults.test_models_that_are_not_loaded"),
+
+    # --- room 2: sampling
+    Exhibit("R1-V #91, verl #3469: the policy samples <|image_pad|>",
+            around(model, "scaled_logits", lambda _, logits, never, temperature: logits.float() / temperature),
+            "test_sampler.test_placeholders_are_never_sampled", QWEN),
+    Exhibit("TRL #4159: no temperature in the trainer's log-probs",
+            around(model.Policy, "forward", no_temperature), SAMPLER, QWEN | {"temperature": 1.5}),
+    Exhibit("TRL #6789: top-p renormalised in the sampler alone",
+            around(rollout, "sample", renormalised),
+            "test_sampler.test_narrowing_changes_the_draw_and_not_the_log_probs"),
+    Exhibit("cs336 #15, rllm #816: decoded, and encoded again",
+            encoded_again, SAMPLER, QWEN | {"temperature": 1.0}),
+    Exhibit("tiny-grpo: the mask is ids != pad, and pad is EOS",
+            around(rollout, "sample", mask_of_pads), "test_sampler.test_eos_ends_and_belongs_to_the_completion"),
+    Exhibit("ours: searchsorted without right=True draws an id of probability 0",
+            around(rollout, "sample_tokens", first_id_at_zero), "test_sampler.test_uniform_ends"),
+    Exhibit("possible: a completion that takes the place of one that has ended leaves its keys behind",
+            around(rollout.GroupCache, "move", lambda *_: None), SAMPLER, QWEN | {"temperature": 1.0}),
+    Exhibit("possible: an inverse CDF by blocks whose target is still that of the whole",
+            around(rollout, "sample_tokens", end_of_the_block), "test_sampler.test_blocks_are_one_cdf",
+            {"vocabulary": 300}),
+    Exhibit("possible: a hash that forgets k gives a group of one answer",
+            around(rollout, "keyed_uniform", lambda original, seed, draw, k, t: original(seed, draw, 0 * k, t)),
+            "test_sampler.test_randomness_belongs_to_the_draw"),
+
+    # --- room 3: sums, counts, ranks
+    Exhibit("TRL #3021, transformers #34191: a mean of the micro-batch",
+            around(losses, "policy_loss", mean_over_completions),
+            "test_losses.test_sum_over_count_is_split_invariant", {"parts": 1}),
+    Exhibit("open-instruct #1161: token means per micro-batch",
+            around(losses, "policy_loss", mean_over_tokens), CUTS, {"loss_type": "dapo"}, slow=True),
+    Exhibit("ms-swift #10117: divided by the accumulation again",
+            around(losses, "policy_loss", divided_again), CUTS, {"loss_type": "grpo"}, slow=True),
+    Exhibit("NeMo Automodel #3830: world_size times a local mean",
+            around(model, "all_reduce_sums", lambda _, sums, device="cpu": sums),
+            "test_faults.test_counts_are_those_of_all_ranks"),
+    Exhibit("pytorch #77562: a decision, here to skip a step, from one rank's numbers",
+            around(model, "clip_grad_norm_", norm_of_own_shards), "test_faults.test_nan_on_one_rank_is_seen_by_all"),
+
+    # --- room 4: advantages and rewards
+    Exhibit("Search-R1 #88: a group is not the completions of one prompt",
+            around(losses, "group_advantages", every_gth_is_a_group), "test_losses.test_group_advantages_by_hand"),
+    Exhibit("DeepAnalyze #116: the std of a group of one",
+            around(losses, "group_advantages", formula_alone), "test_losses.test_group_of_one_is_refused"),
+    Exhibit("TRL: the rounding of a mean, over 1e-4, is an advantage",
+            around(losses, "group_advantages", formula_alone), "test_losses.test_equal_rewards_give_exactly_zero"),
+    Exhibit("ms-swift #8123: None makes the advantages nan",
+            around(losses, "weighted_rewards", lambda _, scores, weights: (weights[:, None] * scores).sum(0)),
+            "test_losses.test_weighted_rewards_skip_who_abstained"),
+    Exhibit("TRL #6533: one reward is broadcast to all",
+            around(rollout, "checked_rewards", repeated), "test_faults.test_what_a_reward_may_return",
+            {"what": "[1.0]", "expected": "expected 3 rewards"}),
+    Exhibit("verl #6673, UniRL #462: one completion that the grader dies of ends the run",
+            around(rollout.RewardRunner, "_call", no_second_try), "test_faults.test_rewards_that_crash",
+            red=(rollout.RewardError,)),
+    Exhibit("open-r1 #237, R1-V #19: a format pattern without DOTALL",
+            around(form, "think_format", one_line_only), "test_rewards.test_format",
+            {"text": "<think>a\nb</think>\n<answer>4</answer>", "expected": 1}),
+    Exhibit("ours: 'A picture' is choice A",
+            around(answers, "read_choice", any_first_letter), "test_rewards.test_accuracy",
+            {"text": "A picture of two dogs.", "solution": "A", "expected": 0}),
+    Exhibit("ours: dynamic sampling threw away the groups that NGRPO is for",
+            around(train_grpo, "choose_groups", no_estimator), "test_rewards.test_choose_groups"),
+
+    # --- room 5: losses
+    Exhibit("NeMo-RL #2506, TRL #4638: the KL's gradient lacks the sampling term",
+            around(losses, "policy_loss", no_sampling_term),
+            "test_exact.test_kl_of_the_whole_completion", {"kind": "k3"}),
+    Exhibit("TRL #3144: the clip metric counts the other tokens",
+            around(losses, "policy_loss", other_tokens), CLIP, {"ratio": 0.5, "A": -1.5}),
+    Exhibit("rasbt: the maximum where the advantage is negative",
+            around(losses, "policy_loss", worst_of_both), CLIP, {"ratio": 0.5, "A": -1.5}),
+    Exhibit("mlx-lm-lora #55: an unknown ratio level is a log-ratio of 0",
+            around(losses, "log_ratios", unknown_is_zero), "test_losses.test_unknown_choices_raise",
+            {"call": lambda: test_losses.policy(*test_losses.policy_batch(), level="sequences")}),
+    Exhibit("nano-aha: the loss writes into its inputs",
+            around(losses, "policy_loss", clears_the_padding), "test_losses.test_inputs_are_not_changed"),
+    Exhibit("possible: DiscoPOP's gate of 0 times an overflow",
+            unclamped, "test_losses.test_outliers_stay_finite_in_every_pair_loss"),
+    Exhibit("possible: a hand-written backward without the temperature",
+            around(model.ChunkedLogps, "backward", slope_of_temperature_1),
+            "test_group_rows.test_chunked_logps_value_and_gradient", {"tokens": 5}),
+
+    # --- room 6: resume, checkpoints, export
+    Exhibit("transformers #40691: every epoch in the order of the first",
+            around(data, "draw_plan", first_epoch_again), PLAN),
+    Exhibit("open-instruct #681: what a resume skips is skipped in every epoch",
+            around(data, "draw_plan", skipped_for_good), PLAN),
+    Exhibit("open-instruct #1823: --resume with a typo starts anew",
+            around(model, "load_checkpoint", a_typo_starts_anew), "a_path_that_is_no_checkpoint_is_an_error"),
+    Exhibit("ours: checkpoints without a manifest were a fresh start",
+            around(model, "load_checkpoint", no_manifest_is_no_run),
+            "checkpoints_without_a_manifest_are_no_fresh_start"),
+    Exhibit("ours: a resumed run wrote over the checkpoint it came from",
+            around(model.Saver, "save", forgets_what_is_there), "what_was_resumed_from_is_not_written_again"),
+    Exhibit("ours: DCP's CheckpointException is no Exception",  # as for a handler that does not name it
+            instead(torch.distributed.checkpoint, "CheckpointException", ZeroDivisionError),
+            "test_faults.test_one_rank_cannot_write", {"bad": 1}, slow=True),
+    Exhibit("Automodel #3254, ours: an error of rank 0 alone leaves the others waiting",
+            around(model, "on_rank_0", before_the_collective),
+            "test_faults.test_a_folder_that_only_rank_0_cannot_make", slow=True),
+    Exhibit("ours: a garbage line of metrics.jsonl raised on rank 0 alone",
+            around(model, "forget_after", believes_every_line),
+            "test_faults.test_garbage_in_metrics_is_dropped_and_said"),
+    Exhibit("ours: an optimizer without a state was saved with one of one step",
+            around(model, "save_checkpoint", made_up_state), "test_faults.test_a_checkpoint_before_the_first_step"),
+    Exhibit("ours: an old checkpoint that cannot be deleted was a failed save",
+            around(model, "drop_checkpoint", lambda _, folder: shutil.rmtree(folder)),
+            "test_faults.test_an_old_checkpoint_that_cannot_be_deleted"),
+    Exhibit("KempnerForge #49: exists() differs between ranks",
+            around(model, "all_gather_object", own_list_first),
+            "test_faults.test_ranks_that_see_different_files", slow=True),
+    Exhibit("ours: the signal that torchrun passes on was a second one",
+            around(model.Stop, "_handle", insists_at_once), "test_resume.test_a_second_signal_ends_at_once"),
+    Exhibit("EasyR1 #48, ours: the processor is not saved",
+            around(model, "export", without_processor), "test_data.test_export_from_a_hub_id"),
+    Exhibit("ours: a bf16 export held tied weights twice",
+            around(model, "export", head_written_again),
+            "test_data.test_bf16_export_is_bf16_and_tied_weights_stay_one"),
 ]
 
 GREEN = set()  # checks that have passed without a patch

@@ -101,22 +101,23 @@ def results(folder):
 
 
 def assert_equal_runs(ours, theirs):
-    """The first step's whole gradient, and all weights after three steps, to 1e-6 relative; the later gradients, which
-    are taken at weights that differ by rounding, to 3e-6; each tensor to 5e-6 (of at least a hundredth of the largest,
-    where a sum cancels); every metric to 1e-5."""
+    """The first step's whole gradient to 5e-6 of its norm (one CPU's rounding: 5e-7), and all weights after three steps to
+    1e-6; the later gradients, which are taken at weights that differ by rounding, to 1e-5 (1e-6); each tensor to 2e-5 (2e-6),
+    of at least a hundredth of the largest, where a sum cancels; every metric to 2e-5, or to 4e-6 where sums of log-probs of
+    up to 100 cancel (4e-7)."""
     assert ours[0].keys() == theirs[0].keys() and len(ours[1]) == len(theirs[1]) == 4
-    for part, bound in (("step 0 ", 1e-6), ("step 1 ", 3e-6), ("step 2 ", 3e-6), ("weight ", 1e-6)):
+    for part, bound in (("step 0 ", 5e-6), ("step 1 ", 1e-5), ("step 2 ", 1e-5), ("weight ", 1e-6)):
         names = [name for name in theirs[0] if name.startswith(part)]
         errors = torch.stack([(ours[0][n] - theirs[0][n]).norm() for n in names])
         sizes = torch.stack([theirs[0][n].norm() for n in names])
         assert errors.norm() <= bound * sizes.norm() and sizes.norm() > 0, (part, errors.norm() / sizes.norm())
         relative = errors / sizes.clamp(min=1e-2 * sizes.max())
-        assert relative.max() <= 5e-6, (names[relative.argmax()], relative.max())
+        assert relative.max() <= 2e-5, (names[relative.argmax()], relative.max())
     for a, b in zip(ours[1], theirs[1]):
         assert a.keys() == b.keys()
         ties = {"rewards/accuracies", "eval/rewards/accuracies"} if a["step"] < 2 else set()  # but for rounding
         for key in a.keys() - {"step_time", "rollout_time"} - ties:
-            assert a[key] == pytest.approx(b[key], rel=1e-5, abs=2e-6), (a["step"], key)
+            assert a[key] == pytest.approx(b[key], rel=2e-5, abs=4e-6), (a["step"], key)
 
 
 @pytest.mark.slow

@@ -78,11 +78,12 @@ def test_methods_page_is_complete():
             assert f"def {name}(" in tests or (ROOT / "tests" / name).is_file(), name
         elif name.endswith(("_loss", "_term", "_mask", "_advantages", "_mean")):
             assert name in public | {"sequence_mask", "token_mask"}, name
-    flags = {f for parse in (train_dpo, train_grpo) for a in parse.build_parser()._actions for f in a.option_strings}
+    flags = {f for parse in (train_dpo, train_grpo) for a in model.parser_of(parse.Args)._actions for f in a.option_strings}
     assert {f for f in re.findall(r"--\w+", page)} <= flags | {"--algo"}
     for module in (train_dpo, train_grpo):
         for algo, preset in module.PRESETS.items():  # the table's --algo column follows the presets
-            for kind in preset["loss_type"]:
+            kinds = preset["loss_type"]
+            for kind in [kinds] if isinstance(kinds, str) else kinds:
                 row = next(line for line in page.splitlines() if line.startswith(f"| `{kind}` |"))
                 assert f"`{algo}`" in row or f"--algo {algo}" in page, (algo, kind)
 
@@ -105,7 +106,7 @@ def flags_of(text):
 
 def test_guide_names_flags_that_exist():
     """Troubleshooting by a flag that is gone is worse than none."""
-    parsers = [action for module in (train_dpo, train_grpo) for action in module.build_parser()._actions]
+    parsers = [action for module in (train_dpo, train_grpo) for action in model.parser_of(module.Args)._actions]
     known = {flag for action in parsers for flag in action.option_strings}
     assert flags_of(GUIDE) - known <= {"--rows", "--output", "--nproc_per_node"}, flags_of(GUIDE) - known
 
@@ -115,7 +116,7 @@ def test_trl_table():
     both have is missing from the table."""
     rows = [line.split("|")[1:4] for line in GUIDE.split("| TRL setting | flatpo flag |")[1].split("\n\n")[0].splitlines()[2:]]
     theirs = {name for left, _, _ in rows for name in re.findall(r"`(\w+)`", left)}
-    parsers = [action for module in (train_dpo, train_grpo) for action in module.build_parser()._actions]
+    parsers = [action for module in (train_dpo, train_grpo) for action in model.parser_of(module.Args)._actions]
     ours = {flag for action in parsers for flag in action.option_strings}
     assert len(rows) > 35 and all(left.strip() for left, _, _ in rows)
     for _, flags, note in rows:

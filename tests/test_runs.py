@@ -1,5 +1,6 @@
 """Both scripts, run for real on small data: numbers that must not depend on how the work is cut, and what a run leaves."""
 
+import dataclasses
 import json
 import math
 import random
@@ -132,16 +133,17 @@ def test_grpo_gradients_do_not_depend_on_micro_batches(launch, task, loss_type):
                               "--max_tokens_per_batch", budget)
     for size in runs.keys() - {12}:
         assert_same(runs[size][1][0], grads[0], 2e-5)
-        assert runs[size][0][0]["loss"] == pytest.approx(metrics[0]["loss"], abs=1e-6)
+        # Advantages of up to 1.5, for LUSPO times 6 tokens, that cancel: 2e-6 of these.
+        assert runs[size][0][0]["loss"] == pytest.approx(metrics[0]["loss"], abs=3e-6)
 
 
 @pytest.mark.parametrize("algo", ["online_dpo", "trpa", "gtpo", "reg_grpo"])
 def test_group_losses_do_not_depend_on_micro_batches(launch, task, algo):
     """Online DPO under gradient accumulation (TRL 1.16 multiplies its gradient by the accumulation steps): a micro-batch of
     three groups, and three of one, with and without images; at the second step too, off the start."""
-    runs = {size: launch("train_grpo", *grpo(task, "--algo", algo), "--max_steps", 2,
+    runs = {size: launch("train_grpo", *grpo(task, "--algo", algo), "--max_steps", 2, "--seed", 1,
                          "--per_device_train_batch_size", size, "--gradient_accumulation_steps", 12 // size)
-            for size in (12, 4)}
+            for size in (12, 4)}  # with seed 0 gtpo's step 2 samples a token that a last bit decides
     (whole, grads), (parts, ours) = runs[12], runs[4]
     assert_same(ours[0], grads[0], 2e-5)
     for a, b in zip(parts, whole):
@@ -346,7 +348,7 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     ("train_dpo", ["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size: must be in [1, inf), got 0"),
     ("train_dpo", ["--device", "tpu"], "invalid choice: 'tpu' (choose from"),
     ("train_grpo", ["--num_iterations", "0"], "--num_iterations: must be in [1, inf)"),
-    ("train_grpo", ["--loss_type", "gpro"], "unknown --loss_type gpro; choose one of grpo"),
+    ("train_grpo", ["--loss_type", "gpro"], "--loss_type: invalid choice: 'gpro' (choose from"),
     ("train_grpo", ["--reward_funcs", "accurcy"], "unknown --reward_funcs accurcy; choose from accuracy, format"),
     ("train_grpo", ["--reward_funcs", "format,a.py:format"], "two --reward_funcs have one name"),
     ("train_grpo", ["--reward_weights", "1"], "2 --reward_funcs but 1 --reward_weights"),
@@ -413,7 +415,7 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     ("train_grpo", ["--algo", "gtpo", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"],
      "must be a multiple of --num_generations 8"),
     ("train_grpo", ["--algo", "reg_grpo", "--beta", "0.1"], "reg_grpo has no --beta"),
-    ("train_grpo", ["--loss_type", ""], "--loss_type names no loss"),
+    ("train_grpo", ["--loss_type", ""], "--loss_type: invalid choice: ''"),
     ("train_dpo", ["--loss_type", ","], "--loss_type names no loss"),
     ("train_grpo", ["--reward_funcs", ""], "--reward_funcs names no function"),
     ("train_grpo", ["--algo", "dgpo", "--reward_weights", "-1", "0"], "dgpo measures difficulty by the highest reward"),
@@ -439,7 +441,7 @@ def test_held_out_pairs_keep_to_the_budget(launch, task, monkeypatch):
 def test_every_number_has_bounds(capsys):
     """A learning rate of nan, or 0 tokens in a batch: numbers were checked one by one, and most were not."""
     for script in SCRIPTS.values():
-        numbers = [a for a in script.build_parser()._actions if a.type is not None]
+        numbers = [a for a in model.parser_of(script.Args)._actions if a.type is not None]
         assert len(numbers) > 30 and not {a.dest for a in numbers if a.type in (int, float)}
         for action in numbers:
             for bad in ("nan", "inf", "-inf", "x"):
@@ -529,7 +531,6 @@ def test_every_preset_trains(launch, task, algo, capsys, folders):
     said = capsys.readouterr().out
     tiny = SCRIPTS[name].TINY_BY_ALGO.get(algo, {})
     for key, value in (SCRIPTS[name].PRESETS[algo] | tiny).items():
-        value = value[0] if key == "loss_type" and name == "train_grpo" else value
         if key in SCRIPTS[name].PRESETS[algo] and key not in ("learning_rate", "mask_truncated_completions"):
             assert f"{key}={value}" in said
     assert len(metrics) == 2 and all(m["grad_norm"] > 0 for m in metrics)
@@ -583,16 +584,28 @@ def test_presets_set_defaults_and_flags_win():
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_shows_defaults(name):
     """Most defaults stood nowhere but in the source; those of 0 got lost, as 0 == False."""
-    text = " ".join(SCRIPTS[name].build_parser().format_help().split())
+    text = " ".join(model.parser_of(SCRIPTS[name].Args).format_help().split())
     for flag, default in (("--weight_decay", "0.0"), ("--seed", "0"), ("--learning_rate", "1e-06"), ("--beta", "0")):
         assert f"(default: {default}" in text.split(f" {flag} ")[-1].split(" --")[0], flag
+
+
+def test_shared_flags_are_the_same():
+    """The flags of both scripts stand in both, so that each reads alone: with the same type, default and help, but for
+    those that mean something of each script's own."""
+    own = {"algo", "dataset", "loss_type", "beta", "per_device_train_batch_size", "max_completion_length"}
+    (ours, types), (theirs, other) = (({f.name: (model.default_of(f), *model.help_of(script.Args)[f.name])
+                                        for f in dataclasses.fields(script.Args)}, script.Args.__annotations__)
+                                      for script in SCRIPTS.values())
+    shared = ours.keys() & theirs.keys() - own
+    assert len(shared) > 40
+    assert {name: (ours[name], types[name]) for name in shared} == {name: (theirs[name], other[name]) for name in shared}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_flag_is_read_and_explained(name):
     """F45: a flag that nothing reads, or without help, is a lie."""
     source = "".join((ROOT / f"{file}.py").read_text() for file in (name, "model", "data"))
-    for action in SCRIPTS[name].build_parser()._actions:
+    for action in model.parser_of(SCRIPTS[name].Args)._actions:
         if action.dest != "help":
             assert action.help, action.dest
             assert f"args.{action.dest}" in source or f'"{action.dest}"' in source, action.dest

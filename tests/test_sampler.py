@@ -300,30 +300,28 @@ def test_frequencies_that_wait_are_not_captured(tmp_path, monkeypatch, kind):
     assert torch.equal(rollout.sample(policy, prompts, [0, 1, 2], **kwargs).completion_ids, plain.completion_ids)
 
 
-def test_bf16_weights_come_and_go(loaded):
+def test_bf16_weights_come_and_go(folders):
     """In bf16 the sampler's forwards run on weights cast once, and packed where oneDNN can, which are the fp32 masters
-    again afterwards, bit for bit, also when the rollout is interrupted; log-probs stay near the trainer's."""
-    policy, processor = loaded("qwen2_5_vl")
+    again afterwards, bit for bit, also when the rollout is interrupted, with the modules' own forwards; log-probs stay near
+    the trainer's."""
+    policy, processor = model.load_policy(str(folders["qwen2_5_vl"]), "bfloat16")
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    forwards = [vars(module).get("forward") for module in policy.hf.modules()]
     seen, prompts = set(), mixed_prompts(policy, processor)
-    hook = policy.hf.get_decoder().layers[0].mlp.register_forward_hook(
+    policy.hf.get_decoder().layers[0].mlp.register_forward_hook(
         lambda module, *_: seen.add((module.gate_proj.weight.dtype, "forward" in vars(module.gate_proj))))
-    policy.dtype = torch.bfloat16
     kwargs = dict(num_generations=4, max_completion_length=12, temperature=1.0, seed=0)
-    try:
-        sampled = rollout.sample(policy, prompts, [0, 1, 2], **kwargs)
-        assert seen == {(torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported())}
-        with pytest.raises(rollout.Interrupted):
-            rollout.sample(policy, prompts, [0, 1, 2], stop=lambda: True, **kwargs)
-        policy.train()
-        gap = (rescored(policy, prompts, sampled, 4, 1.0) - sampled.sampling_logps)[sampled.completion_mask].abs()
-        assert 0 < gap.mean() < 0.05
-    finally:
-        policy.dtype = torch.float32
-        hook.remove()
+    sampled = rollout.sample(policy, prompts, [0, 1, 2], **kwargs)
+    assert seen == {(torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported())}
+    with pytest.raises(rollout.Interrupted):
+        rollout.sample(policy, prompts, [0, 1, 2], stop=lambda: True, **kwargs)
+    policy.train()
+    gap = (rescored(policy, prompts, sampled, 4, 1.0) - sampled.sampling_logps)[sampled.completion_mask].abs()
+    assert 0 < gap.mean() < 0.05
     for name, p in policy.named_parameters():
         assert p.dtype == torch.float32 and torch.equal(p, before[name]), name
-    assert not any({"forward", "product"} & vars(module).keys() for module in policy.hf.modules())
+    for module, forward in zip(policy.hf.modules(), forwards, strict=True):
+        assert vars(module).get("forward") is forward and "product" not in vars(module)
 
 
 def test_sampling_leaves_no_trace(loaded):

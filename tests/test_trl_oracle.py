@@ -15,7 +15,8 @@ import losses
 GOLDENS = json.loads(make_trl_goldens.PATH.read_text())
 INPUTS, CASES = GOLDENS["inputs"], GOLDENS["cases"]
 DIFFERING = {"differs", "micro_batches", "clamp", "equal_rewards", "rloo_empty"}  # groups of section (c)
-TOLERANCE = {"float64": dict(rtol=1e-9, atol=1e-12), "float32": dict(rtol=1e-6, atol=1e-7)}
+# In fp32 TRL's CPU and this one round terms near 1 that cancel: 4 roundings of these, and 40 of what is left.
+TOLERANCE = {"float64": dict(rtol=1e-9, atol=1e-12), "float32": dict(rtol=5e-6, atol=5e-7)}
 
 
 def options(case):
