@@ -49,9 +49,9 @@ def test_a_value_above_its_limit(gap, ok, capsys):
 def test_a_section_that_raises(capsys, tmp_path, monkeypatch):
     """It is one line with the error, the sections after it still run, and the exit code is 1."""
     out = tmp_path / "lines.jsonl"
-    run = gpu.SimpleNamespace(out=out, started=0.0, section="", cuda=False)
+    run = gpu.SimpleNamespace(out=out, started=0.0, section="")
     monkeypatch.setattr(gpu, "RUN", run)
-    monkeypatch.setattr(gpu, "SECTIONS", {"env": lambda: 1 / 0, "flex": lambda: gpu.emit("fine")})
+    monkeypatch.setattr(gpu, "SECTIONS", {"env": lambda: 1 / 0, "flex": lambda: [{"what": "fine"}]})
     gpu.run_part(run, ["env", "flex"], until=float("inf"))
     lines = gpu.read_lines()
     assert [line["section"] for line in lines] == ["env", "flex", "flex"]
