@@ -603,16 +603,6 @@ def draw_shares(sizes: list[int], shares: list[float], num_draws: int, seed: int
     return [next(plans[j]) for j in order]
 
 
-def draw_by_variance(plan, draws, seed: int, share: float, variance: dict):
-    """The rows of these draws: the plan's; at a `share` of them, keyed by (seed, draw), one by the weights
-    {row: variance of its rewards} (MMR1, arXiv 2509.21268, without its score of trajectory diversity)."""
-    rows, total = [int(i) for i in variance], np.cumsum([0.0, *variance.values()])
-    for draw in draws:
-        u, v = np.random.default_rng([seed, draw, 1]).random(2)
-        chosen = np.searchsorted(total[1:-1], v * total[-1], "right")
-        yield rows[chosen] if u < share and total[-1] > 0 else plan[draw]
-
-
 def group_length(group) -> int:
     """Tokens of the prompt plus the longest completion: what must fit the context."""
     prompt, completions = group

@@ -30,6 +30,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads ruin a shared machine
 
+import copy
 import hashlib
 import itertools
 import math
@@ -49,7 +50,7 @@ import data
 import losses
 import model
 import rollout
-from model import Count, Finite, Name, NonNegative, Positive, Share, Size
+from model import Count, Finite, Name, NonNegative, Positive, Size
 
 PRESETS = {
     "sft": dict(loss_type=["sft"], nll_normalization="token", learning_rate=2e-5),
@@ -65,11 +66,7 @@ PRESETS = {
     "discopop": dict(loss_type=["discopop"], beta=0.05, learning_rate=5e-7),  # arXiv 2406.08414
     "apo_zero": dict(loss_type=["apo_zero"], beta=0.1, learning_rate=2e-7),  # arXiv 2408.06266
     "apo_down": dict(loss_type=["apo_down"], beta=0.1, learning_rate=2e-7),  # arXiv 2408.06266
-    "sppo_soft": dict(loss_type=["sppo_soft"], beta=1e-3, learning_rate=5e-7),  # arXiv 2405.00675
-    "madpo": dict(loss_type=["madpo"], beta=0.1, learning_rate=1e-5),  # arXiv 2510.05342, the authors' code
-    "tgdpo": dict(loss_type=["tgdpo"], beta=0.1, learning_rate=7e-7),  # arXiv 2506.14574; needs --guide_model
     "step_dpo": dict(loss_type=["sigmoid"], beta=0.5, num_train_epochs=8.0),  # arXiv 2406.18629; see data.py
-    "modpo": dict(loss_type=["modpo"], beta=0.1),  # arXiv 2310.03708; beta is beta / w_0 here
     # Of these the loss is the paper's; beta and what else stands here are customary values.
     "ipo": dict(loss_type=["ipo"], beta=0.1),  # arXiv 2310.12036
     "slic": dict(loss_type=["hinge"], beta=0.1),  # arXiv 2305.10425
@@ -77,11 +74,6 @@ PRESETS = {
     "aot": dict(loss_type=["aot"], beta=0.1),  # arXiv 2406.05882
     "aot_unpaired": dict(loss_type=["aot_unpaired"], beta=0.1),  # arXiv 2406.05882
     "cdpo": dict(loss_type=["sigmoid"], beta=0.1, label_smoothing=0.1),  # DPO with label noise
-    "wpo": dict(loss_type=["sigmoid"], beta=0.1, use_weighting=True),  # arXiv 2406.11827
-    "ld_dpo": dict(loss_type=["sigmoid"], beta=0.1, ld_alpha=0.5),  # arXiv 2409.06411
-    "dno": dict(loss_type=["dno"], beta=0.1),  # arXiv 2404.03715
-    "lcpo": dict(loss_type=["lcpo"], beta=0.1),  # arXiv 2509.24159
-    "asft": dict(loss_type=["sft", "asft"], loss_weights=[1.0, 0.1]),  # arXiv 2409.10571
     "dpo_norm": dict(loss_type=["sigmoid_norm"], beta=5.0, learning_rate=5e-7),  # arXiv 2411.15124
 }
 # For the tiny model, used when no --model_name_or_path is given.
@@ -96,7 +88,9 @@ TINY_BY_ALGO = {"sft": dict(learning_rate=2e-3, max_steps=100, warmup_steps=20, 
 @dataclass
 class Args:
     # --- what
-    algo: Literal[*PRESETS] = "mpo"  # a preset of the loss flags; a flag given wins
+    algo: list[Name] = field(default_factory=lambda: ["mpo"])  # a preset of the loss flags, a file of papers/
+    # or a path to your own; a flag given wins. Further files add what they bring. Presets: PRESETS; files:
+    # PAPERS
     model_name_or_path: str | None = None  # folder or hub id of a vision-language model; none: a tiny one is
     # built
     # --- data
@@ -119,13 +113,6 @@ class Args:
     nll_normalization: Literal["sequence", "token"] = "sequence"  # the mean in `sft`
     label_smoothing: Annotated[float, "[0, 0.5)"] = 0.0  # share of wrong labels assumed by SMOOTHED
     simpo_gamma: Finite = 0.5  # SimPO's margin gamma (its paper tunes gamma / beta)
-    ld_alpha: Share = 1.0  # LD-DPO: weight of an answer's tokens beyond the other's
-    use_weighting: bool = False  # WPO: weigh pairs by how on-policy they are
-    weight_column: str | None = None  # column of the data that multiplies each pair's losses
-    guide_model: str | None = None  # tgdpo: folder or hub id of the DPO-trained model that weighs the tokens
-    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
-    # of the pull to the reference
-    f_alpha_divergence_coef: Finite = 0.5  # alpha of alpha_divergence
     ref_cache: str = "runs/ref_cache"  # folder of cached reference log-probs
     # --- steps
     per_device_train_batch_size: Size = 8  # pairs (SFT: rows) of a micro-batch
@@ -181,11 +168,15 @@ class Args:
     # install it
     push_to_hub: str | None = None  # OWNER/NAME: upload final/ there at the end; made private if new
 
-    HELP = {"LOSSES": ", ".join(losses.PAIR_LOSSES), "SMOOTHED": ", ".join(sorted(losses.SMOOTHED_LOSSES))}
+    HELP = {"PRESETS": ", ".join(PRESETS), "PAPERS": model.papers_for("train_dpo.py"),
+            "LOSSES": ", ".join(losses.PAIR_LOSSES),
+            "SMOOTHED": ", ".join(sorted(losses.which(losses.PAIR_LOSSES, smoothed=True)))}
 
     def __post_init__(self):
         model.check_shared(self)
         check_losses(self)
+        for check in model.hooks(self, "check"):
+            check(self)
 
 
 def parse_args(argv):
@@ -196,9 +187,9 @@ def check_losses(args):
     """Losses and options that do not go together, or that would change nothing, are a ValueError."""
     if not args.loss_type:
         raise ValueError("--loss_type names no loss")
-    unknown = [name for name in args.loss_type if name not in losses.PREFERENCE_LOSSES]
+    unknown = [name for name in args.loss_type if name not in (*losses.PAIR_LOSSES, "sft")]
     if unknown:
-        known = ", ".join(losses.PREFERENCE_LOSSES)
+        known = ", ".join([*losses.PAIR_LOSSES, "sft"])
         raise ValueError(f"unknown --loss_type {unknown[0]}; choose from {known}")
     args.loss_weights = args.loss_weights or [1.0] * len(args.loss_type)
     if len(args.loss_weights) != len(args.loss_type):
@@ -206,46 +197,44 @@ def check_losses(args):
     if len(set(args.loss_type)) < len(args.loss_type):
         raise ValueError(f"a --loss_type stands twice in {' '.join(args.loss_type)}; give it one weight")
     given, pairs = set(args.loss_type), set(args.loss_type) - {"sft"}
-    if args.label_smoothing and not given & losses.SMOOTHED_LOSSES:
+    smoothed, sorting = (losses.which(losses.PAIR_LOSSES, **{kind: True}) for kind in ("smoothed", "sorts"))
+    if args.label_smoothing and not given & smoothed:
         raise ValueError(f"--label_smoothing is not used by {', '.join(args.loss_type)}, only by "
-                         f"{', '.join(sorted(losses.SMOOTHED_LOSSES))}")
+                         f"{', '.join(sorted(smoothed))}")
     if "exo_pair" in given and args.label_smoothing == 0:
         raise ValueError("exo_pair needs --label_smoothing above 0 (1e-3, say): it takes its logarithm")
-    without = ", ".join(sorted(given - losses.F_DIVERGENCE_LOSSES - {"sft"}))
-    if args.f_divergence_type != "reverse_kl" and (without or not pairs):
-        raise ValueError(f"--f_divergence_type does nothing to {without or 'sft'}; it is for "
-                         f"{', '.join(sorted(losses.F_DIVERGENCE_LOSSES))}")
-    for flag in ("use_weighting", "weight_column"):
-        if getattr(args, flag) and (not pairs or given & losses.SORTING_LOSSES):
-            raise ValueError(f"--{flag} weighs pairs: not sft, nor aot and aot_unpaired, which sort them "
-                             "apart")
-    if args.ld_alpha != 1 and (not pairs or "tgdpo" in given):
-        raise ValueError("--ld_alpha compares the lengths of a pair: sft has none, tgdpo has its own weights")
+    if model.hooks(args, "pair_weights") and (not pairs or given & sorting):
+        raise ValueError(f"--algo {' '.join(args.algo)} weighs pairs: not sft, nor aot and aot_unpaired, "
+                         "which sort them apart")
     model.changes_nothing(args, {
         name: f"without {what}" for name, what, used in (
             ("beta", "a pair loss", pairs), ("simpo_gamma", "--loss_type simpo", "simpo" in given),
             ("bco_delta", "--loss_type bco_pair", "bco_pair" in given),
-            ("nll_normalization", "--loss_type sft", "sft" in given),
-            ("f_alpha_divergence_coef", "--f_divergence_type alpha_divergence",
-             args.f_divergence_type == "alpha_divergence")) if not used})
-    if ("tgdpo" in given) != (args.guide_model is not None):
-        raise ValueError("tgdpo needs --guide_model, a model trained by DPO, and nothing else takes it")
+            ("nll_normalization", "--loss_type sft", "sft" in given)) if not used})
+
+
+def columns_of(args) -> dict[str, tuple[float, float]]:
+    """{column: (lowest, highest)} of the numbers that the losses and --algo's files take from the data."""
+    found = {}
+    for name in args.loss_type:
+        found |= losses.PAIR_LOSSES[name].columns if name != "sft" else {}
+    for columns in model.hooks(args, "columns"):
+        found |= columns(args)
+    return found
 
 
 def check_columns(args, train_rows, eval_rows):
-    """The numbers that losses, --weight_column and --sort_by take from the data, in every row of it."""
-    needs = {c: f"--loss_type {name}" for name in args.loss_type for c in losses.COLUMNS_OF.get(name, ())}
-    for column, why in needs.items():
-        data.check_numbers(itertools.chain(train_rows, eval_rows), column, *losses.COLUMNS[column], why)
-    if args.weight_column is not None:
+    """The numbers that losses, --algo's files and --sort_by take from the data, in every row of it."""
+    needs = columns_of(args)
+    for column, bounds in needs.items():
         rows = itertools.chain(train_rows, eval_rows)
-        data.check_numbers(rows, args.weight_column, 0, 1e6, "--weight_column")
+        data.check_numbers(rows, column, *bounds, f"--algo {' '.join(args.algo)}")
     if args.sort_by is not None:
         data.check_numbers(train_rows, args.sort_by, -1e300, 1e300, "--sort_by")
-    used = {*needs, args.weight_column, args.sort_by}
-    for column in sorted({*losses.COLUMNS, "weight"} & train_rows[0].keys() - used):
-        if args.dataset is not None and os.environ.get("RANK", "0") == "0":
-            print(f"warning: {train_rows[0]['_source']}: nothing uses the column {column}", file=sys.stderr)
+    known = {"margin", "chosen_probs", "chosen_probs_win", "chosen_probs_lose", "weight"}
+    for column in sorted(known & train_rows[0].keys() - {*needs, args.sort_by}):
+        if args.dataset is not None:
+            model.warn(f"{train_rows[0]['_source']}: nothing uses the column {column}")
 
 
 # --- reference log-probs, computed once and kept on disk
@@ -321,56 +310,65 @@ class ReferenceCache:
 def score_groups(args, policy, groups, references, state):
     """One micro-batch -> ({loss: (sum, count)}, {metric: (sum, count)}). Chosen and rejected alternate.
 
-    references: the ReferenceCaches of reference and guide, as far as the losses take them."""
+    references: {"ref": ReferenceCache, ...}, of the reference and of further models, as the losses need."""
     batch = model.to_device(policy.pack(groups, args.share_prompt), policy.device)
-    logps, _, log_sum_sq_probs = policy(batch, entropies=False,
-                                        sums_of_squares=args.use_weighting)                     # (N, T)
+    squares = any(model.hooks(args, "SUMS_OF_SQUARES"))
+    logps, _, log_sum_sq_probs = policy(batch, entropies=False, sums_of_squares=squares)        # (N, T)
     mask = batch["completion_mask"]
-    options = dict(
-        beta=args.beta, delta=state["delta"], eta=state["eta"], label_smoothing=args.label_smoothing,
-        simpo_gamma=args.simpo_gamma, nll_normalization=args.nll_normalization, ld_alpha=args.ld_alpha,
-        f_divergence_type=args.f_divergence_type, f_alpha_divergence_coef=args.f_alpha_divergence_coef)
-    if len(groups[0][1]) == 1:  # sft alone: no rejected answers were read
-        return losses.preference_losses(args.loss_type, logps, mask, **options)
-    arguments = [logps[0::2], mask[0::2], logps[1::2], mask[1::2]]                              # (B, T) each
-    for reference in references:
-        ref_logps = reference.logps(groups, batch)                                              # (N, T)
-        arguments += [ref_logps[0::2], ref_logps[1::2]]
+    scores = {"logps": logps, "mask": mask}
+    scores |= {f"{name}_logps": cache.logps(groups, batch) for name, cache in references.items()}
+    scores |= {"log_sum_sq_probs": log_sum_sq_probs} if squares else {}
 
-    def column(name):
-        return torch.tensor([float(prompt.row[name]) for prompt, _ in groups], device=mask.device)  # (B,)
+    pairs = len(groups[0][1]) == 2  # else sft alone: no rejected answers were read
+    chosen = {name: x[0::2] if pairs else x for name, x in scores.items()}                      # (B, T) each
+    B, tokens = len(chosen["mask"]), chosen["mask"].sum()
+    nll = -losses.masked_sum(chosen["logps"].detach(), chosen["mask"]).sum()
+    terms, metrics = {}, {"nll": (nll, tokens), "logps/chosen": (-nll, B)}
+    if "sft" in args.loss_type:
+        terms["sft"] = losses.nll_loss(chosen["logps"], chosen["mask"], normalization=args.nll_normalization)
+    if not pairs:
+        return terms, metrics
 
-    options["columns"] = {c: column(c) for name in args.loss_type for c in losses.COLUMNS_OF.get(name, ())}
-    if args.weight_column is not None:
-        options["pair_weights"] = column(args.weight_column)
-    if args.use_weighting:
-        weights = losses.wpo_weights(logps, log_sum_sq_probs, mask)                             # (N,)
-        options["pair_weights"] = options.get("pair_weights", 1.0) * weights[0::2] * weights[1::2]
-    return losses.preference_losses(args.loss_type, *arguments, **options)
+    pair = losses.pair_of(chosen, {name: x[1::2] for name, x in scores.items()})
+    for log_ratios in model.hooks(args, "log_ratios"):
+        pair |= log_ratios(pair, args)
+    columns = {c: torch.tensor([float(prompt.row[c]) for prompt, _ in groups], device=mask.device)
+               for c in columns_of(args)}                                                       # (B,) each
+    weights = None
+    for pair_weights in model.hooks(args, "pair_weights"):
+        weights = pair_weights(pair, args, columns) * (1.0 if weights is None else weights)     # (B,)
+    options = vars(args) | state | columns
+    options.pop("loss_type")
+    pair_terms, pair_metrics = losses.preference_losses(
+        [name for name in args.loss_type if name != "sft"], pair, pair_weights=weights, **options)
+    for more in model.hooks(args, "metrics"):
+        pair_metrics |= more(pair, **options)
+    return terms | pair_terms, metrics | pair_metrics
 
 
-def load_guide(args, policy, processor, device):
-    """TGDPO's guide, to be scored once like the reference and then let go."""
-    guide, own = model.load_policy(args.guide_model, args.dtype, device, shard_size=args.shard_size)
+def load_scorer(args, path, policy, processor, device):
+    """A further model, to be scored once like the reference and then let go."""
+    scorer, own = model.load_policy(path, args.dtype, device, shard_size=args.shard_size)
     if own.tokenizer.get_vocab() != processor.tokenizer.get_vocab():
-        raise model.InputError(f"--guide_model {args.guide_model} has another vocabulary than the policy")
-    guide.filler = policy.filler
-    return guide
+        raise model.InputError(f"{path} has another vocabulary than the policy")
+    scorer.filler = policy.filler
+    return scorer
 
 
 def start_value(args, name: str) -> str:
     """What a loss must be before the first step: the policy is the reference, every log-ratio is 0."""
-    if name in losses.REFERENCE_FREE:
+    loss = losses.PAIR_LOSSES.get(name)
+    if loss is None or not loss.reference:
         return "the starting policy's own value"
-    if args.use_weighting or args.weight_column:
+    if model.hooks(args, "pair_weights"):
         return "weighted"
-    if name in losses.COLUMNS_OF:
+    if loss.columns:
         return "of the rows' columns"
-    zero, one = torch.zeros(1), torch.ones(1)
-    value = losses.PAIR_LOSSES[name](  # of any f-divergence, too: its score of a log-ratio of 0 is 0
-        zero, zero, beta=args.beta, delta=0.0, label_smoothing=args.label_smoothing, s_w=zero, s_l=zero,
-        n_w=one, n_l=one, discopop_tau=0.05, eta=0.9, guided_w=zero, guided_l=zero)
-    return f"{value.item():.4f}"
+    further = [f"{scorer}_logps" for scorers in model.hooks(args, "scorers") for scorer in scorers(args)]
+    side = dict.fromkeys(["logps", "ref_logps", *further], torch.zeros(1, 1))
+    pair = losses.pair_of(*[side | {"mask": torch.ones(1, 1, dtype=torch.bool)}] * 2)
+    state = {"bco_shift": 0.0} | {k: v for m in args.methods for k, v in getattr(m, "STATE", {}).items()}
+    return f"{loss.term(**pair, **vars(args), **state).item():.4f}"
 
 
 def main(argv=None):
@@ -470,11 +468,14 @@ def main(argv=None):
                       "(rank 0, training rows)", flush=True)
         return cache
 
-    references = [cached(policy, "reference")] if set(args.loss_type) - losses.REFERENCE_FREE else []
-    asked = bool(references) and stop.agreed()
-    if args.guide_model is not None and not asked:
-        references.append(cached(load_guide(args, policy, processor, device), "guide"))
+    references, asked = {}, False
+    if any(losses.PAIR_LOSSES[name].reference for name in args.loss_type if name != "sft"):
+        references["ref"] = cached(policy, "reference")
         asked = stop.agreed()
+    further = [item for scorers in model.hooks(args, "scorers") for item in scorers(args).items()]
+    for name, path in further if not asked else ():
+        references[name] = cached(load_scorer(args, path, policy, processor, device), name)
+        asked = asked or stop.agreed()
     if asked:  # what was computed is on disk, and there is nothing else to lose
         return model.end_run(output_dir, rank, "stopped", None, rewards)
     if args.preflight or args.preflight is None and device.type == "cuda":
@@ -534,8 +535,8 @@ def main(argv=None):
 
     # --- what a checkpoint holds besides weights and optimizer. Data order and randomness follow from step.
     #     pending: metrics of `step` that still wait for their evaluation
-    state = {"step": 0, "pending": {"step": 0}, "delta": 0.0, "eta": 0.9, "start": {}, "end": {},
-             "skipped": 0}
+    state = {"step": 0, "pending": {"step": 0}, "bco_shift": 0.0, "start": {}, "end": {}, "skipped": 0}
+    state |= copy.deepcopy({k: v for m in args.methods for k, v in getattr(m, "STATE", {}).items()})
     saver, _ = model.restore(args, output_dir, resumed, state, policy, optimizer, scheduler, rank)
 
     def close_step(metrics) -> bool:
@@ -562,7 +563,7 @@ def main(argv=None):
         return goal is not None and state["end"].get("eval/accuracy", -1) >= goal
 
     stopped = state["pending"] is not None and close_step(state["pending"])
-    progress = tqdm(total=max_steps, initial=state["step"], desc=args.algo,
+    progress = tqdm(total=max_steps, initial=state["step"], desc=" ".join(args.algo),
                     disable=None if rank == 0 else True)
     model.set_status(output_dir, rank, "running", state["step"])
     updates = encoded(train_rows, places_from(state["step"]), rank_rows)
@@ -603,21 +604,20 @@ def main(argv=None):
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # 4. everything below is diagnostics, except that BCO's shift and LCPO's share move by this step
+        # 4. everything below is diagnostics, except that BCO's shift and --algo's STATE move by this step
         means = {key: total / count for key, (total, count) in model.all_reduce_sums(sums, device).items()}
         metrics = {"step": step + 1, "epoch": (step + 1) * step_rows / len(train_rows),
                    "loss": sum(weight * means[f"loss/{name}"] for name, weight in weighted),
                    "grad_norm": grad_norm, "learning_rate": learning_rate,
                    "update_skipped": float(not math.isfinite(grad_norm)), **means}
         if "bco_pair" in args.loss_type:
-            metrics["bco_delta"] = state["delta"]  # the one that this step used
+            metrics["bco_delta"] = state["bco_shift"]  # the one that this step used
             mean_reward = (means["rewards/chosen"] + means["rewards/rejected"]) / 2
             if math.isfinite(mean_reward):
-                state["delta"] = losses.next_bco_delta(state["delta"], mean_reward, step, args.bco_delta)
-        if "lcpo" in args.loss_type:
-            metrics["lcpo_eta"] = state["eta"]
-            if math.isfinite(means["lcpo_posterior"]):
-                state["eta"] = losses.next_lcpo_eta(state["eta"], means["lcpo_posterior"])
+                state["bco_shift"] = losses.next_bco_delta(state["bco_shift"], mean_reward, step,
+                                                           args.bco_delta)
+        for after_step in model.hooks(args, "after_step"):
+            after_step(state, metrics)
         if rank == 0 and step == 0:
             tqdm.write("step 1 must start at: " + ", ".join(
                 f"{name} {means[f'loss/{name}']:.4f} (expected {start_value(args, name)})"

@@ -36,13 +36,13 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads ruin a shared machine
 
+import copy
 import math
 import sys
 import time
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from typing import Annotated, Literal
 
@@ -77,28 +77,18 @@ PRESETS = {
     "rloo": dict(loss_type="grpo", importance_sampling_level="sequence_sum", advantage_estimator="rloo",
                  kl_in_reward=True, kl_estimator="k1", beta=0.03),  # arXiv 2402.14740
     "gdpo": dict(loss_type="grpo", advantage_estimator="gdpo"),  # arXiv 2601.05242
-    "ngrpo": dict(loss_type="grpo", advantage_estimator="ngrpo", epsilon=0.16,
-                  epsilon_high=0.24),  # arXiv 2509.18851
-    "dgpo": dict(loss_type="dapo", advantage_estimator="dgpo"),  # arXiv 2601.20614
-    "gmpo": dict(loss_type="gmpo", epsilon=0.4),  # arXiv 2507.20673
-    "gtpo": dict(loss_type="gtpo", scale_rewards="none"),  # arXiv 2508.03772
     "online_dpo": dict(loss_type="sigmoid", advantage_estimator="none", beta=0.1),  # arXiv 2402.04792
-    "copg": dict(loss_type="copg", advantage_estimator="none", beta=0.1),  # arXiv 2406.19185, beta is ours
-    "trpa": dict(loss_type="trpa", advantage_estimator="none", beta=0.1),  # arXiv 2504.04524
-    "disco": dict(loss_type="disco", advantage_estimator="none"),  # arXiv 2505.12366
-    "reg_grpo": dict(loss_type="reg_grpo", advantage_estimator="none"),  # arXiv 2506.07464
 }
 # Updates that a rollout is cut into: GSPO's paper has four; what else corrects for old samples gets as many
-# here, the other presets take one.
-UPDATES_PER_ROLLOUT = dict.fromkeys(
-    ("gspo", "gspo_token", "sapo", "luspo", "vespo", "ngrpo", "gmpo", "disco", "reg_grpo"), 4)
+# here, the other presets take one. A file of papers/ says its own UPDATES.
+UPDATES_PER_ROLLOUT = dict.fromkeys(("gspo", "gspo_token", "sapo", "luspo", "vespo"), 4)
 # For the tiny model, used when no --model_name_or_path is given. At temperature 1 one seed of three ceased to
 # try one of the six answers, and stayed at 0.85; at 1.25 none did.
 TINY_DEFAULTS = dict(learning_rate=3e-4, temperature=1.25, per_device_train_batch_size=256, max_steps=75,
                      eval_steps=25, warmup_steps=5, adam_beta2=0.95, lr_scheduler_type="constant",
                      max_completion_length=24, per_device_eval_batch_size=256)
-TINY_BY_ALGO = {algo: dict(learning_rate=2e-4, per_device_train_batch_size=64, max_steps=150)
-                for algo in UPDATES_PER_ROLLOUT}
+TINY_OF_FOUR = dict(learning_rate=2e-4, per_device_train_batch_size=64, max_steps=150)
+TINY_BY_ALGO = dict.fromkeys(UPDATES_PER_ROLLOUT, TINY_OF_FOUR)
 
 
 CORRECTIONS = "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
@@ -107,7 +97,9 @@ CORRECTIONS = "none", "token_truncate", "token_mask", "sequence_truncate", "sequ
 @dataclass
 class Args:
     # --- what
-    algo: Literal[*PRESETS] = "grpo"  # a preset of the loss flags; a flag given wins
+    algo: list[Name] = field(default_factory=lambda: ["grpo"])  # a preset of the loss flags, a file of
+    # papers/ or a path to your own; a flag given wins. Further files add what they bring. Presets: PRESETS;
+    # files: PAPERS
     model_name_or_path: str | None = None  # folder or hub id of a vision-language model; none: a tiny one is
     # built
     # --- data
@@ -126,14 +118,13 @@ class Args:
     # path/to/file.py:function; spaces or commas
     reward_weights: list[Finite] | None = None  # one per reward; default 1, 0.1 for format
     missing_eos_penalty: NonNegative = 0.0  # off the reward of answers cut at the limit
-    advantage_estimator: Literal["grpo", "rloo", "gdpo", "ngrpo", "dgpo", "none"] = "grpo"  # baseline: the
-    # group's mean (grpo), its other completions (rloo), per reward function (gdpo), with a virtual best
-    # (ngrpo), by difficulty (dgpo); none: the reward, for losses of a group
+    advantage_estimator: str = "grpo"  # baseline: the group's mean (grpo), its other completions (rloo), per
+    # reward function (gdpo); none: the reward, for losses of a group; or what --algo's files bring
     scale_rewards: Literal["group", "batch", "none"] | None = None  # whose std divides grpo's advantages;
     # default group
     # --- loss
-    loss_type: Literal[*dict.fromkeys([*losses.POLICY_LOSSES, *losses.GROUP_LOSSES])] = "grpo"  # the loss of
-    # a token, and the mean: POLICY_LOSSES; of a group: GROUP_LOSSES
+    loss_type: str = "grpo"  # the loss of a token, and the mean: POLICY_LOSSES; of a group: GROUP_LOSSES; or
+    # what --algo's files bring
     importance_sampling_level: Literal[losses.RATIO_LEVELS] = "token"  # the ratio: GRPO's, GSPO's,
     # GSPO-token's, RLOO's
     epsilon: NonNegative = 0.2  # ratio clipped below at 1 - epsilon
@@ -142,17 +133,11 @@ class Args:
     delta: Annotated[float, "(1, inf)"] | None = None  # upper bound of the ratio also for negative advantages
     beta: NonNegative = 0.0  # weight of the KL to the starting policy; 0: no reference
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of the KL per token
-    sync_ref_model: bool = False  # let the reference follow the policy
-    ref_model_mixup_alpha: Share = 0.6  # a sync: alpha * policy + rest * reference
-    ref_model_sync_steps: Size = 512  # optimizer steps between syncs
     use_bias_correction_kl: bool = True  # multiply the KL by the ratio: then k1's and k3's gradient is the
     # KL's, but for the ratio of level sequence
     kl_in_reward: bool = False  # take beta * KL off the rewards, as RLOO does
     entropy_coef: Finite = 0.0  # weight of the bonus for mean token entropy
-    top_entropy_quantile: Annotated[float, "(0, 1]"] = 1.0  # share of tokens, by entropy, trained
     mask_truncated_completions: bool = False  # no gradient from answers that met the length limit
-    off_policy_mask_threshold: NonNegative | None = None  # drop completions of negative advantage whose mean
-    # log-prob fell by more than this since they were sampled
     importance_sampling_correction: Literal[CORRECTIONS] | None = None  # weigh by trainer / sampler
     # probabilities; default none, with a server TRL's sequence_mask
     importance_sampling_clip_max: Positive = 3.0  # largest such weight: cut, or 0
@@ -161,8 +146,6 @@ class Args:
     # rollout.VLLMServer says, it must see --output_dir under the same path
     dynamic_sampling: Count = 0  # at most so many more rounds of prompts until each group of the batch has
     # rewards that differ (DAPO); costs a rollout a round
-    variance_sampling: Annotated[float, "[0, 1)"] = 0.0  # share of the prompts, drawn by how much their
-    # rewards varied when last sampled (MMR1: 0.5)
     num_generations: Annotated[int, "[2, inf)"] = 8  # G, completions per prompt
     max_completion_length: Size = 256  # tokens sampled at most
     temperature: Positive = 1.0  # of sampling; every log-prob is taken at it
@@ -225,12 +208,15 @@ class Args:
     # install it
     push_to_hub: str | None = None  # OWNER/NAME: upload final/ there at the end; made private if new
 
-    HELP = {"REWARDS": ", ".join(BUILT_IN), "POLICY_LOSSES": ", ".join(losses.POLICY_LOSSES),
+    HELP = {"PRESETS": ", ".join(PRESETS), "PAPERS": model.papers_for("train_grpo.py"),
+            "REWARDS": ", ".join(BUILT_IN), "POLICY_LOSSES": ", ".join(losses.POLICY_LOSSES),
             "GROUP_LOSSES": ", ".join(losses.GROUP_LOSSES), "FOUR_UPDATES": ", ".join(UPDATES_PER_ROLLOUT)}
 
     def __post_init__(self):
         model.check_shared(self)
         check_args(self)
+        for check in model.hooks(self, "check"):
+            check(self)
 
 
 def parse_args(argv):
@@ -239,13 +225,13 @@ def parse_args(argv):
 
 def check_loss(args):
     """Combinations that contradict each other are refused; that change what is optimised, warned of."""
-    loss, level, preset = args.loss_type, args.importance_sampling_level, getattr(args, "preset", {})
-    reductions = losses.POLICY_LOSSES | dict.fromkeys(losses.GROUP_LOSSES, (None, "group"))
-
-    def warn(text):
-        if os.environ.get("RANK", "0") == "0":
-            print("warning:", text, file=sys.stderr)
-
+    loss, level, preset, warn = args.loss_type, args.importance_sampling_level, args.preset, model.warn
+    for flag, known in (("loss_type", [*losses.POLICY_LOSSES, *losses.GROUP_LOSSES]),
+                        ("advantage_estimator", list(losses.ADVANTAGES))):
+        if getattr(args, flag) not in known:
+            raise ValueError(f"unknown --{flag} {getattr(args, flag)!r}; choose from {', '.join(known)}")
+    of_group = losses.GROUP_LOSSES.get(loss)
+    term, mean, clips = losses.POLICY_LOSSES.get(loss, (None, None, None))
     if args.advantage_estimator == "grpo":
         args.scale_rewards = args.scale_rewards or "group"
     elif args.scale_rewards not in (None, preset.get("scale_rewards")):
@@ -253,7 +239,7 @@ def check_loss(args):
                      f"{args.advantage_estimator} has its own")
     else:
         args.scale_rewards = None
-    kl_in_loss = args.beta and loss in losses.POLICY_LOSSES and not args.kl_in_reward
+    kl_in_loss = args.beta and not of_group and not args.kl_in_reward
     if kl_in_loss and args.kl_estimator == "k1" and not args.use_bias_correction_kl:
         warn("the gradient of k1 without the ratio is 0 on average: --beta does nothing. k2 has the KL's")
     if kl_in_loss and args.kl_estimator == "k1" and args.use_bias_correction_kl and level == "sequence":
@@ -264,58 +250,45 @@ def check_loss(args):
     if args.kl_in_reward and not args.beta:
         raise ValueError("--kl_in_reward needs --beta above 0, its weight")
     for name in ("kl_in_reward", "missing_eos_penalty"):
-        if getattr(args, name) and args.advantage_estimator == "gdpo":
-            raise ValueError(f"--{name} cannot go with gdpo, which never sums the rewards it would be taken "
-                             "off")
-    if loss in losses.GROUP_LOSSES and args.advantage_estimator != "none":
+        if getattr(args, name) and not losses.ADVANTAGES[args.advantage_estimator].of_sums:
+            raise ValueError(f"--{name} cannot go with {args.advantage_estimator}, which never sums the "
+                             "rewards it would be taken off")
+    if of_group and args.advantage_estimator != "none":
         raise ValueError(f"--loss_type {loss} compares rewards: it needs --advantage_estimator none")
-    if loss not in losses.GROUP_LOSSES and args.advantage_estimator == "none":
+    if not of_group and args.advantage_estimator == "none":
         raise ValueError("--advantage_estimator none is for --loss_type "
                          f"{', '.join(losses.GROUP_LOSSES)}; got {loss}")
-    if loss in losses.GROUP_LOSSES:
+    if of_group:
         neutral = dict(importance_sampling_level="token", importance_sampling_correction="none",
-                       top_entropy_quantile=1, off_policy_mask_threshold=None,
                        mask_truncated_completions=False, kl_in_reward=False)
         for name, value in neutral.items():
             if getattr(args, name) != value:
                 raise ValueError(f"--loss_type {loss} compares whole completions: --{name} does not go with "
                                  "it")
-        if bool(args.beta) == (loss in ("disco", "reg_grpo")):
+        if bool(args.beta) != of_group.reference:
             why = "has no --beta" if args.beta else "needs --beta above 0"
             raise ValueError(f"--loss_type {loss} {why}")
-    if args.sync_ref_model and not args.beta:
-        raise ValueError("--sync_ref_model needs --beta above 0")
-    if args.delta is not None and (reductions[loss][0] is not losses.clipped_term
-                                   or args.delta <= 1 + args.epsilon_high):
-        clipped = ", ".join(n for n, (term, _) in reductions.items() if term is losses.clipped_term)
+    if args.delta is not None and (term is not losses.clipped_term or args.delta <= 1 + args.epsilon_high):
+        clipped = ", ".join(losses.which(losses.POLICY_LOSSES, term=losses.clipped_term))
         raise ValueError(f"--delta must be above 1 + epsilon_high, and is for --loss_type {clipped}")
-    if loss == "gmpo" and (level != "token" or args.top_entropy_quantile < 1):
-        raise ValueError("gmpo builds the ratio of the whole sequence itself: it takes "
-                         "--importance_sampling_level token, and no --top_entropy_quantile")
     if loss == "vespo" and (level != "token" or args.importance_sampling_correction.startswith("sequence")):
-        raise ValueError("vespo builds the ratio of the whole sequence itself: it takes --importance_sampling_"
-                         "level token, --importance_sampling_correction none or token_*")
-    if level in ("sequence", "sequence_sum") and reductions[loss][1] in ("token", "constant", "micro_batch"):
+        raise ValueError("vespo builds the ratio of the whole sequence itself: it takes "
+                         "--importance_sampling_level token and --importance_sampling_correction none or "
+                         "token_*")
+    if level in ("sequence", "sequence_sum") and mean in ("token", "constant", "micro_batch"):
         warn(f"{loss} sums over tokens, so with one ratio a sequence (--importance_sampling_level {level}) "
              "each completion weighs as much as it is long; GSPO is --loss_type grpo")
-    if args.top_entropy_quantile < 1 and level in ("sequence", "sequence_sum"):
-        warn(f"with one ratio a sequence (--importance_sampling_level {level}) a token's gradient is spread "
-             "over its completion: --top_entropy_quantile only weighs completions")
-    clips = {name for name, (term, _) in losses.POLICY_LOSSES.items()
-             if term in (losses.clipped_term, losses.gmpo_term)}
-    if loss in clips and args.epsilon_high >= 1:
+    if clips and args.epsilon_high >= 1:
         warn(f"--epsilon_high {args.epsilon_high:g} lets the ratio rise to {1 + args.epsilon_high:g}"
-             + (": it is cispo's" if args.algo == "cispo" else ""))
+             + (": it is cispo's" if args.algo[0] == "cispo" else ""))
     no_kl = "without --beta in a loss of tokens"
     model.changes_nothing(args, {
         name: why for name, why, used in (
-            ("epsilon", f"in --loss_type {loss}", loss in clips),
+            ("epsilon", f"in --loss_type {loss}", clips),
             ("epsilon_high", f"in --loss_type {loss}",
-             loss in clips or loss == "cispo" or args.epsilon_high == args.epsilon),
-            ("kl_estimator", no_kl, args.beta and loss in losses.POLICY_LOSSES),
+             clips or loss == "cispo" or args.epsilon_high == args.epsilon),
+            ("kl_estimator", no_kl, args.beta and not of_group),
             ("use_bias_correction_kl", f"{no_kl}, or with --kl_in_reward", kl_in_loss),
-            ("ref_model_sync_steps", "without --sync_ref_model", args.sync_ref_model),
-            ("ref_model_mixup_alpha", "without --sync_ref_model", args.sync_ref_model),
             ("importance_sampling_clip_max", "without --importance_sampling_correction",
              args.importance_sampling_correction != "none")) if not used})
     if loss == "luspo" and level != "sequence":
@@ -357,10 +330,9 @@ def check_args(args):
                      f"but {len(args.reward_weights)} --reward_weights")
     if not any(args.reward_weights):
         raise ValueError("--reward_weights are all 0: there is nothing to train on")
-    if args.advantage_estimator == "dgpo" and max(args.reward_weights) <= 0:
-        raise ValueError("dgpo measures difficulty by the highest reward: a --reward_weights must be above 0")
     ga, size, G = args.gradient_accumulation_steps, args.per_device_train_batch_size, args.num_generations
-    args.steps_per_generation = args.steps_per_generation or ga * UPDATES_PER_ROLLOUT.get(args.algo, 1)
+    updates = max([UPDATES_PER_ROLLOUT.get(args.algo[0], 1), *model.hooks(args, "UPDATES")])
+    args.steps_per_generation = args.steps_per_generation or ga * updates
     if args.steps_per_generation % ga:
         enough = ga * math.ceil(args.steps_per_generation / ga)
         raise ValueError(f"--steps_per_generation {args.steps_per_generation} must be a multiple of "
@@ -369,7 +341,7 @@ def check_args(args):
         raise ValueError(f"an update of {size} x {ga} completions (per_device_train_batch_size x "
                      f"gradient_accumulation_steps) must hold whole groups of --num_generations {G}; "
                      f"{math.ceil(size * ga / G) * G} completions would")
-    if args.loss_type in (*losses.GROUP_LOSSES, "gtpo") and size % G:
+    if (args.loss_type in losses.GROUP_LOSSES or any(model.hooks(args, "WHOLE_GROUPS"))) and size % G:
         raise ValueError(f"--loss_type {args.loss_type} compares the completions of a group: "
                      f"--per_device_train_batch_size {size} must be a multiple of --num_generations {G}")
 
@@ -415,10 +387,6 @@ def main(argv=None):
     if rank == 0:
         print(f"rollout: {prompts_per_rollout} prompts x {G} completions, {steps_per_rollout} updates each; "
               f"{rollouts} rollouts, {max_steps} steps", flush=True)
-        if args.variance_sampling:
-            print("variance sampling: no rollout more, but an epoch leaves out "
-                  f"{args.variance_sampling:.0%} of its rows, for rows whose last rewards varied")
-
     # --- policy, the prompts that it will meet, reference, optimizer
     source = model.start_model(args, output_dir, rank)
     policy, processor = model.load_policy(source, args.dtype, device, args.gradient_checkpointing,
@@ -467,14 +435,9 @@ def main(argv=None):
     optimizer, scheduler, parameters = model.make_optimizer(args, policy, max_steps)
     rewards.wait_until_ready()
     weights = torch.tensor(args.reward_weights, dtype=torch.float64)                          # (functions,)
-    policy_loss = partial(
-        losses.policy_loss, loss_type=args.loss_type, epsilon=args.epsilon, epsilon_high=args.epsilon_high,
-        importance_sampling_level=args.importance_sampling_level, delta=args.delta,
-        beta=0.0 if args.kl_in_reward else args.beta, kl_estimator=args.kl_estimator,
-        use_bias_correction_kl=args.use_bias_correction_kl)
-    if args.loss_type in losses.GROUP_LOSSES:
-        policy_loss = partial(losses.group_loss, loss_type=args.loss_type, num_generations=G, beta=args.beta,
-                              kl_estimator=args.kl_estimator)
+    policy_loss = losses.group_loss if args.loss_type in losses.GROUP_LOSSES else losses.policy_loss
+    flags = vars(args) | {"beta": 0.0 if args.kl_in_reward else args.beta}  # what losses take by name
+    row_of = next(iter(model.hooks(args, "row_of")), None)  # which rows come next, if not the plan's
 
     server, sample = None, rollout.sample
     if args.vllm_server_base_url is not None:
@@ -516,13 +479,13 @@ def main(argv=None):
     # --- what a checkpoint holds besides weights and optimizer. Data order and randomness follow from step.
     #     pending: metrics of `step` that still wait for their evaluation; rows: the rollout being used;
     #     draws: its prompts' draw numbers, of all ranks; next_draw: the first of the next rollout;
-    #     variance, measured: {row: variance of its rewards} as known before this rollout, and in it
+    #     and the STATE of --algo's files
     state = {"step": 0, "pending": {"step": 0}, "start": {}, "end": {}, "skipped": 0,
-             "draws": [], "next_draw": 0, "variance": {}, "measured": {}, "initial_entropy": None,
-             "rollout_sums": {}}
+             "draws": [], "next_draw": 0, "rollout_sums": {}}
+    state |= copy.deepcopy({k: v for m in args.methods for k, v in getattr(m, "STATE", {}).items()})
     stop, rows = model.Stop(args.max_hours), {}
     saver, parts = model.restore(args, output_dir, resumed, state, policy, optimizer, scheduler, rank,
-                                 ref if args.sync_ref_model else None)
+                                 ref if any(model.hooks(args, "MOVES_REFERENCE")) else None)
 
     def close_step(metrics) -> bool:
         """Held-out rows, the log, a checkpoint, each when it is due. True if the run was asked to stop."""
@@ -546,7 +509,7 @@ def main(argv=None):
         return stopping
 
     def rows_drawn(draws):
-        return data.draw_by_variance(plan, draws, args.seed, args.variance_sampling, state["variance"])
+        return [plan[draw] for draw in draws] if row_of is None else row_of(args, plan, draws, state)
 
     def share_of(draws):
         """This rank's among a rollout's draw numbers: its slice of every update, so that the ranks together
@@ -585,7 +548,7 @@ def main(argv=None):
     candidates = []  # dynamic sampling: the groups drawn so far for this rollout, of all ranks
     stopped = state["pending"] is not None and close_step(state["pending"])
     recent, silent_until = deque(maxlen=20), {}  # metrics of the latest steps; no warning twice in 100 steps
-    progress = tqdm(total=max_steps, initial=state["step"], desc=args.algo,
+    progress = tqdm(total=max_steps, initial=state["step"], desc=" ".join(args.algo),
                     disable=None if rank == 0 else True)
     model.set_status(output_dir, rank, "running", state["step"])
 
@@ -597,12 +560,13 @@ def main(argv=None):
         if update == 0:
             # 1. sample G completions for each of this rank's P prompts of the rollout, N = P * G in all
             #    and score them
-            state["variance"] |= state["measured"]
+            for before_rollout in model.hooks(args, "before_rollout"):
+                before_rollout(state)
             first = state["next_draw"] + sum(len(part["draws"]) for part in candidates)
             following = first + prompts_per_rollout
             drawn = range(first, following)
-            if first != due or args.variance_sampling:  # what is measured here says which rows come next
-                last = first if args.variance_sampling else len(plan) - prompts_per_rollout
+            if first != due or row_of is not None:  # what is measured here says which rows come next
+                last = first if row_of is not None else len(plan) - prompts_per_rollout
                 starts = range(first, last + 1, prompts_per_rollout)
                 coming = prompts_of(d for i in starts for d in share_of(range(i, i + prompts_per_rollout)))
             draws, due = share_of(drawn), following
@@ -628,15 +592,15 @@ def main(argv=None):
                 break
 
             rows = sampled._asdict() | {"draws": torch.tensor(draws)}
-            if args.dynamic_sampling or args.variance_sampling:
+            if args.dynamic_sampling or row_of is not None:
                 columns = rows | {f"score {k}": row for k, row in enumerate(scores)}
                 candidates += model.all_gather_object(columns)
                 drawn, accepted, following, found = choose_groups(candidates, weights, G, prompts_per_rollout,
                                                                  args.advantage_estimator)
                 if accepted < prompts_per_rollout and len(candidates) <= args.dynamic_sampling * world_size:
                     continue  # another round
-                if args.variance_sampling:
-                    state["measured"] = dict(zip(map(str, rows_drawn(found)), found.values()))
+                for after_rollout in model.hooks(args, "after_rollout"):
+                    after_rollout(state, dict(zip(rows_drawn(found), found.values())))
                 draws, tried = share_of(drawn), following - state["next_draw"]
                 prompts = policy.see(list(prompts_of(draws)))
                 rows, candidates = rows_of_draws(candidates, draws, G), []
@@ -677,7 +641,7 @@ def main(argv=None):
                                            scale_rewards=args.scale_rewards, penalty=everyone[-1])
             rows["advantages"] = advantages[rank * len(texts):][:len(texts)].float()      # (N,)
             state["rollout_sums"] = model.all_reduce_sums(sums, device)
-            if args.dynamic_sampling or args.variance_sampling:
+            if args.dynamic_sampling or row_of is not None:
                 state["rollout_sums"]["frac_groups_accepted"] = accepted, tried
             if rank == 0:  # the first rollout after held-out rows is also shown
                 show = state["step"] % args.eval_steps < steps_per_rollout
@@ -701,10 +665,10 @@ def main(argv=None):
             micro = model.to_device(micro, device)
             logps, entropies, _ = policy(micro, args.temperature)                         # (n, T), (n, T)
             mask, old_logps = micro["completion_mask"], micro.get("old_logps", logps.detach())
-            loss, metrics = policy_loss(
-                logps, old_logps, micro["advantages"], mask, ref_logps=micro.get("ref_logps"),
-                entropies=entropies, initial_entropy=state["initial_entropy"] or math.inf,
-                **weigh_tokens(args, logps, old_logps, entropies, micro))
+            token_weights = weigh_tokens(args, logps, old_logps, entropies, micro)
+            loss, metrics = policy_loss(logps, old_logps, micro["advantages"], mask,
+                                        ref_logps=micro.get("ref_logps"), entropies=entropies,
+                                        **flags | state | token_weights)
             loss = loss / count
             if args.entropy_coef:
                 loss = loss - args.entropy_coef * losses.masked_sum(entropies, mask).sum() / tokens
@@ -720,11 +684,8 @@ def main(argv=None):
         if math.isfinite(grad_norm):  # else skipped, on all ranks
             optimizer.step()
         state["step"] = step = state["step"] + 1
-        if args.sync_ref_model and step % args.ref_model_sync_steps == 0:
-            alpha = args.ref_model_mixup_alpha
-            with torch.no_grad():
-                for theirs, ours in zip(ref.parameters(), policy.parameters(), strict=True):
-                    theirs.mul_(1 - alpha).add_(ours, alpha=alpha)
+        for after_update in model.hooks(args, "after_update"):
+            after_update(args, policy, ref, step)
         state["skipped"] = model.count_skipped(grad_norm, state["skipped"], output_dir, rank, step,
                                                [p.row for p in prompts[update % updates * share:][:share]])
         scheduler.step()
@@ -737,7 +698,8 @@ def main(argv=None):
                    "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate,
                    "update_skipped": float(not math.isfinite(grad_norm)),
                    **{k: s / n for k, (s, n) in sums.items() if n}}
-        state["initial_entropy"] = state["initial_entropy"] or metrics.get("entropy")
+        for after_step in model.hooks(args, "after_step"):
+            after_step(state, metrics)
         gap = metrics.get("sampling/sampling_logp_difference/mean", 0.0)  # none where all tokens are masked
         if server is not None and update == 0 and gap > 0.2:
             raise server.error(f"its log-probs differ from the trainer's by {gap:.3g} a token: its weights "
@@ -806,14 +768,14 @@ def choose_groups(parts, weights, G, count, estimator="grpo"):
     """Dynamic sampling: (draw numbers of the `count` groups to train on, how many of them have weighted
     rewards that differ, the next rollout's first draw). The first that differ, in the order of draws,
     whichever rank drew them; if they are too few, the first of the others fill up. And {draw: variance of its
-    group's rewards}: p (1 - p) for rewards of 0 and 1, 0 if they do not differ. NGRPO learns from groups that
-    are all wrong, too: there they count as well."""
+    group's rewards}: p (1 - p) for rewards of 0 and 1, 0 if they do not differ. An estimator that learns from
+    groups whose rewards are all alike (NGRPO) says which of them count as well."""
     variance, useful = {}, {}
     for part in parts:
         scores = torch.stack([part[name] for name in part if name.startswith("score ")])
         deviations, _ = losses.centred(losses.weighted_rewards(scores, weights), G)               # (P, G)
-        signal = (losses.advantages("ngrpo", scores, weights, G).view(-1, G) if estimator == "ngrpo"
-                  else deviations)                                                                # (P, G)
+        signal = (losses.advantages(estimator, scores, weights, G).view(-1, G)                    # (P, G)
+                  if losses.ADVANTAGES[estimator].flat_groups else deviations)
         variance |= zip(part["draws"].tolist(), deviations.square().mean(-1).tolist())
         useful |= zip(part["draws"].tolist(), signal.ne(0).any(-1).tolist())
     variance = dict(sorted(variance.items()))
@@ -830,15 +792,9 @@ def weigh_tokens(args, logps, old_logps, entropies, micro) -> dict:
         weighing["correction"] = losses.sampler_correction(
             old_logps, micro["sampling_logps"], mask, args.importance_sampling_correction,
             args.importance_sampling_clip_max)
-    if args.top_entropy_quantile < 1:
-        weighing["keep"] = losses.top_entropy_mask(entropies, mask, args.top_entropy_quantile)
-    if args.off_policy_mask_threshold is not None:
-        ours = losses.off_policy_mask(logps, micro["sampling_logps"], micro["advantages"], mask,
-                                      args.off_policy_mask_threshold)
-        weighing["keep"] = ours & weighing.get("keep", mask)
-    if args.loss_type == "gtpo":
-        ids, A, G = micro["completion_ids"], micro["advantages"], args.num_generations
-        weighing["keep"] = losses.gtpo_weights(ids, A, mask, G) * weighing.get("keep", mask)
+    for weigh in model.hooks(args, "weigh"):
+        weights = weigh(args, micro, logps, old_logps, entropies)
+        weighing["keep"] = weights if "keep" not in weighing else weights * weighing["keep"]
     return weighing
 
 
