@@ -2260,6 +2260,66 @@ def forget_after(output_dir: Path, rank: int, step: int):
         write_atomically(file, "".join(kept))
 
 
+class Run:
+    """One training run: who it is among the ranks, its folder, and what the loops ask of it.
+
+        say, log            a line on the screen; a line of metrics.jsonl, on the screen and to the tracker
+        stop, stopping      whether this rank was asked to stop; whether any was (all ranks must call it)
+        restore, save       checkpoints: state, weights, optimizer, and the rollout in use
+        finish              final/, or how to go on
+
+    `done`: the run in that folder had ended already. Nothing else may be asked of it then.
+    """
+
+    def __init__(self, args):
+        self.args = args
+        self.rank, self.world_size, self.device = init_distributed(args.device, args.deterministic)
+        self.folder, self.resumed = open_run(args, self.rank, self.world_size)
+        self.done = self.resumed and is_done(args, self.folder, self.rank)
+        if not self.done:
+            self.report = Report(args, self.folder, self.rank)
+
+    def say(self, text: str):
+        """Print it once, on rank 0; a progress bar stays whole."""
+        if self.rank == 0:
+            tqdm.write(text)
+
+    def log(self, metrics: dict, shown: tuple[str, ...]):
+        log_step(metrics, self.folder, self.rank, shown)
+        self.report(metrics)
+
+    def listen(self):
+        """From here on SIGTERM, SIGINT and --max_hours ask to stop, where they would have ended the run."""
+        self.stop = Stop(self.args.max_hours)
+
+    def stopping(self) -> bool:
+        """Whether any rank was asked to stop. All ranks must call this."""
+        return self.stop.agreed()
+
+    def restore(self, state: dict, policy, optimizer, scheduler, ref=None) -> list[dict]:
+        """Fill `state`, weights and optimizer from the newest checkpoint, or from --resume PATH.
+        -> the rows of the rollout in use, of each rank that wrote them; [] for none."""
+        self.saver, parts = restore(self.args, self.folder, self.resumed, state, policy, optimizer, scheduler,
+                                    self.rank, ref)
+        return parts
+
+    def running(self, step: int):
+        """From here on the folder holds results: other flags are refused there."""
+        set_status(self.folder, self.rank, "running", step)
+
+    def save(self, state: dict, rows: dict | None = None, last: bool = False):
+        """checkpoints/step_N; rows: the rollout in use. last: the run ends here, so it must not fail."""
+        self.saver.save(state, rows or {}, last)
+
+    def stopped(self, step: int | None, rewards=None):
+        """The run was asked to stop: say how to go on, and end its ranks. step None: before the first."""
+        end_run(self.folder, self.rank, "stopped", step, rewards)
+
+    def finish(self, policy, processor, source: str, state: dict, rewards=None):
+        """final/, its card, how the held-out rows fared, status done, the end of the ranks."""
+        finish_run(self.args, policy, processor, source, self.folder, self.rank, state, rewards)
+
+
 class Interrupted(Exception):
     """Raised out of a long pass that holds no collective, when the run is asked to stop."""
 

@@ -37,6 +37,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads ruin a shared machine
 
 import copy
+import functools
 import math
 import sys
 import time
@@ -44,7 +45,7 @@ from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -358,369 +359,490 @@ def check_solution(row, reward_funcs):
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, world_size, device = model.init_distributed(args.device, args.deterministic)
-    output_dir, resumed = model.open_run(args, rank, world_size)
-    if resumed and model.is_done(args, output_dir, rank):
+    run = model.Run(args)
+    if run.done:
         return
-    report = model.Report(args, output_dir, rank)
-    names = [name.rpartition(":")[2] for name in args.reward_funcs]
     rewards = rollout.RewardRunner(args.reward_funcs, args.reward_timeout)  # starts while the model loads
-
-    # --- sizes. A rollout serves `updates` optimizer steps, num_iterations times over
-    G = args.num_generations
-    updates = args.steps_per_generation // args.gradient_accumulation_steps
-    completions_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps  # per rank
-    prompts_per_rank = completions_per_update * updates // G
-    prompts_per_rollout = prompts_per_rank * world_size
-    steps_per_rollout = updates * args.num_iterations
-    share = completions_per_update // G  # prompts of an update, per rank
-    copies = 1 if args.share_prompt else G  # of a prompt in a micro-batch of whole groups
-
-    # --- data
     need = ("prompt", "solution") if NEED_SOLUTION & set(args.reward_funcs) else ("prompt",)
     train_rows, eval_rows = data.rows_of_run(args, need)
-    if args.sort_by is not None:
-        data.check_numbers(train_rows, args.sort_by, -1e300, 1e300, "--sort_by")
-    rollouts = args.num_train_epochs * len(train_rows) / prompts_per_rollout
-    max_steps = args.max_steps if args.max_steps > 0 else math.ceil(rollouts) * steps_per_rollout
-    rollouts = math.ceil(max_steps / steps_per_rollout)
-    if rank == 0:
-        print(f"rollout: {prompts_per_rollout} prompts x {G} completions, {steps_per_rollout} updates each; "
-              f"{rollouts} rollouts, {max_steps} steps", flush=True)
-    # --- policy, the prompts that it will meet, reference, optimizer
-    source = model.start_model(args, output_dir, rank)
-    policy, processor = model.load_policy(source, args.dtype, device, args.gradient_checkpointing,
-                                          args.freeze_vision_tower, args.shard_size, lora=args)
-    for note in policy.notes if rank == 0 else []:
-        print(f"{policy.hf.config.model_type}: {note}", flush=True)
-    ref = None
-    if args.beta and args.lora_r:
-        ref = policy  # with its adapter off
-    elif args.beta:
-        ref, _ = model.load_policy(source, args.dtype, device, shard_size=args.shard_size)
-        ref.requires_grad_(False)
-    if world_size > 1 and hasattr(processor, "image_processor"):
-        filler = data.encode_prompt(policy, processor, data.shapes_rows(1, 0, "train")[0])
-        policy.filler = policy.see([filler])[0]
-
-    def encode(row):
-        return data.encode_prompt(policy, processor, row)
-
-    def length_of(row):
-        check_solution(row, args.reward_funcs)
-        return len(encode(row).tokens)
-
-    limit = data.length_limit(policy, None) - args.max_completion_length
-    if limit < 1:
-        raise model.InputError(f"--max_completion_length {args.max_completion_length} leaves no room for a "
-                               f"prompt in the model's context of {data.length_limit(policy, None)} tokens")
-    limit = limit if args.max_prompt_length is None else min(limit, args.max_prompt_length)
-    most_draws = rollouts * prompts_per_rollout * (1 + args.dynamic_sampling)
-    plan, longest = data.check_rows(train_rows, most_draws, args.seed, args.overlong, limit, rank, world_size,
-                                    length_of, args.sort_by, args.dataloader_num_workers)
-    if rank == 0:
-        data.show_sample(processor, (encode(train_rows[plan[0]]), []))
-    eval_rows = data.check_eval_rows(eval_rows, limit, rank, world_size, length_of,
-                                     args.dataloader_num_workers)
-    if args.preflight or args.preflight is None and device.type == "cuda":
-        answer = torch.full((args.max_completion_length,), policy.pad_id)
-        size, count = args.per_device_train_batch_size, math.ceil(args.per_device_train_batch_size / G)
-        if args.max_tokens_per_batch is not None:
-            group = copies * len(encode(train_rows[longest[0]]).tokens) + G * args.max_completion_length
-            size, count = G, max(1, args.max_tokens_per_batch // group)
-        largest = [encode(train_rows[i]) for i in (longest * count)[:count]]
-        groups = [(prompt, [answer] * min(G, size - k * G if args.max_tokens_per_batch is None else G))
-                  for k, prompt in enumerate(largest)]
-        model.preflight(policy, groups, args.temperature, rank, args.share_prompt)
-    optimizer, scheduler, parameters = model.make_optimizer(args, policy, max_steps)
+    sizes = sizes_of(args, run.world_size, len(train_rows))
+    run.say(f"rollout: {sizes.prompts_per_rollout} prompts x {args.num_generations} completions, "
+            f"{sizes.steps_per_rollout} updates each; {sizes.rollouts} rollouts, {sizes.max_steps} steps")
+    source, policy, processor, ref = load_models(args, run)
+    prompts = Prompts(args, run, sizes, policy, processor, train_rows, eval_rows)
+    if args.preflight or args.preflight is None and run.device.type == "cuda":
+        preflight(args, run, policy, prompts)
+    optimizer, scheduler, parameters = model.make_optimizer(args, policy, sizes.max_steps)
     rewards.wait_until_ready()
-    weights = torch.tensor(args.reward_weights, dtype=torch.float64)                          # (functions,)
+    server = start_server(args, run)
     policy_loss = losses.group_loss if args.loss_type in losses.GROUP_LOSSES else losses.policy_loss
     flags = vars(args) | {"beta": 0.0 if args.kl_in_reward else args.beta}  # what losses take by name
-    row_of = next(iter(model.hooks(args, "row_of")), None)  # which rows come next, if not the plan's
 
-    server, sample = None, rollout.sample
-    if args.vllm_server_base_url is not None:
-        server = rollout.VLLMServer(args.vllm_server_base_url, output_dir / "vllm_weights", data.chat_request)
-        sample = server.sample
-        if rank == 0:
-            print(f"rollouts by vLLM {server.version}, --importance_sampling_correction "
-                  f"{args.importance_sampling_correction}; held-out answers by the own sampler", flush=True)
-
-    def evaluate(step):
-        """Means over the held-out rows; None if the run is asked to stop meanwhile."""
-        if not eval_rows:
-            return {}
-        prompts = data.in_order(lambda i: encode(eval_rows[i]), range(len(eval_rows)),
-                                args.dataloader_num_workers, args.per_device_eval_batch_size)
-        with model.gathered(policy), stop.passes():
-            texts, scores = rollout.evaluate(
-                policy, processor, eval_rows, range(rank, rank + len(eval_rows) * world_size, world_size),
-                prompts, rewards, temperature=args.eval_temperature,
-                max_completion_length=args.max_completion_length, batch_size=args.per_device_eval_batch_size,
-                seed=args.seed, step=step, num_generations=args.num_generations_eval,
-                rollout_tokens=args.rollout_tokens, stop=stop)
-        if stop.agreed():
-            return None
-        total = losses.weighted_rewards(scores, weights)
-        sums = {"eval/reward": (total.nansum(), (~total.isnan()).sum())}
-        for name, row in zip(names, scores):
-            key = "eval/accuracy" if name == "accuracy" else f"eval/rewards/{name}/mean"
-            sums[key] = (row.nansum(), (~row.isnan()).sum())
-            if name == "accuracy":
-                sums |= rollout.pass_at_k(row, args.num_generations_eval)
-        means = {k: s / n for k, (s, n) in model.all_reduce_sums(sums, device).items() if n}
-        if rank == 0:
-            rollout.save_completions(output_dir / "completions" / f"eval_{step}.jsonl", eval_rows, texts,
-                                     dict(zip(names, scores)))
-            tqdm.write(f"held-out, step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
-        return means
-
-    # --- what a checkpoint holds besides weights and optimizer. Data order and randomness follow from step.
-    #     pending: metrics of `step` that still wait for their evaluation; rows: the rollout being used;
-    #     draws: its prompts' draw numbers, of all ranks; next_draw: the first of the next rollout;
-    #     and the STATE of --algo's files
-    state = {"step": 0, "pending": {"step": 0}, "start": {}, "end": {}, "skipped": 0,
-             "draws": [], "next_draw": 0, "rollout_sums": {}}
+    # What a checkpoint holds besides weights, optimizer and the rollout in use. Data order and randomness
+    # follow from step.  pending: metrics of `step` that still wait for their evaluation;
+    # draws: the rollout's draw numbers, of all ranks; next_draw: the first of the next rollout
+    state = {"step": 0, "pending": {"step": 0}, "start": {}, "end": {}, "skipped": 0, "draws": [],
+             "next_draw": 0, "rollout_sums": {}}
     state |= copy.deepcopy({k: v for m in args.methods for k, v in getattr(m, "STATE", {}).items()})
-    stop, rows = model.Stop(args.max_hours), {}
-    saver, parts = model.restore(args, output_dir, resumed, state, policy, optimizer, scheduler, rank,
-                                 ref if any(model.hooks(args, "MOVES_REFERENCE")) else None)
-
-    def close_step(metrics) -> bool:
-        """Held-out rows, the log, a checkpoint, each when it is due. True if the run was asked to stop."""
-        step = metrics["step"]
-        unfinished = rows if step % steps_per_rollout else {}
-        if step == 0 or step % args.eval_steps == 0 or step == max_steps:
-            means = evaluate(step)
-            if means is None:
-                saver.save(state | {"pending": metrics}, unfinished, last=True)
-                return True
-            metrics |= means
-            state["end"], state["start"] = means, state["start"] or means
-        model.log_step(metrics, output_dir, rank, (
-            "reward", *(f"rewards/{name}/mean" for name in names), "reward_std", "frac_reward_zero_std",
-            "loss", "grad_norm", "entropy", "kl", "clip_ratio/region_mean", "completions/mean_length",
-            "completions/clipped_ratio", "step_time", "eval/accuracy"))
-        report(metrics)
-        stopping = stop.agreed()
-        if stopping or step % args.save_steps == 0 and step > 0:
-            saver.save(state | {"pending": None}, unfinished, last=stopping)
-        return stopping
-
-    def rows_drawn(draws):
-        return [plan[draw] for draw in draws] if row_of is None else row_of(args, plan, draws, state)
-
-    def share_of(draws):
-        """This rank's among a rollout's draw numbers: its slice of every update, so that the ranks together
-        make the updates of one rank."""
-        return [draws[(update * world_size + rank) * share + i]
-                for update in range(updates) for i in range(share)]
-
-    def prompts_of(draws):
-        """The prompts of these draws, one by one; a rollout's are prepared ahead."""
-        return data.in_order(lambda i: encode(train_rows[i]), rows_drawn(draws), args.dataloader_num_workers,
-                             prompts_per_rank)
-
-    def cut(prompts, rows):
-        """For each update its micro-batches of packed rows; one smaller than G holds slices of a group."""
-        lengths = rows["completion_mask"].sum(-1).view(-1, G).sum(-1)                             # (P,)
-        sizes = [copies * len(p.tokens) + int(n) for p, n in zip(prompts, lengths)]
-        size, found = args.per_device_train_batch_size, []
-        for i in range(0, len(prompts), share):
-            whole = range(i * G, (i + share) * G)
-            parts = [whole[k:k + size] for k in range(0, len(whole), size)]
-            if args.max_tokens_per_batch is not None:
-                spans = model.spans_within(sizes[i:i + share], args.max_tokens_per_batch)
-                parts = [whole[start * G:stop * G] for start, stop in spans]
-            found.append([make_micro_batch(args, policy, prompts, rows, part) for part in parts])
-        return found
-
-    if state["step"] % steps_per_rollout and not parts:
-        raise model.InputError(f"the checkpoint of step {state['step']} holds no rollout, but must here; "
-                               "it is of another algorithm, or of other --steps_per_generation")
-    if parts:  # in the middle of a rollout
-        draws = share_of(state["draws"])
-        prompts = policy.see(list(prompts_of(draws)))
-        rows = rows_of_draws(parts, draws, G)
-        updates_of_rollout = cut(prompts, rows)
-    coming, due = None, None  # the prompts from the draw `due` on
-    candidates = []  # dynamic sampling: the groups drawn so far for this rollout, of all ranks
-    stopped = state["pending"] is not None and close_step(state["pending"])
+    run.listen()
+    moving = ref if any(model.hooks(args, "MOVES_REFERENCE")) else None
+    parts = run.restore(state, policy, optimizer, scheduler, moving)
+    batch = resume_rollout(args, prompts, policy, state, parts, sizes)
+    held_out = functools.partial(evaluate, args, run, policy, processor, prompts, rewards)
+    stopped = state["pending"] is not None and end_step(args, run, sizes, held_out, state, state["pending"],
+                                                        batch)
+    run.running(state["step"])
     recent, silent_until = deque(maxlen=20), {}  # metrics of the latest steps; no warning twice in 100 steps
-    progress = tqdm(total=max_steps, initial=state["step"], desc=" ".join(args.algo),
-                    disable=None if rank == 0 else True)
-    model.set_status(output_dir, rank, "running", state["step"])
+    progress = tqdm(total=sizes.max_steps, initial=state["step"], desc=" ".join(args.algo),
+                    disable=None if run.rank == 0 else True)
 
     # ----------------------------------------------------------------------------------------------- the loop
-    while state["step"] < max_steps and not stopped:
-        number, update = divmod(state["step"], steps_per_rollout)
-        if not candidates:
-            began, rollout_time, failed, scored = time.perf_counter(), 0.0, 0, 0
-        if update == 0:
-            # 1. sample G completions for each of this rank's P prompts of the rollout, N = P * G in all
-            #    and score them
-            for before_rollout in model.hooks(args, "before_rollout"):
-                before_rollout(state)
-            first = state["next_draw"] + sum(len(part["draws"]) for part in candidates)
-            following = first + prompts_per_rollout
-            drawn = range(first, following)
-            if first != due or row_of is not None:  # what is measured here says which rows come next
-                last = first if row_of is not None else len(plan) - prompts_per_rollout
-                starts = range(first, last + 1, prompts_per_rollout)
-                coming = prompts_of(d for i in starts for d in share_of(range(i, i + prompts_per_rollout)))
-            draws, due = share_of(drawn), following
-            prompts = policy.see(list(islice(coming, len(draws))))
-            if server is not None and not candidates:
-                server.push(policy, processor, source, rank)
-            with stop.passes():
-                with model.gathered(policy) if server is None else nullcontext():
-                    sampled = sample(
-                        policy, prompts, draws, num_generations=G, temperature=args.temperature,
-                        max_completion_length=args.max_completion_length, seed=args.seed, top_k=args.top_k,
-                        top_p=args.top_p, min_p=args.min_p, rollout_tokens=args.rollout_tokens, stop=stop)
-                texts = rollout.decode(processor, sampled)
-                rollout_time = time.perf_counter() - began
-                scores = rewards.score(
-                    texts, [p.row for p in prompts for _ in range(G)], state["step"] + 1,
-                    completion_ids=rollout.id_lists(sampled),
-                    max_completion_length=[args.max_completion_length] * len(texts))      # (functions, N)
-                failed, scored = failed + rewards.failed, scored + scores.numel()
-            if stop.agreed():  # the rollout is dropped: drawn again, it will be the same
-                saver.save(state | {"pending": None}, {}, last=True)
+    while state["step"] < sizes.max_steps and not stopped:
+        began, update = time.perf_counter(), state["step"] % sizes.steps_per_rollout
+        first_update = update == 0
+        if first_update:
+            # 1. a rollout: G completions for each of this rank's P prompts, N = P * G, and their rewards
+            batch = collect(args, run, sizes, policy, processor, source, prompts, rewards, server, state)
+            if batch is None:  # asked to stop: the rollout is dropped, and drawn again it will be the same
+                run.save(state | {"pending": None}, last=True)
                 stopped = True
                 break
 
-            rows = sampled._asdict() | {"draws": torch.tensor(draws)}
-            if args.dynamic_sampling or row_of is not None:
-                columns = rows | {f"score {k}": row for k, row in enumerate(scores)}
-                candidates += model.all_gather_object(columns)
-                drawn, accepted, following, found = choose_groups(candidates, weights, G, prompts_per_rollout,
-                                                                 args.advantage_estimator)
-                if accepted < prompts_per_rollout and len(candidates) <= args.dynamic_sampling * world_size:
-                    continue  # another round
-                for after_rollout in model.hooks(args, "after_rollout"):
-                    after_rollout(state, dict(zip(rows_drawn(found), found.values())))
-                draws, tried = share_of(drawn), following - state["next_draw"]
-                prompts = policy.see(list(prompts_of(draws)))
-                rows, candidates = rows_of_draws(candidates, draws, G), []
-                scores = torch.stack([rows.pop(f"score {k}") for k in range(len(names))])
-                sampled = rollout.Rollout(*(rows[field] for field in rollout.Rollout._fields))
-                texts = rollout.decode(processor, sampled)
-            state |= {"draws": list(drawn), "next_draw": following}
-
-            # 2. group rows, and the log-probs that the loss compares with, (N, T), 0 where nothing is trained
-            updates_of_rollout, passes = cut(prompts, rows), {}
-            if steps_per_rollout > 1 or args.kl_in_reward:  # else `old` is the training pass's
-                passes["old_logps"] = policy
+            # 2. the log-probs that the loss compares with, (N, T), 0 where nothing is trained
+            if sizes.steps_per_rollout > 1 or args.kl_in_reward:  # else `old` is the training pass's own
+                batch["old_logps"] = logps_of(args, policy, batch, run.device)
             if ref is not None:
-                passes["ref_logps"] = ref
-            rows |= {name: torch.zeros(rows["sampling_logps"].shape) for name in passes}
-            scored_rows = []  # on the device, until all passes are under way
-            with torch.no_grad():
-                for micro in (micro for update in updates_of_rollout for micro in update):
-                    batch = model.to_device(micro, device)
-                    for name, scorer in passes.items():
-                        with model.adapter_off(scorer) if name == "ref_logps" else nullcontext():
-                            logps, *_ = scorer(batch, args.temperature, entropies=False)          # (n, T')
-                        scored_rows.append((name, micro["rows"], logps))
-            for name, indices, logps in scored_rows:
-                rows[name][indices, :logps.shape[1]] = logps.cpu()
-            if ref is not None and world_size > 1:
-                ref.reshard()  # after a pass without backward FSDP leaves the root unit whole
+                with model.adapter_off(ref):
+                    batch["ref_logps"] = logps_of(args, ref, batch, run.device)
+                if run.world_size > 1:
+                    ref.reshard()  # after a pass without backward FSDP leaves the root unit whole
 
-            # 3. advantages come from the whole rollout, that of all ranks
-            sums = rollout_metrics(names, scores, weights, sampled, G) | {"rewards/failed": (failed, scored)}
-            minus = args.missing_eos_penalty * sampled.truncated.double()                         # (N,)
-            if args.kl_in_reward:
-                kl = losses.kl_penalty(rows["old_logps"], rows["ref_logps"], args.kl_estimator)   # (N, T)
-                minus += args.beta * kl.sum(-1)
-                sums["kl"] = kl.sum(), sum(m["completion_mask"].sum() for u in updates_of_rollout for m in u)
-            everyone = model.all_gather(torch.cat([scores, minus[None]]), device)    # (functions+1, ranks*N)
-            advantages = losses.advantages(args.advantage_estimator, everyone[:-1], weights, G,
-                                           scale_rewards=args.scale_rewards, penalty=everyone[-1])
-            rows["advantages"] = advantages[rank * len(texts):][:len(texts)].float()      # (N,)
-            state["rollout_sums"] = model.all_reduce_sums(sums, device)
-            if args.dynamic_sampling or row_of is not None:
-                state["rollout_sums"]["frac_groups_accepted"] = accepted, tried
-            if rank == 0:  # the first rollout after held-out rows is also shown
-                show = state["step"] % args.eval_steps < steps_per_rollout
-                rollout.save_completions(
-                    output_dir / "completions" / f"step_{state['step'] + 1}.jsonl",
-                    [p.row for p in prompts], texts,
-                    dict(zip(names, scores)) | {"advantage": rows["advantages"]},
-                    f"step {state['step'] + 1}, best and worst" if show else None)
-
-        mine = [with_rows(micro, rows) for micro in updates_of_rollout[update % updates]]
+            # 3. advantages (N,), from the rollout of all ranks
+            batch["advantages"] = advantages_of(args, run, batch, state)
+            save_completions(args, run, sizes, batch, state)
 
         # 4. what the loss, and the entropy bonus, are divided by, over all micro-batches and ranks
+        mine = [with_rows(micro, batch) for micro in batch["micro_batches"][update % sizes.updates]]
         counts = (sum(losses.policy_loss_count(args.loss_type, m["completion_mask"],
-                                               args.max_completion_length, m["advantages"], G) for m in mine),
+                                               args.max_completion_length, m["advantages"],
+                                               args.num_generations) for m in mine),
                   sum(int(m["completion_mask"].sum()) for m in mine))
-        count, tokens = (max(n, 1) for n in model.all_reduce_sums({"n": counts}, device)["n"])
+        count, tokens = (max(n, 1) for n in model.all_reduce_sums({"n": counts}, run.device)["n"])
 
-        # 5. gradients, step
+        # 5. gradients of the update's micro-batches, one step
         sums = {}
         for micro in mine:
-            micro = model.to_device(micro, device)
+            micro = model.to_device(micro, run.device)
             logps, entropies, _ = policy(micro, args.temperature)                         # (n, T), (n, T)
             mask, old_logps = micro["completion_mask"], micro.get("old_logps", logps.detach())
-            token_weights = weigh_tokens(args, logps, old_logps, entropies, micro)
+            weights = weigh_tokens(args, logps, old_logps, entropies, micro)
             loss, metrics = policy_loss(logps, old_logps, micro["advantages"], mask,
                                         ref_logps=micro.get("ref_logps"), entropies=entropies,
-                                        **flags | state | token_weights)
+                                        **flags | state | weights)
             loss = loss / count
             if args.entropy_coef:
                 loss = loss - args.entropy_coef * losses.masked_sum(entropies, mask).sum() / tokens
-            (loss * world_size).backward()
-            metrics["loss"] = (loss.detach(), 0)
-            metrics["entropy"] = (entropies.detach().sum(), mask.sum())
-            gap = (old_logps - micro["sampling_logps"]).abs()                             # (n, T)
-            metrics["sampling/sampling_logp_difference/mean"] = losses.masked_sum(gap, mask).sum(), mask.sum()
-            metrics["sampling/sampling_logp_difference/tail"] = (mask & (gap > 0.2)).sum(), mask.sum()
+            (loss * run.world_size).backward()  # FSDP averages gradients over the ranks
+            metrics |= {"loss": (loss.detach(), 0), "entropy": (entropies.detach().sum(), mask.sum())}
+            metrics |= sampler_gap(old_logps, micro["sampling_logps"], mask)
             model.add_sums(sums, metrics)
         grad_norm = model.clip_grad_norm_(parameters, args.max_grad_norm)
         learning_rate = scheduler.get_last_lr()[0]
         if math.isfinite(grad_norm):  # else skipped, on all ranks
             optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
         state["step"] = step = state["step"] + 1
         for after_update in model.hooks(args, "after_update"):
             after_update(args, policy, ref, step)
-        state["skipped"] = model.count_skipped(grad_norm, state["skipped"], output_dir, rank, step,
-                                               [p.row for p in prompts[update % updates * share:][:share]])
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
+        state["skipped"] = model.count_skipped(grad_norm, state["skipped"], run.folder, run.rank, step,
+                                               rows_of_update(batch, update % sizes.updates, sizes))
 
-        # 6. everything below is diagnostics
-        sums = state["rollout_sums"] | model.all_reduce_sums(sums, device)
+        # 6. metrics of the step, held-out rows, the log, a checkpoint
+        sums = state["rollout_sums"] | model.all_reduce_sums(sums, run.device)
         loss = sums.pop("loss")[0]
-        metrics = {"step": step, "epoch": state["next_draw"] / len(train_rows),
-                   "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate,
+        metrics = {"step": step, "epoch": state["next_draw"] / len(train_rows), "loss": loss,
+                   "grad_norm": grad_norm, "learning_rate": learning_rate,
                    "update_skipped": float(not math.isfinite(grad_norm)),
                    **{k: s / n for k, (s, n) in sums.items() if n}}
         for after_step in model.hooks(args, "after_step"):
             after_step(state, metrics)
-        gap = metrics.get("sampling/sampling_logp_difference/mean", 0.0)  # none where all tokens are masked
-        if server is not None and update == 0 and gap > 0.2:
-            raise server.error(f"its log-probs differ from the trainer's by {gap:.3g} a token: its weights "
-                               "are not those it was given, or it computes another model")
-        if rank == 0 and update == 0 and number == 0:
-            expected = {"ratio": "1", "clip_ratio/region_mean": "0", "grad_norm": "> 0"}
-            tqdm.write("step 1 must start at: " + ", ".join(
-                f"{k} {metrics[k]:.6g} (expected {e})" for k, e in expected.items() if k in metrics))
-        metrics |= {"rollout_time": rollout_time, "step_time": time.perf_counter() - began}
+        check_start(run, server, metrics, first_update)
+        metrics |= {"rollout_time": batch["rollout_time"] if first_update else 0.0,
+                    "step_time": time.perf_counter() - began}
         recent.append(metrics)
-        for sign, text in signs_of_collapse(recent).items():
-            if rank == 0 and step >= silent_until.get(sign, 0):
-                tqdm.write(f"warning, step {step}: {text}")
-                silent_until[sign] = step + 100
-        stopped = close_step(metrics)
+        warn_of_collapse(run, recent, silent_until, step)
+        stopped = end_step(args, run, sizes, held_out, state, metrics, batch)
         progress.update()
 
     progress.close()
     if stopped:
-        return model.end_run(output_dir, rank, "stopped", state["step"], rewards)
-    model.finish_run(args, policy, processor, source, output_dir, rank, state, rewards)
+        return run.stopped(state["step"], rewards)
+    run.finish(policy, processor, source, state, rewards)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Before the loop
+
+
+class Sizes(NamedTuple):
+    """How a run is cut. Of this rank: completions and prompts of an update, prompts of a rollout."""
+
+    completions_per_update: int
+    prompts_per_update: int
+    prompts_per_rank: int
+    prompts_per_rollout: int  # of all ranks
+    updates: int              # that share a rollout out
+    steps_per_rollout: int    # updates, num_iterations times over
+    max_steps: int
+    rollouts: int
+
+
+def sizes_of(args, world_size: int, rows: int) -> Sizes:
+    """From the flags, the ranks and the rows of the dataset."""
+    updates = args.steps_per_generation // args.gradient_accumulation_steps
+    completions = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    prompts_per_rank = completions * updates // args.num_generations
+    prompts_per_rollout, steps_per_rollout = prompts_per_rank * world_size, updates * args.num_iterations
+    epochs = math.ceil(args.num_train_epochs * rows / prompts_per_rollout)  # in rollouts
+    max_steps = args.max_steps if args.max_steps > 0 else epochs * steps_per_rollout
+    return Sizes(completions, completions // args.num_generations, prompts_per_rank, prompts_per_rollout,
+                 updates, steps_per_rollout, max_steps, math.ceil(max_steps / steps_per_rollout))
+
+
+def load_models(args, run):
+    """-> where the policy starts from, the policy, its processor, and the reference: None without --beta, the
+    policy itself with LoRA, whose adapter is off then."""
+    source = model.start_model(args, run.folder, run.rank)
+    policy, processor = model.load_policy(source, args.dtype, run.device, args.gradient_checkpointing,
+                                          args.freeze_vision_tower, args.shard_size, lora=args)
+    for note in policy.notes:
+        run.say(f"{policy.hf.config.model_type}: {note}")
+    ref = policy if args.beta and args.lora_r else None
+    if args.beta and not args.lora_r:
+        ref, _ = model.load_policy(source, args.dtype, run.device, shard_size=args.shard_size)
+        ref.requires_grad_(False)
+    if run.world_size > 1 and hasattr(processor, "image_processor"):
+        filler = data.encode_prompt(policy, processor, data.shapes_rows(1, 0, "train")[0])
+        policy.filler = policy.see([filler])[0]
+    return source, policy, processor, ref
+
+
+class Prompts:
+    """The prompts of a run: which rows its draws take, checked before the first step, and encoded ahead.
+
+    A draw number counts every prompt that is ever drawn, by all ranks. `train` and `held_out` are rows; plan
+    [draw] is the row of each draw, longest the visited rows from the longest on.
+    """
+
+    def __init__(self, args, run, sizes: Sizes, policy, processor, train, held_out):
+        self.args, self.run, self.sizes, self.policy, self.processor = args, run, sizes, policy, processor
+        self.train, self.coming, self.due = train, None, None  # the prompts from the draw `due` on
+        self.row_of = next(iter(model.hooks(args, "row_of")), None)  # --algo's, if not the plan's
+        if args.sort_by is not None:
+            data.check_numbers(train, args.sort_by, -1e300, 1e300, "--sort_by")
+        context = data.length_limit(policy, None)
+        limit = context - args.max_completion_length
+        if limit < 1:
+            raise model.InputError(f"--max_completion_length {args.max_completion_length} leaves no room for "
+                                   f"a prompt in the model's context of {context} tokens")
+        limit = limit if args.max_prompt_length is None else min(limit, args.max_prompt_length)
+        most_draws = sizes.rollouts * sizes.prompts_per_rollout * (1 + args.dynamic_sampling)
+        self.plan, self.longest = data.check_rows(
+            train, most_draws, args.seed, args.overlong, limit, run.rank, run.world_size, self.length_of,
+            args.sort_by, args.dataloader_num_workers)
+        if run.rank == 0:
+            data.show_sample(processor, (self.encode(train[self.plan[0]]), []))
+        self.held_out = data.check_eval_rows(held_out, limit, run.rank, run.world_size, self.length_of,
+                                             args.dataloader_num_workers)
+
+    def encode(self, row: dict):
+        return data.encode_prompt(self.policy, self.processor, row)
+
+    def length_of(self, row: dict) -> int:
+        """In tokens, without the answer; RowError for a row that a reward cannot use."""
+        check_solution(row, self.args.reward_funcs)
+        return len(self.encode(row).tokens)
+
+    def rows_of(self, draws, state: dict):
+        """The index of the row of each draw."""
+        if self.row_of is not None:
+            return self.row_of(self.args, self.plan, draws, state)
+        return [self.plan[draw] for draw in draws]
+
+    def share_of(self, draws) -> list[int]:
+        """This rank's among a rollout's draw numbers: its slice of every update, so that the ranks together
+        make the updates of one rank."""
+        P, ranks = self.sizes.prompts_per_update, self.run.world_size
+        return [draws[(update * ranks + self.run.rank) * P + i]
+                for update in range(self.sizes.updates) for i in range(P)]
+
+    def of(self, draws, state: dict):
+        """The prompts of these draws, one by one; a rollout's are prepared ahead."""
+        return data.in_order(lambda i: self.encode(self.train[i]), self.rows_of(draws, state),
+                             self.args.dataloader_num_workers, self.sizes.prompts_per_rank)
+
+    def rollout_from(self, first: int, state: dict):
+        """The rollout whose draws begin with `first`: this rank's (draw numbers, prompts)."""
+        size = self.sizes.prompts_per_rollout
+        if first != self.due or self.row_of is not None:  # what is measured now says which rows come next
+            last = first if self.row_of is not None else len(self.plan) - size
+            starts = range(first, last + 1, size)
+            self.coming = self.of((d for i in starts for d in self.share_of(range(i, i + size))), state)
+        draws, self.due = self.share_of(range(first, first + size)), first + size
+        return draws, self.policy.see(list(islice(self.coming, len(draws))))
+
+
+def preflight(args, run, policy, prompts: Prompts):
+    """The largest micro-batch of the run, forward and backward, before its first step."""
+    G, size = args.num_generations, args.per_device_train_batch_size
+    answer, count = torch.full((args.max_completion_length,), policy.pad_id), math.ceil(size / G)
+    if args.max_tokens_per_batch is not None:
+        copies = 1 if args.share_prompt else G  # of a prompt in a micro-batch of whole groups
+        longest = len(prompts.encode(prompts.train[prompts.longest[0]]).tokens)
+        size, count = G, max(1, args.max_tokens_per_batch // (copies * longest + G * len(answer)))
+    largest = [prompts.encode(prompts.train[i]) for i in (prompts.longest * count)[:count]]
+    groups = [(prompt, [answer] * min(G, size - k * G if args.max_tokens_per_batch is None else G))
+              for k, prompt in enumerate(largest)]
+    model.preflight(policy, groups, args.temperature, run.rank, args.share_prompt)
+
+
+def start_server(args, run):
+    """The vLLM server that samples, None without one."""
+    if args.vllm_server_base_url is None:
+        return None
+    server = rollout.VLLMServer(args.vllm_server_base_url, run.folder / "vllm_weights", data.chat_request)
+    run.say(f"rollouts by vLLM {server.version}, --importance_sampling_correction "
+            f"{args.importance_sampling_correction}; held-out answers by the own sampler")
+    return server
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The parts of the loop
+
+
+def names_of(args) -> list[str]:
+    """The reward functions' names in metrics and completions/."""
+    return [name.rpartition(":")[2] for name in args.reward_funcs]
+
+
+def weights_of(args) -> torch.Tensor:
+    """--reward_weights, (functions,)"""
+    return torch.tensor(args.reward_weights, dtype=torch.float64)
+
+
+def collect(args, run, sizes: Sizes, policy, processor, source, prompts: Prompts, rewards, server, state):
+    """Sample and score one rollout; None if the run is asked to stop meanwhile.
+
+    -> {prompts: this rank's P, texts: N, scores (functions, N), micro_batches of each update, rollout_time,
+        and by row (N, ...): completion_ids, completion_mask, sampling_logps, truncated}; draws (P,)
+    With --dynamic_sampling more rounds of prompts are drawn until the groups have rewards that differ. Fills
+    the state's draws, next_draw and rollout_sums.
+    """
+    G, began, candidates, failed, scored = args.num_generations, time.perf_counter(), [], 0, 0
+    for before_rollout in model.hooks(args, "before_rollout"):
+        before_rollout(state)
+    while True:
+        first = state["next_draw"] + sum(len(part["draws"]) for part in candidates)
+        draws, groups = prompts.rollout_from(first, state)
+        if server is not None and not candidates:
+            server.push(policy, processor, source, run.rank)
+        with run.stop.passes():
+            with model.gathered(policy) if server is None else nullcontext():
+                sampled = (rollout.sample if server is None else server.sample)(
+                    policy, groups, draws, num_generations=G, temperature=args.temperature,
+                    max_completion_length=args.max_completion_length, seed=args.seed, top_k=args.top_k,
+                    top_p=args.top_p, min_p=args.min_p, rollout_tokens=args.rollout_tokens, stop=run.stop)
+            texts = rollout.decode(processor, sampled)
+            rollout_time = time.perf_counter() - began
+            scores = rewards.score(
+                texts, [p.row for p in groups for _ in range(G)], state["step"] + 1,
+                completion_ids=rollout.id_lists(sampled),
+                max_completion_length=[args.max_completion_length] * len(texts))          # (functions, N)
+            failed, scored = failed + rewards.failed, scored + scores.numel()
+        if run.stopping():
+            return None
+        rows = sampled._asdict() | {"draws": torch.tensor(draws)}
+        drawn, following = range(first, first + sizes.prompts_per_rollout), first + sizes.prompts_per_rollout
+        if not args.dynamic_sampling and prompts.row_of is None:
+            accepted = tried = None
+            break
+        candidates += model.all_gather_object(rows | {f"score {k}": row for k, row in enumerate(scores)})
+        drawn, accepted, following, found = choose_groups(
+            candidates, weights_of(args), G, sizes.prompts_per_rollout, args.advantage_estimator)
+        enough = accepted == sizes.prompts_per_rollout
+        if enough or len(candidates) > args.dynamic_sampling * run.world_size:
+            for after_rollout in model.hooks(args, "after_rollout"):
+                after_rollout(state, dict(zip(prompts.rows_of(found, state), found.values())))
+            draws, tried = prompts.share_of(drawn), following - state["next_draw"]
+            groups = policy.see(list(prompts.of(draws, state)))
+            rows = rows_of_draws(candidates, draws, G)
+            scores = torch.stack([rows.pop(f"score {k}") for k in range(len(scores))])
+            texts = rollout.decode(processor, rollout.Rollout(*(rows[f] for f in rollout.Rollout._fields)))
+            break
+    state |= {"draws": list(drawn), "next_draw": following}
+    sums = rollout_metrics(args, scores, rows) | {"rewards/failed": (failed, scored)}
+    state["rollout_sums"] = sums  # of this rank, until `advantages_of` adds up those of all
+    if accepted is not None:
+        state["rollout_sums"]["frac_groups_accepted"] = accepted, tried
+    return rows | {"prompts": groups, "texts": texts, "scores": scores, "rollout_time": rollout_time,
+                   "micro_batches": cut(args, policy, groups, rows, sizes)}
+
+
+def resume_rollout(args, prompts: Prompts, policy, state: dict, parts: list[dict], sizes: Sizes) -> dict:
+    """The rollout in use of a run that was stopped inside one, from the rows of each rank that wrote them."""
+    if not parts:
+        if state["step"] % sizes.steps_per_rollout:
+            raise model.InputError(f"the checkpoint of step {state['step']} holds no rollout, but must here; "
+                                   "it is of another algorithm, or of other --steps_per_generation")
+        return {}
+    draws = prompts.share_of(state["draws"])
+    groups = policy.see(list(prompts.of(draws, state)))
+    rows = rows_of_draws(parts, draws, args.num_generations)
+    return rows | {"prompts": groups, "micro_batches": cut(args, policy, groups, rows, sizes)}
+
+
+def cut(args, policy, prompts, rows, sizes: Sizes) -> list[list[dict]]:
+    """For each update its micro-batches of packed rows; one smaller than G holds slices of a group."""
+    G, copies = args.num_generations, 1 if args.share_prompt else args.num_generations
+    lengths = rows["completion_mask"].sum(-1).view(-1, G).sum(-1)                             # (P,)
+    tokens = [copies * len(p.tokens) + int(n) for p, n in zip(prompts, lengths)]
+    size, P, found = args.per_device_train_batch_size, sizes.prompts_per_update, []
+    for i in range(0, len(prompts), P):
+        whole = range(i * G, (i + P) * G)
+        parts = [whole[k:k + size] for k in range(0, len(whole), size)]
+        if args.max_tokens_per_batch is not None:
+            spans = model.spans_within(tokens[i:i + P], args.max_tokens_per_batch)
+            parts = [whole[start * G:stop * G] for start, stop in spans]
+        found.append([make_micro_batch(args, policy, prompts, rows, part) for part in parts])
+    return found
+
+
+@torch.no_grad()
+def logps_of(args, scorer, batch, device) -> torch.Tensor:
+    """(N, T) log-probs of the rollout's completions, by the update's own function on the update's own rows."""
+    found, scored = torch.zeros(batch["sampling_logps"].shape), []
+    for micro in (micro for update in batch["micro_batches"] for micro in update):
+        logps, *_ = scorer(model.to_device(micro, device), args.temperature, entropies=False)  # (n, T')
+        scored.append((micro["rows"], logps))  # on the device, until all passes are under way
+    for rows, logps in scored:
+        found[rows, :logps.shape[1]] = logps.cpu()
+    return found
+
+
+def advantages_of(args, run, batch, state) -> torch.Tensor:
+    """(N,) of this rank; adds the rollout's sums of all ranks up in the state."""
+    sums, scores = state["rollout_sums"], batch["scores"]
+    minus = args.missing_eos_penalty * batch["truncated"].double()                            # (N,)
+    if args.kl_in_reward:
+        kl = losses.kl_penalty(batch["old_logps"], batch["ref_logps"], args.kl_estimator)     # (N, T)
+        minus += args.beta * kl.sum(-1)
+        sums["kl"] = kl.sum(), sum(m["completion_mask"].sum() for u in batch["micro_batches"] for m in u)
+    accepted = sums.pop("frac_groups_accepted", None)  # the same on all ranks
+    everyone = model.all_gather(torch.cat([scores, minus[None]]), run.device)     # (functions + 1, ranks * N)
+    A = losses.advantages(args.advantage_estimator, everyone[:-1], weights_of(args), args.num_generations,
+                          scale_rewards=args.scale_rewards, penalty=everyone[-1])
+    state["rollout_sums"] = model.all_reduce_sums(sums, run.device)
+    if accepted is not None:
+        state["rollout_sums"]["frac_groups_accepted"] = accepted
+    return A[run.rank * scores.shape[1]:][:scores.shape[1]].float()
+
+
+def save_completions(args, run, sizes: Sizes, batch, state):
+    """completions/step_N.jsonl; the first rollout after held-out rows is also shown."""
+    if run.rank == 0:
+        step = state["step"] + 1
+        show = state["step"] % args.eval_steps < sizes.steps_per_rollout
+        rollout.save_completions(
+            run.folder / "completions" / f"step_{step}.jsonl", [p.row for p in batch["prompts"]],
+            batch["texts"], dict(zip(names_of(args), batch["scores"])) | {"advantage": batch["advantages"]},
+            f"step {step}, best and worst" if show else None)
+
+
+def sampler_gap(old_logps, sampling_logps, mask) -> dict:
+    """How far sampler and trainer differ, (sum, count): the mean, and the share above 0.2."""
+    gap, n = (old_logps - sampling_logps).abs(), mask.sum()                                   # (n, T)
+    return {"sampling/sampling_logp_difference/mean": (losses.masked_sum(gap, mask).sum(), n),
+            "sampling/sampling_logp_difference/tail": ((mask & (gap > 0.2)).sum(), n)}
+
+
+def rows_of_update(batch, update: int, sizes: Sizes) -> list[dict]:
+    """The dataset rows of this rank's prompts in an update."""
+    P = sizes.prompts_per_update
+    return [prompt.row for prompt in batch["prompts"][update * P:(update + 1) * P]]
+
+
+def check_start(run, server, metrics, first_update: bool):
+    """What the first update must start at, said once; a server that computes another model ends the run."""
+    gap = metrics.get("sampling/sampling_logp_difference/mean", 0.0)  # none where all tokens are masked
+    if server is not None and first_update and gap > 0.2:
+        raise server.error(f"its log-probs differ from the trainer's by {gap:.3g} a token: its weights "
+                           "are not those it was given, or it computes another model")
+    if metrics["step"] == 1:
+        expected = {"ratio": "1", "clip_ratio/region_mean": "0", "grad_norm": "> 0"}
+        run.say("step 1 must start at: " + ", ".join(
+            f"{k} {metrics[k]:.6g} (expected {e})" for k, e in expected.items() if k in metrics))
+
+
+def evaluate(args, run, policy, processor, prompts: Prompts, rewards, step: int):
+    """Means over the held-out rows; None if the run is asked to stop meanwhile."""
+    rows = prompts.held_out
+    if not rows:
+        return {}
+    encoded = data.in_order(lambda i: prompts.encode(rows[i]), range(len(rows)),
+                            args.dataloader_num_workers, args.per_device_eval_batch_size)
+    with model.gathered(policy), run.stop.passes():
+        texts, scores = rollout.evaluate(
+            policy, processor, rows, range(run.rank, run.rank + len(rows) * run.world_size, run.world_size),
+            encoded, rewards, temperature=args.eval_temperature,
+            max_completion_length=args.max_completion_length, batch_size=args.per_device_eval_batch_size,
+            seed=args.seed, step=step, num_generations=args.num_generations_eval,
+            rollout_tokens=args.rollout_tokens, stop=run.stop)
+    if run.stopping():
+        return None
+    total = losses.weighted_rewards(scores, weights_of(args))
+    sums = {"eval/reward": (total.nansum(), (~total.isnan()).sum())}
+    for name, row in zip(names_of(args), scores):
+        key = "eval/accuracy" if name == "accuracy" else f"eval/rewards/{name}/mean"
+        sums[key] = (row.nansum(), (~row.isnan()).sum())
+        if name == "accuracy":
+            sums |= rollout.pass_at_k(row, args.num_generations_eval)
+    means = {k: s / n for k, (s, n) in model.all_reduce_sums(sums, run.device).items() if n}
+    if run.rank == 0:
+        rollout.save_completions(run.folder / "completions" / f"eval_{step}.jsonl", rows, texts,
+                                 dict(zip(names_of(args), scores)))
+    run.say(f"held-out, step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
+    return means
+
+
+def end_step(args, run, sizes: Sizes, held_out, state, metrics, batch) -> bool:
+    """Held-out rows, the log, a checkpoint, each when it is due. True if the run was asked to stop."""
+    step = metrics["step"]
+    in_use = {} if step % sizes.steps_per_rollout == 0 else {
+        name: x for name, x in batch.items() if isinstance(x, torch.Tensor) and name != "scores"}
+    if step == 0 or step % args.eval_steps == 0 or step == sizes.max_steps:
+        means = held_out(step)
+        if means is None:
+            run.save(state | {"pending": metrics}, in_use, last=True)
+            return True
+        metrics |= means
+        state["end"], state["start"] = means, state["start"] or means
+    run.log(metrics, (
+        "reward", *(f"rewards/{name}/mean" for name in names_of(args)), "reward_std", "frac_reward_zero_std",
+        "loss", "grad_norm", "entropy", "kl", "clip_ratio/region_mean", "completions/mean_length",
+        "completions/clipped_ratio", "step_time", "eval/accuracy"))
+    stopping = run.stopping()
+    if stopping or step % args.save_steps == 0 and step > 0:
+        run.save(state | {"pending": None}, in_use, last=stopping)
+    return stopping
+
+
+def warn_of_collapse(run, recent, silent_until: dict, step: int):
+    """`signs_of_collapse`, each at most once in 100 steps."""
+    for sign, text in signs_of_collapse(recent).items():
+        if step >= silent_until.get(sign, 0):
+            run.say(f"warning, step {step}: {text}")
+            silent_until[sign] = step + 100
 
 
 LOSS_ROWS = ("advantages", "sampling_logps", "old_logps", "ref_logps")
@@ -798,17 +920,17 @@ def weigh_tokens(args, logps, old_logps, entropies, micro) -> dict:
     return weighing
 
 
-def rollout_metrics(names, scores, weights, sampled, G) -> dict[str, tuple[float, float]]:
+def rollout_metrics(args, scores, rows) -> dict[str, tuple[float, float]]:
     """TRL's keys for one rollout of this rank, as (sum, count). scores (functions, N)."""
-    total = losses.weighted_rewards(scores, weights)                                          # (N,)
-    groups, lengths = total.view(-1, G), sampled.completion_mask.sum(-1)                      # (P, G), (N,)
+    total = losses.weighted_rewards(scores, weights_of(args))                                 # (N,)
+    groups, lengths = total.view(-1, args.num_generations), rows["completion_mask"].sum(-1)   # (P, G), (N,)
     known = groups[~groups.isnan().any(-1)]
     std = known.std(-1)                                                                       # (P',)
     sums = {"reward": (total.nansum(), (~total.isnan()).sum()), "reward_std": (std.sum(), len(std)),
             "frac_reward_zero_std": ((std < 1e-8).sum(), len(std)),
             "completions/mean_length": (lengths.sum(), len(lengths)),
-            "completions/clipped_ratio": (sampled.truncated.sum(), len(lengths))}
-    for name, row in zip(names, scores):
+            "completions/clipped_ratio": (rows["truncated"].sum(), len(lengths))}
+    for name, row in zip(names_of(args), scores):
         sums[f"rewards/{name}/mean"] = (row.nansum(), (~row.isnan()).sum())
     return {key: (float(value), float(n)) for key, (value, n) in sums.items()}
 
