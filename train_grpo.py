@@ -613,9 +613,11 @@ def main(argv=None):
     def encode(row):
         return data.encode_prompt(policy, processor, row)
 
-    def length_of(row):
+    measured = data.RowCache("runs/row_cache", policy, processor, ())
+
+    def size_of(row):
         check_solution(row, args.reward_funcs)
-        return len(encode(row).tokens)
+        return measured(row)
 
     limit = data.length_limit(policy, None) - args.max_completion_length
     if limit < 1:
@@ -623,12 +625,13 @@ def main(argv=None):
                                f"prompt in the model's context of {data.length_limit(policy, None)} tokens")
     limit = limit if args.max_prompt_length is None else min(limit, args.max_prompt_length)
     most_draws = rollouts * prompts_per_rollout * (1 + args.dynamic_sampling)
-    plan, longest = data.check_rows(train_rows, most_draws, args.seed, args.overlong, limit, rank, world_size,
-                                    length_of, args.sort_by, args.dataloader_num_workers)
-    if rank == 0:
+    with measured:
+        plan, longest, _ = data.check_rows(train_rows, most_draws, args.seed, args.overlong, limit, rank,
+                                           world_size, size_of, args.sort_by, args.dataloader_num_workers)
+        eval_rows, _ = data.check_eval_rows(eval_rows, limit, rank, world_size, size_of,
+                                            args.dataloader_num_workers)
+    if rank == 0 and measured.computed:  # else an earlier run has shown it
         data.show_sample(processor, (encode(train_rows[plan[0]]), []))
-    eval_rows = data.check_eval_rows(eval_rows, limit, rank, world_size, length_of,
-                                     args.dataloader_num_workers)
     if args.preflight or args.preflight is None and device.type == "cuda":
         answer = torch.full((args.max_completion_length,), policy.pad_id)
         size, count = args.per_device_train_batch_size, math.ceil(args.per_device_train_batch_size / G)
