@@ -23,6 +23,7 @@ losses.COLUMNS are numbers that some losses take; every other column reaches the
 """
 
 import base64
+import functools
 import hashlib
 import json
 import math
@@ -47,6 +48,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from model import InputError, Policy, Prompt, all_gather_object
 
@@ -491,6 +493,16 @@ def _special_tokens(tokenizer, text: str) -> dict:
     return {"add_special_tokens": not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))}
 
 
+def token_ids(tokenizer, text: str, **special) -> list[int]:
+    """tokenizer(text)["input_ids"]; from the tokenizers library itself where transformers' wrapper around it,
+    which takes as long as a short text, adds nothing."""
+    if type(tokenizer)._encode_plus is PreTrainedTokenizerFast._encode_plus:
+        library = tokenizer.backend_tokenizer
+        if library.padding is library.truncation is None and not library.encode_special_tokens:
+            return library.encode_batch_fast([text], **special)[0].ids
+    return tokenizer(text, **special)["input_ids"]
+
+
 def _render(processor, messages: list[dict], source: str, **kwargs) -> str:
     try:
         return processor.apply_chat_template(messages, tokenize=False, **kwargs)
@@ -507,21 +519,60 @@ def _render_prompt(processor, messages: list[dict], source: str) -> str:
     return _render(processor, messages, source, continue_final_message=True)
 
 
-def encode_prompt(policy: Policy, processor, row: dict) -> Prompt:
-    """One processor call for one row: chat template with generation prompt, ids, image tensors, positions."""
-    messages, images = to_messages(row), [load_image(image, row) for image in row["images"]]
+class Begun(NamedTuple):
+    """What stands before a row's answer: the chat messages, the same rendered, and its ids, in which an image
+    is still one placeholder."""
+
+    messages: list[dict]
+    text: str
+    ids: list[int]
+
+
+def begin_row(processor, row: dict) -> Begun:
+    """The row's prompt up to where the answer begins, by chat template and tokenizer alone."""
+    messages = to_messages(row)
+    text = _render_prompt(processor, messages, row["_source"])
+    ids = token_ids(processor.tokenizer, text, **_special_tokens(processor.tokenizer, text))
+    return Begun(messages, text, ids)
+
+
+@functools.lru_cache
+def leaves_text_alone(processor) -> bool:
+    """Whether all that the processor does to a prompt without images is to tokenize it. Tried on one prompt:
+    its __call__ takes five times as long as the tokenizer."""
+    block = {"type": "text", "text": "How many shapes are there?\n 7"}
+    text = _render_prompt(processor, [{"role": "user", "content": [block]}], "")
+    special = _special_tokens(processor.tokenizer, text)
+    inputs = processor(text=[text], images=None, return_tensors="pt", **special)
+    return (inputs["input_ids"].tolist() == [processor.tokenizer(text, **special)["input_ids"]]
+            and inputs.keys() <= set(TEXT_KEYS)
+            and not any(inputs[name].any() for name in TEXT_KEYS[2:] if name in inputs))
+
+
+def tokenize_prompt(processor, row: dict, begun: Begun | None = None):
+    """(ids (P,) with the images' placeholders, image tensors, further text tensors by name) of one row, in
+    one processor call."""
+    images = [load_image(image, row) for image in row["images"]]
     source, image_token = row["_source"], getattr(processor, "image_token", None)
-    for block in (b for m in messages for b in m["content"] if b["type"] == "text"):
+    for block in (b for m in to_messages(row) for b in m["content"] if b["type"] == "text"):
         if image_token and image_token in block["text"]:
             raise RowError(f"{source}: the prompt's text contains the model's own image token {image_token}")
-    text = _render_prompt(processor, messages, source)
+    _, text, ids = begun or begin_row(processor, row)
+    if not images and leaves_text_alone(processor):
+        return torch.tensor(ids), {}, {}
     try:
         inputs = processor(text=[text], images=[images] if images else None, return_tensors="pt",
                            **_special_tokens(processor.tokenizer, text))
     except Exception as error:  # e.g. an aspect ratio that the image processor refuses
         raise RowError(f"{source}: the processor refused it: {type(error).__name__}: {error}") from error
-    tokens, pixels = inputs["input_ids"][0], {k: v for k, v in inputs.items() if k not in TEXT_KEYS}
-    positions = policy.prompt_positions(tokens, {k: inputs[k] for k in TEXT_KEYS if k in inputs}, pixels)
+    pixels = {k: v for k, v in inputs.items() if k not in TEXT_KEYS}
+    return inputs["input_ids"][0], pixels, {k: inputs[k] for k in TEXT_KEYS if k in inputs}
+
+
+def encode_prompt(policy: Policy, processor, row: dict, begun: Begun | None = None) -> Prompt:
+    """`tokenize_prompt`, and where the tokens stand."""
+    tokens, pixels, text_inputs = tokenize_prompt(processor, row, begun)
+    positions = policy.prompt_positions(tokens, text_inputs, pixels)
     return Prompt(tokens, positions, pixels, row, policy.prompt_images(tokens))
 
 
@@ -538,7 +589,21 @@ def chat_request(row: dict) -> dict:
     return {"messages": messages, "add_generation_prompt": not begun, "continue_final_message": begun}
 
 
-def encode_completion(policy: Policy, processor, row: dict, column: str) -> torch.Tensor:
+@functools.lru_cache
+def spelled(tokenizer, ids: tuple[int, ...]) -> list[str] | None:
+    """How these ids are written in a text; None if one of them may come from other text than its own."""
+    added = [tokenizer.added_tokens_decoder.get(i) for i in ids]
+    return None if any(token is None or token.normalized for token in added) else [t.content for t in added]
+
+
+def may_hold(tokenizer, ids: tuple[int, ...], text: str) -> bool:
+    """False if none of these ids can be among the text's: a search instead of tokenizing."""
+    spellings = spelled(tokenizer, ids)
+    return spellings is None or any(spelling in text for spelling in spellings)
+
+
+def encode_completion(policy: Policy, processor, row: dict, column: str,
+                      begun: Begun | None = None) -> torch.Tensor:
     """The ids (len,) that the policy should have produced after the prompt to say row[column], EOS included.
 
     The conversation is rendered with and without the answer; the rest is tokenized in place where the
@@ -556,23 +621,23 @@ def encode_completion(policy: Policy, processor, row: dict, column: str) -> torc
     if not isinstance(answer, str) or not answer.strip():
         raise RowError(f"{source}: {column} must be a non-empty string or one assistant message of text, "
                        f"got {str(answer)[:80]!r}")
-    messages = to_messages(row)
-    prompt = _render_prompt(processor, messages, source)
-    begun = messages.pop()["content"] if messages[-1]["role"] == "assistant" else [{"text": ""}]
-    text = {"type": "text", "text": begun[-1]["text"] + answer}
-    whole = _render(processor, [*messages, {"role": "assistant", "content": [*begun[:-1], text]}], source)
+    messages, prompt, prompt_ids = begun or begin_row(processor, row)
+    last = messages[-1]["role"] == "assistant"  # it goes on with that message
+    messages, blocks = (messages[:-1], messages[-1]["content"]) if last else (messages, [{"text": ""}])
+    text = {"type": "text", "text": blocks[-1]["text"] + answer}
+    whole = _render(processor, [*messages, {"role": "assistant", "content": [*blocks[:-1], text]}], source)
     rest = whole.removeprefix(prompt)
     if rest == whole or answer.strip() not in rest:
         raise RowError(f"{source}: the chat template does not render {column} whole after the prompt: "
                        f"{rest[:200]!r}")
-    special = _special_tokens(tokenizer, prompt)
-    prompt_ids, whole_ids = (tokenizer(text, **special)["input_ids"] for text in (prompt, whole))
+    whole_ids = token_ids(tokenizer, whole, **_special_tokens(tokenizer, prompt))
     if whole_ids[:len(prompt_ids)] == prompt_ids:
         ids = whole_ids[len(prompt_ids):]
     else:
         ids = tokenizer(rest, add_special_tokens=False)["input_ids"]
-    if set(tokenizer(answer, add_special_tokens=False)["input_ids"]) & set(policy.eos_ids):
-        raise RowError(f"{source}: {column} contains the end-of-turn token; what follows it would be lost")
+    if may_hold(tokenizer, tuple(policy.eos_ids), answer):
+        if set(tokenizer(answer, add_special_tokens=False)["input_ids"]) & set(policy.eos_ids):
+            raise RowError(f"{source}: {column} contains the end-of-turn token; what follows it would be lost")
     end = next((i for i, token in enumerate(ids) if token in policy.eos_ids), None)
     ids = [*ids, tokenizer.eos_token_id] if end is None else ids[:end + 1]
     bad = set(ids) & policy.never_sampled_ids
@@ -584,10 +649,17 @@ def encode_completion(policy: Policy, processor, row: dict, column: str) -> torc
 
 def encode_group(policy: Policy, processor, row: dict, columns: tuple[str, ...]):
     """(Prompt, [completion ids of each column]): one preference pair, or one SFT example."""
-    completions = [encode_completion(policy, processor, row, column) for column in columns]
+    begun, completions = encode_answers(policy, processor, row, columns)
+    return encode_prompt(policy, processor, row, begun), completions
+
+
+def encode_answers(policy: Policy, processor, row: dict, columns: tuple[str, ...]):
+    """(what stands before the row's answers, [completion ids of each column])"""
+    begun = begin_row(processor, row)
+    completions = [encode_completion(policy, processor, row, column, begun) for column in columns]
     if len(columns) == 2 and completions[0].tolist() == completions[1].tolist():
         raise RowError(f"{row['_source']}: {columns[0]} and {columns[1]} are the same")
-    return encode_prompt(policy, processor, row), completions
+    return begun, completions
 
 
 def in_order(function, items, workers: int, ahead: int | None = None):
@@ -692,11 +764,10 @@ class Size(NamedTuple):
     key: str = ""  # what the reference's log-probs of the row are stored under; "" where there are none
 
 
-def group_key(group) -> str:
+def group_key(tokens, pixels: dict, completions) -> str:
     """What a group's log-probs depend on besides the weights: prompt ids, pixels, completion ids."""
-    prompt, completions = group
     digest = hashlib.sha256()
-    named = [("tokens", prompt.tokens), *sorted(prompt.pixels.items()), *(("", c) for c in completions)]
+    named = [("tokens", tokens), *sorted(pixels.items()), *(("", c) for c in completions)]
     for name, tensor in named:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.contiguous().numpy())
@@ -735,12 +806,13 @@ class RowCache:
         if key in self.known:
             prompt, answer, group = self.known[key].split(" ")
             return Size(int(prompt), int(answer), group)
-        group = encode_group(self.policy, self.processor, row, self.columns)
-        size = Size(len(group[0].tokens), max(map(len, group[1]), default=0),
-                    group_key(group) if self.columns else "")
+        begun, completions = encode_answers(self.policy, self.processor, row, self.columns)
+        tokens, pixels, _ = tokenize_prompt(self.processor, row, begun)
+        size = Size(len(tokens), max(map(len, completions), default=0),
+                    group_key(tokens, pixels, completions) if self.columns else "")
         with self.lock:
             self.computed += 1
-            if key is not None and key == self.key(row):  # no image was changed meanwhile
+            if key is not None and (not row["images"] or key == self.key(row)):  # no image changed meanwhile
                 self.known[key] = self.new[key] = " ".join(map(str, size))
             if time.monotonic() - self.stored > 60:  # so that a killed run has not worked for nothing
                 self.store()
@@ -792,20 +864,25 @@ def encoding_fingerprint(policy: Policy, processor, columns: tuple[str, ...]) ->
 
 
 def measure_rows(rows, places, measure, limit: float, rank: int, workers: int) -> dict:
-    """{i: measure(rows[i]), or what is wrong with the row as text} for these places, `workers` threads at a
-    time; rank 0 shows a progress bar. A row longer than the limit is wrong, too."""
+    """{i: measure(rows[i]), or what is wrong with the row as text} for these places, by `workers` threads;
+    rank 0 shows a progress bar. A row longer than the limit is wrong, too."""
     def measured(i):
         try:
             row = rows[i]
             size = measure(row)
             check_length(row, size.prompt + size.answer, limit)
-            return size
+            return i, size
         except RowError as error:
-            return str(error)
+            return i, str(error)
 
-    sizes = tqdm(in_order(measured, places, workers), "rows", len(places), unit="row", delay=1, leave=False,
-                 disable=None if rank == 0 else True)
-    return dict(zip(places, sizes, strict=True))
+    found, step = {}, 8  # rows a thread takes at once: to hand over single ones costs as much as short texts
+    parts = [places[i:i + step] for i in range(0, len(places), step)]
+    with tqdm(desc="rows", total=len(places), unit="row", delay=1, leave=False,
+              disable=None if rank == 0 else True) as bar:
+        for part in in_order(lambda part: [measured(i) for i in part], parts, workers):
+            found |= part
+            bar.update(len(part))
+    return found
 
 
 def gather_sizes(found: dict) -> dict[int, Size]:

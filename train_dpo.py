@@ -192,6 +192,12 @@ def check_columns(args, train_rows, eval_rows):
 # --- reference log-probs, computed once and kept on disk
 
 
+def group_key(group) -> str:
+    """What the reference's log-probs of a group are stored under, as in data.Size."""
+    prompt, completions = group
+    return data.group_key(prompt.tokens, prompt.pixels, completions)
+
+
 class ReferenceCache:
     """Per-token log-probs of the starting policy, {group key: (all completions' tokens,)}, in safetensors
     files in a folder named after weights and dtype. A new model, template, image or answer is a new key."""
@@ -210,7 +216,7 @@ class ReferenceCache:
         """Compute and store what is missing. -> how many distinct groups were computed"""
         before, new = len(self.known), {}
         for groups in groups_in_batches:
-            keyed = {data.group_key(g): g for g in groups}
+            keyed = {group_key(g): g for g in groups}
             missing = {k: g for k, g in keyed.items() if k not in self.known and k not in new}
             if missing:
                 batch = model.to_device(policy.pack(list(missing.values()), share_prompt), policy.device)
@@ -250,7 +256,7 @@ class ReferenceCache:
     def logps(self, groups, batch) -> torch.Tensor:
         """(N, T) like the policy's, 0 where the mask is False."""
         mask, trained = batch["completion_mask"], batch["trained"]
-        flat = model.to_device(torch.cat([self.known[data.group_key(g)] for g in groups]), mask.device)
+        flat = model.to_device(torch.cat([self.known[group_key(g)] for g in groups]), mask.device)
         return torch.zeros(mask.numel(), device=mask.device).scatter(0, trained, flat).view(mask.shape)
 
 
