@@ -227,28 +227,24 @@ def check_columns(args, train_rows, eval_rows):
     """The numbers that losses, --algo's files and --sort_by take from the data, in every row of it."""
     needs = columns_of(args)
     for column, bounds in needs.items():
-        rows = itertools.chain(train_rows, eval_rows)
-        data.check_numbers(rows, column, *bounds, f"--algo {' '.join(args.algo)}")
+        for rows in (train_rows, eval_rows):
+            data.check_numbers(rows, column, *bounds, f"--algo {' '.join(args.algo)}")
     if args.sort_by is not None:
         data.check_numbers(train_rows, args.sort_by, -1e300, 1e300, "--sort_by")
     known = {"margin", "chosen_probs", "chosen_probs_win", "chosen_probs_lose", "weight"}
-    for column in sorted(known & train_rows[0].keys() - {*needs, args.sort_by}):
+    first = next(data.readable(train_rows), {})
+    for column in sorted(known & first.keys() - {*needs, args.sort_by}):
         if args.dataset is not None:
-            model.warn(f"{train_rows[0]['_source']}: nothing uses the column {column}")
+            model.warn(f"{first['_source']}: nothing uses the column {column}")
 
 
 # --- reference log-probs, computed once and kept on disk
 
 
 def group_key(group) -> str:
-    """What a group's log-probs depend on besides the weights: prompt ids, pixels, completion ids."""
+    """What the reference's log-probs of a group are stored under, as in data.Size."""
     prompt, completions = group
-    digest = hashlib.sha256()
-    named = [("tokens", prompt.tokens), *sorted(prompt.pixels.items()), *(("", c) for c in completions)]
-    for name, tensor in named:
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.contiguous().numpy())
-    return digest.hexdigest()
+    return data.group_key(prompt.tokens, prompt.pixels, completions)
 
 
 class ReferenceCache:
@@ -265,13 +261,12 @@ class ReferenceCache:
             except SafetensorError as error:  # emptied by a power cut, perhaps
                 print(f"warning: {file} cannot be read ({error}): what it held is computed anew", flush=True)
 
-    def add(self, policy, groups_in_batches, share_prompt: bool, stop) -> tuple[int, int]:
-        """Compute and store what is missing. -> (distinct groups computed, distinct groups found)"""
-        before, found, new = set(self.known), set(), {}
+    def add(self, policy, groups_in_batches, share_prompt: bool, stop) -> int:
+        """Compute and store what is missing. -> how many distinct groups were computed"""
+        before, new = len(self.known), {}
         for groups in groups_in_batches:
             keyed = {group_key(g): g for g in groups}
             missing = {k: g for k, g in keyed.items() if k not in self.known and k not in new}
-            found |= keyed.keys() & before
             if missing:
                 batch = model.to_device(policy.pack(list(missing.values()), share_prompt), policy.device)
                 with torch.no_grad():
@@ -287,7 +282,14 @@ class ReferenceCache:
             if asked:
                 raise model.Interrupted
         self._store(new)
-        return len(self.known) - len(before), len(found)
+        return len(self.known) - before
+
+    def unknown(self, places, sizes, size: int) -> list[int]:
+        """The places, less the batches of `size` of which every row is known: those need not be encoded. The
+        other batches stay whole, since log-probs may depend on the batch in their last bit."""
+        places = list(places)
+        batches = [places[i:i + size] for i in range(0, len(places), size)]
+        return [i for batch in batches if any(sizes[i].key not in self.known for i in batch) for i in batch]
 
     def _store(self, new: dict) -> dict:
         if new:
@@ -391,7 +393,7 @@ def main(argv=None):
 
     # --- held-out answers are scored by the `accuracy` of rewards/answers.py, where rows have a solution
     rewards = None
-    if eval_rows and all(row.get("solution") is not None for row in eval_rows):
+    if eval_rows and all(row.get("solution") is not None for row in data.readable(eval_rows)):
         rewards = rollout.RewardRunner(["accuracy"], args.reward_timeout)
     else:
         why = "some held-out rows lack a solution" if eval_rows else "no --eval_dataset"
@@ -418,21 +420,22 @@ def main(argv=None):
         return len(prompt.tokens) * (1 if args.share_prompt else len(answers)) + sum(map(len, answers))
 
     limit = data.length_limit(policy, args.max_length)
-    plan, longest = data.check_rows(train_rows, max_steps * step_rows, args.seed, args.overlong, limit, rank,
-                                    world_size, lambda row: data.group_length(encode(row)), args.sort_by,
-                                    args.dataloader_num_workers)
-    if rank == 0:
-        data.show_sample(processor, encode(train_rows[plan[0]]))
+    measured = data.RowCache(Path(args.ref_cache).with_name("row_cache"), policy, processor, columns)
 
-    def held_out_length(row):
-        group = encode(row)
+    def held_out_size(row):
+        size = measured(row)
         if rewards is not None:  # it is answered as well
-            answered = len(group[0].tokens) + args.max_completion_length
-            data.check_length([row], 0, answered, data.length_limit(policy, None))
-        return data.group_length(group)
+            data.check_length(row, size.prompt + args.max_completion_length, data.length_limit(policy, None))
+        return size
 
-    eval_rows = data.check_eval_rows(eval_rows, limit, rank, world_size, held_out_length,
-                                     args.dataloader_num_workers)
+    with measured:
+        plan, longest, sizes = data.check_rows(
+            train_rows, max_steps * step_rows, args.seed, args.overlong, limit, rank, world_size, measured,
+            args.sort_by, args.dataloader_num_workers)
+        eval_rows, eval_sizes = data.check_eval_rows(eval_rows, limit, rank, world_size, held_out_size,
+                                                     args.dataloader_num_workers)
+    if rank == 0 and measured.computed:  # else an earlier run has shown it
+        data.show_sample(processor, encode(train_rows[plan[0]]))
 
     def encoded(rows, places, size):
         """Lists of `size` groups of the rows in these places, of which the next one is prepared meanwhile."""
@@ -458,10 +461,13 @@ def main(argv=None):
     def cached(scorer, name):
         """Its log-probs of every row that the run will visit and of the held-out ones."""
         cache = ReferenceCache(args.ref_cache, scorer)
-        batched = encoded(train_rows, dict.fromkeys(places_from(0)), args.per_device_train_batch_size)
+        places, size = dict.fromkeys(places_from(0)), args.per_device_train_batch_size
+        found = len({sizes[i].key for i in places} & cache.known.keys())
+        batched = encoded(train_rows, cache.unknown(places, sizes, size), size)
         with model.gathered(scorer), model.adapter_off(scorer), stop.passes():
-            computed, found = cache.add(scorer, within_budget(batched), args.share_prompt, stop)
-            batched = encoded(eval_rows, range(len(eval_rows)), args.per_device_eval_batch_size)
+            computed = cache.add(scorer, within_budget(batched), args.share_prompt, stop)
+            size = args.per_device_eval_batch_size
+            batched = encoded(eval_rows, cache.unknown(range(len(eval_rows)), eval_sizes, size), size)
             cache.add(scorer, within_budget(batched), args.share_prompt, stop)
             if rank == 0:
                 print(f"{name} log-probs: {computed} pairs computed, {found} found in {cache.folder} "

@@ -548,21 +548,23 @@ class Prompts:
                                    f"a prompt in the model's context of {context} tokens")
         limit = limit if args.max_prompt_length is None else min(limit, args.max_prompt_length)
         most_draws = sizes.rollouts * sizes.prompts_per_rollout * (1 + args.dynamic_sampling)
-        self.plan, self.longest = data.check_rows(
-            train, most_draws, args.seed, args.overlong, limit, run.rank, run.world_size, self.length_of,
-            args.sort_by, args.dataloader_num_workers)
-        if run.rank == 0:
+        self.measured = data.RowCache("runs/row_cache", policy, processor, ())
+        with self.measured:
+            self.plan, self.longest, _ = data.check_rows(
+                train, most_draws, args.seed, args.overlong, limit, run.rank, run.world_size, self.size_of,
+                args.sort_by, args.dataloader_num_workers)
+            self.held_out, _ = data.check_eval_rows(held_out, limit, run.rank, run.world_size, self.size_of,
+                                                    args.dataloader_num_workers)
+        if run.rank == 0 and self.measured.computed:  # else an earlier run has shown it
             data.show_sample(processor, (self.encode(train[self.plan[0]]), []))
-        self.held_out = data.check_eval_rows(held_out, limit, run.rank, run.world_size, self.length_of,
-                                             args.dataloader_num_workers)
 
     def encode(self, row: dict):
         return data.encode_prompt(self.policy, self.processor, row)
 
-    def length_of(self, row: dict) -> int:
-        """In tokens, without the answer; RowError for a row that a reward cannot use."""
+    def size_of(self, row: dict):
+        """In tokens; RowError for a row that a reward cannot use."""
         check_solution(row, self.args.reward_funcs)
-        return len(self.encode(row).tokens)
+        return self.measured(row)
 
     def rows_of(self, draws, state: dict):
         """The index of the row of each draw."""

@@ -262,17 +262,17 @@ def test_overlong_is_refused_or_skipped_never_cut(loaded, capsys):
     policy, processor = loaded("qwen2_5_vl")
     rows = [make_row(1 + 3 * (i == 2), i) | {"_source": f"f:{i}"} for i in range(4)]
 
-    def length_of(row):
-        return len(data.encode_prompt(policy, processor, row).tokens)
+    def size_of(row):
+        return data.Size(len(data.encode_prompt(policy, processor, row).tokens), 0)
 
-    limit = max(length_of(rows[i]) for i in (0, 1, 3))
-    with pytest.raises(data.RowError, match=rf"f:2: {length_of(rows[2])} tokens with the images"):
-        data.check_rows(rows, 4, 0, "error", limit, 0, 1, length_of)
-    plan, longest = data.check_rows(rows, 8, 0, "skip", limit, 0, 1, length_of)
+    limit = max(size_of(rows[i]).prompt for i in (0, 1, 3))
+    with pytest.raises(data.RowError, match=rf"f:2: {size_of(rows[2]).prompt} tokens with the images"):
+        data.check_rows(rows, 4, 0, "error", limit, 0, 1, size_of)
+    plan, longest, _ = data.check_rows(rows, 8, 0, "skip", limit, 0, 1, size_of)
     assert len(plan) == 8 and set(plan) == {0, 1, 3}
     assert "1 skipped as longer than" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no row is left"):
-        data.check_rows(rows, 4, 0, "skip", 3, 0, 1, length_of)
+        data.check_rows(rows, 4, 0, "skip", 3, 0, 1, size_of)
     assert data.length_limit(policy, 10**9) == policy.hf.config.text_config.max_position_embeddings
 
 

@@ -427,7 +427,7 @@ def test_few_rows():
     assert sorted(data.draw_plan(3, 9, seed=0)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     with pytest.raises(model.InputError, match="2 held-out rows for 4 ranks"):
         data.check_eval_rows([{}, {}], 100, 3, 4, lambda row: 1)
-    assert data.check_eval_rows([], 100, 3, 4, lambda row: 1) == []
+    assert data.check_eval_rows([], 100, 3, 4, lambda row: 1) == ([], [])
 
 
 # --- models
@@ -470,8 +470,8 @@ def test_every_import_is_known():
              "data", "dataclasses", "datetime", "difflib", "functools", "hashlib", "huggingface_hub", "importlib", "inspect", "io", "itertools",
              "answers", "asyncio", "json", "losses", "math", "math_verify",
              "model", "multiprocessing", "numpy", "operator", "os", "pathlib", "pyarrow", "random", "re", "resource",
-             "rewards", "rollout", "safetensors", "shlex", "shutil", "signal", "socket", "struct", "subprocess", "sys", "threading",
-             "time",
+             "rewards", "rollout", "safetensors", "shlex", "shutil", "signal", "socket", "struct", "subprocess", "sys", "tempfile",
+             "threading", "time",
              "tokenizers", "torch", "tqdm", "traceback", "transformers", "types", "typing",
              "unicodedata", "warnings", "weakref", "zlib"}
     for file in [*ROOT.glob("*.py"), *ROOT.glob("rewards/*.py")]:
