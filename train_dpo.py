@@ -31,6 +31,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads ruin a shared machine
 
 import copy
+import functools
 import hashlib
 import itertools
 import math
@@ -375,244 +376,76 @@ def start_value(args, name: str) -> str:
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, world_size, device = model.init_distributed(args.device, args.deterministic)
-    output_dir, resumed = model.open_run(args, rank, world_size)
-    if resumed and model.is_done(args, output_dir, rank):
+    run = model.Run(args)
+    if run.done:
         return
-    report = model.Report(args, output_dir, rank)
-
-    # --- data
     pairs = any(name in losses.PAIR_LOSSES for name in args.loss_type)
     columns = ("chosen", "rejected") if pairs else ("chosen",)
     train_rows, eval_rows = data.rows_of_run(args, ("prompt", *columns))
     check_columns(args, train_rows, eval_rows)
-    rank_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    step_rows = rank_rows * world_size
-    steps = args.num_train_epochs * len(train_rows) / step_rows
-    max_steps = args.max_steps if args.max_steps > 0 else math.ceil(steps)
-
-    # --- held-out answers are scored by the `accuracy` of rewards/answers.py, where rows have a solution
-    rewards = None
-    if eval_rows and all(row.get("solution") is not None for row in data.readable(eval_rows)):
-        rewards = rollout.RewardRunner(["accuracy"], args.reward_timeout)
-    else:
-        why = "some held-out rows lack a solution" if eval_rows else "no --eval_dataset"
-        if args.stop_at_accuracy is not None:
-            raise model.InputError(f"--stop_at_accuracy needs eval/accuracy, and there is none: {why}")
-        if rank == 0:
-            print("no eval/accuracy:", why)
-
-    # --- policy, the rows that it will meet, reference, optimizer
-    source = model.start_model(args, output_dir, rank)
-    policy, processor = model.load_policy(source, args.dtype, device, args.gradient_checkpointing,
-                                          args.freeze_vision_tower, args.shard_size, lora=args)
-    for note in policy.notes if rank == 0 else []:
-        print(f"{policy.hf.config.model_type}: {note}", flush=True)
-    if world_size > 1 and hasattr(processor, "image_processor"):
-        policy.filler = data.encode_prompt(policy, processor, data.shapes_rows(1, 0, "train")[0])
-
-    def encode(row):
-        return data.encode_group(policy, processor, row, columns)
-
-    def tokens_of(group):
-        """In a micro-batch, where without share_prompt the prompt stands before each answer."""
-        prompt, answers = group
-        return len(prompt.tokens) * (1 if args.share_prompt else len(answers)) + sum(map(len, answers))
-
-    limit = data.length_limit(policy, args.max_length)
-    measured = data.RowCache(Path(args.ref_cache).with_name("row_cache"), policy, processor, columns)
-
-    def held_out_size(row):
-        size = measured(row)
-        if rewards is not None:  # it is answered as well
-            data.check_length(row, size.prompt + args.max_completion_length, data.length_limit(policy, None))
-        return size
-
-    with measured:
-        plan, longest, sizes = data.check_rows(
-            train_rows, max_steps * step_rows, args.seed, args.overlong, limit, rank, world_size, measured,
-            args.sort_by, args.dataloader_num_workers)
-        eval_rows, eval_sizes = data.check_eval_rows(eval_rows, limit, rank, world_size, held_out_size,
-                                                     args.dataloader_num_workers)
-    if rank == 0 and measured.computed:  # else an earlier run has shown it
-        data.show_sample(processor, encode(train_rows[plan[0]]))
-
-    def encoded(rows, places, size):
-        """Lists of `size` groups of the rows in these places, of which the next one is prepared meanwhile."""
-        groups = data.in_order(lambda i: encode(rows[i]), places, args.dataloader_num_workers, size)
-        return iter(lambda: list(itertools.islice(groups, size)), [])
-
-    def places_from(step):
-        """This rank's slices of the global batches from a step on, the same for any number of ranks."""
-        starts = range(step * step_rows + rank * rank_rows, max_steps * step_rows, step_rows)
-        return (i for start in starts for i in plan[start:start + rank_rows])
-
-    stop = model.Stop(args.max_hours)
-
-    def within_budget(batches):
-        """The same groups in smaller lists where a list is more than --max_tokens_per_batch holds."""
-        for groups in batches:
-            spans = [(0, len(groups))]
-            if args.max_tokens_per_batch is not None:
-                sizes = [tokens_of(group) for group in groups]
-                spans = model.spans_within(sizes, args.max_tokens_per_batch, alike=False)
-            yield from (groups[start:stop] for start, stop in spans)
-
-    def cached(scorer, name):
-        """Its log-probs of every row that the run will visit and of the held-out ones."""
-        cache = ReferenceCache(args.ref_cache, scorer)
-        places, size = dict.fromkeys(places_from(0)), args.per_device_train_batch_size
-        found = len({sizes[i].key for i in places} & cache.known.keys())
-        batched = encoded(train_rows, cache.unknown(places, sizes, size), size)
-        with model.gathered(scorer), model.adapter_off(scorer), stop.passes():
-            computed = cache.add(scorer, within_budget(batched), args.share_prompt, stop)
-            size = args.per_device_eval_batch_size
-            batched = encoded(eval_rows, cache.unknown(range(len(eval_rows)), eval_sizes, size), size)
-            cache.add(scorer, within_budget(batched), args.share_prompt, stop)
-            if rank == 0:
-                print(f"{name} log-probs: {computed} pairs computed, {found} found in {cache.folder} "
-                      "(rank 0, training rows)", flush=True)
-        return cache
-
-    references, asked = {}, False
-    if any(losses.PAIR_LOSSES[name].reference for name in args.loss_type if name != "sft"):
-        references["ref"] = cached(policy, "reference")
-        asked = stop.agreed()
-    further = [item for scorers in model.hooks(args, "scorers") for item in scorers(args).items()]
-    for name, path in further if not asked else ():
-        references[name] = cached(load_scorer(args, path, policy, processor, device), name)
-        asked = asked or stop.agreed()
-    if asked:  # what was computed is on disk, and there is nothing else to lose
-        return model.end_run(output_dir, rank, "stopped", None, rewards)
-    if args.preflight or args.preflight is None and device.type == "cuda":
-        size = args.per_device_train_batch_size
-        if args.max_tokens_per_batch is not None:
-            size = max(1, args.max_tokens_per_batch // tokens_of(encode(train_rows[longest[0]])))
-        largest = (longest * size)[:size]
-        groups = [encode(train_rows[i]) for i in largest]
-        model.preflight(policy, groups, 1.0, rank, args.share_prompt)
+    rewards = accuracy_of(args, run, eval_rows)
+    source = model.start_model(args, run.folder, run.rank)
+    policy, processor = load_policy(args, run, source)
+    groups_of = Groups(args, run, policy, processor, columns, train_rows, eval_rows, rewards is not None)
+    max_steps = groups_of.max_steps
+    run.listen()
+    references = reference_logps(args, run, policy, processor, groups_of)
+    if references is None:  # asked to stop: what was computed is on disk, and there is nothing else to lose
+        return run.stopped(None, rewards)
+    if args.preflight or args.preflight is None and run.device.type == "cuda":
+        model.preflight(policy, groups_of.largest_micro_batch(), 1.0, run.rank, args.share_prompt)
     optimizer, scheduler, parameters = model.make_optimizer(args, policy, max_steps)
     weighted = list(zip(args.loss_type, args.loss_weights))
 
-    def evaluate(step):
-        """Means over the held-out rows; None if the run is asked to stop meanwhile."""
-        if not eval_rows:
-            return {}
-        sums = {}
-
-        def scored():
-            """The held-out rows' prompts, each batch when its terms are added: no row is encoded twice."""
-            batched = encoded(eval_rows, range(len(eval_rows)), args.per_device_eval_batch_size)
-            for groups in within_budget(batched):
-                terms, metrics = score_groups(args, policy, groups, references, state)
-                model.add_sums(sums, terms, "eval/loss/")
-                model.add_sums(sums, metrics, "eval/")
-                if stop():
-                    raise model.Interrupted
-                yield from (prompt for prompt, _ in groups)
-
-        with torch.no_grad(), model.gathered(policy), stop.passes():
-            prompts = scored()
-            if rewards is not None:
-                texts, scores = rollout.evaluate(
-                    policy, processor, eval_rows, range(rank, rank + len(eval_rows) * world_size, world_size),
-                    prompts, rewards,
-                    temperature=args.eval_temperature, max_completion_length=args.max_completion_length,
-                    batch_size=args.per_device_eval_batch_size, seed=args.seed, step=step,
-                    num_generations=args.num_generations_eval, stop=stop)
-            for _ in prompts:  # without answers nobody else asks for them
-                pass
-        if stop.agreed():
-            return None
-        if rewards is not None:
-            known = ~scores[0].isnan()
-            model.add_sums(sums, {"accuracy": (scores[0][known].sum(), known.sum())}, "eval/")
-            model.add_sums(sums, rollout.pass_at_k(scores[0], args.num_generations_eval))
-            if rank == 0:
-                rollout.save_completions(output_dir / "completions" / f"eval_{step}.jsonl", eval_rows, texts,
-                                         {"accuracy": scores[0]})
-        means = {k: s / max(n, 1) for k, (s, n) in model.all_reduce_sums(sums, device).items()}
-        means["eval/loss"] = sum(weight * means[f"eval/loss/{name}"] for name, weight in weighted)
-        if rank == 0:
-            shown = ("eval/loss", "eval/rewards/margins", "eval/rewards/accuracies", "eval/accuracy")
-            line = ", ".join(f"{k} {means[k]:.4f}" for k in shown if k in means)
-            tqdm.write(f"held-out, step {step}: {line}")
-        return means
-
-    # --- what a checkpoint holds besides weights and optimizer. Data order and randomness follow from step.
-    #     pending: metrics of `step` that still wait for their evaluation
+    # What a checkpoint holds besides weights and optimizer. Data order and randomness follow from step.
+    # pending: metrics of `step` that still wait for their evaluation
     state = {"step": 0, "pending": {"step": 0}, "bco_shift": 0.0, "start": {}, "end": {}, "skipped": 0}
     state |= copy.deepcopy({k: v for m in args.methods for k, v in getattr(m, "STATE", {}).items()})
-    saver, _ = model.restore(args, output_dir, resumed, state, policy, optimizer, scheduler, rank)
-
-    def close_step(metrics) -> bool:
-        """Held-out rows, the log, a checkpoint, each when it is due. True if the run was asked to stop."""
-        step = metrics["step"]
-        if step == 0 or step % args.eval_steps == 0 or step == max_steps:
-            means = evaluate(step)
-            if means is None:
-                saver.save(state | {"pending": metrics}, {}, last=True)
-                return True
-            metrics |= means
-            state["end"], state["start"] = means, state["start"] or means
-        model.log_step(metrics, output_dir, rank, (
-            "loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "nll", "grad_norm",
-            "learning_rate", "step_time", "eval/accuracy"))
-        report(metrics)
-        stopping = stop.agreed()
-        if stopping or step % args.save_steps == 0 and step > 0:
-            saver.save(state | {"pending": None}, {}, last=stopping)
-        return stopping
-
-    def enough() -> bool:
-        goal = args.stop_at_accuracy
-        return goal is not None and state["end"].get("eval/accuracy", -1) >= goal
-
-    stopped = state["pending"] is not None and close_step(state["pending"])
+    run.restore(state, policy, optimizer, scheduler)
+    held_out = functools.partial(evaluate, args, run, policy, processor, groups_of, references, rewards,
+                                 state)
+    stopped = state["pending"] is not None and end_step(args, run, max_steps, held_out, state,
+                                                        state["pending"])
     progress = tqdm(total=max_steps, initial=state["step"], desc=" ".join(args.algo),
-                    disable=None if rank == 0 else True)
-    model.set_status(output_dir, rank, "running", state["step"])
-    updates = encoded(train_rows, places_from(state["step"]), rank_rows)
+                    disable=None if run.rank == 0 else True)
+    run.running(state["step"])
+    updates = groups_of.updates_from(state["step"])
 
     # ----------------------------------------------------------------------------------------------- the loop
-    while state["step"] < max_steps and not stopped and not enough():
-        step = state["step"]
-        began = time.perf_counter()
-        groups = next(updates)
-        size = args.per_device_train_batch_size
-        micro_batches = [groups[i:i + size] for i in range(0, len(groups), size)]
-        if args.max_tokens_per_batch is not None:
-            spans = model.spans_within([tokens_of(group) for group in groups], args.max_tokens_per_batch)
-            micro_batches = [groups[start:stop] for start, stop in spans]
+    while state["step"] < max_steps and not stopped and not good_enough(args, state):
+        # 1. the update's pairs, this rank's, and its micro-batches
+        began, step, groups = time.perf_counter(), state["step"] + 1, next(updates)
+        micro_batches = groups_of.micro_batches(groups)
 
-        # 1. what each loss is divided by, over all micro-batches and ranks
+        # 2. what each loss is divided by, over all micro-batches and ranks
         tokens = sum(len(completions[0]) for _, completions in groups)
         counts = {name: (tokens if name == "sft" and args.nll_normalization == "token" else len(groups), 0)
                   for name in args.loss_type}
-        counts = {name: count for name, (count, _) in model.all_reduce_sums(counts, device).items()}
+        counts = {name: n for name, (n, _) in model.all_reduce_sums(counts, run.device).items()}
 
-        # 2. gradients: each micro-batch adds its share of the step's weighted sum
+        # 3. gradients: each micro-batch adds its share of the step's weighted sum
         sums = {}
         for micro in micro_batches:
             terms, metrics = score_groups(args, policy, micro, references, state)
             loss = sum(weight * terms[name][0] / counts[name] for name, weight in weighted)
-            (loss * world_size).backward()
-            metrics |= {f"loss/{name}": (total.detach(), count) for name, (total, count) in terms.items()}
+            (loss * run.world_size).backward()  # FSDP averages gradients over the ranks
+            metrics |= {f"loss/{name}": (total.detach(), n) for name, (total, n) in terms.items()}
             model.add_sums(sums, metrics)
 
-        # 3. step; not on a gradient that is nan or infinite
+        # 4. step; not on a gradient that is nan or infinite
         grad_norm = model.clip_grad_norm_(parameters, args.max_grad_norm)
         learning_rate = scheduler.get_last_lr()[0]
         if math.isfinite(grad_norm):
             optimizer.step()
-        state["skipped"] = model.count_skipped(grad_norm, state["skipped"], output_dir, rank, step + 1,
-                                               [prompt.row for prompt, _ in groups])
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
+        state["step"] = step
+        state["skipped"] = model.count_skipped(grad_norm, state["skipped"], run.folder, run.rank, step,
+                                               [prompt.row for prompt, _ in groups])
 
-        # 4. everything below is diagnostics, except that BCO's shift and --algo's STATE move by this step
-        means = {key: total / count for key, (total, count) in model.all_reduce_sums(sums, device).items()}
-        metrics = {"step": step + 1, "epoch": (step + 1) * step_rows / len(train_rows),
+        # 5. metrics; BCO's shift and the STATE of --algo's files move by them
+        means = {key: total / n for key, (total, n) in model.all_reduce_sums(sums, run.device).items()}
+        metrics = {"step": step, "epoch": step * groups_of.step_rows / len(train_rows),
                    "loss": sum(weight * means[f"loss/{name}"] for name, weight in weighted),
                    "grad_norm": grad_norm, "learning_rate": learning_rate,
                    "update_skipped": float(not math.isfinite(grad_norm)), **means}
@@ -620,25 +453,239 @@ def main(argv=None):
             metrics["bco_delta"] = state["bco_shift"]  # the one that this step used
             mean_reward = (means["rewards/chosen"] + means["rewards/rejected"]) / 2
             if math.isfinite(mean_reward):
-                state["bco_shift"] = losses.next_bco_delta(state["bco_shift"], mean_reward, step,
+                state["bco_shift"] = losses.next_bco_delta(state["bco_shift"], mean_reward, step - 1,
                                                            args.bco_delta)
         for after_step in model.hooks(args, "after_step"):
             after_step(state, metrics)
-        if rank == 0 and step == 0:
-            tqdm.write("step 1 must start at: " + ", ".join(
+        if step == 1:
+            run.say("step 1 must start at: " + ", ".join(
                 f"{name} {means[f'loss/{name}']:.4f} (expected {start_value(args, name)})"
                 for name in args.loss_type))
+
+        # 6. held-out rows, the log, a checkpoint
         metrics["step_time"] = time.perf_counter() - began
-        state["step"] = step + 1
-        stopped = close_step(metrics)
+        stopped = end_step(args, run, max_steps, held_out, state, metrics)
         progress.update()
 
     progress.close()
     if stopped:
-        return model.end_run(output_dir, rank, "stopped", state["step"], rewards)
-    if rank == 0 and enough():
-        print(f"stopped at step {state['step']}: eval/accuracy {state['end']['eval/accuracy']:.4f}")
-    model.finish_run(args, policy, processor, source, output_dir, rank, state, rewards)
+        return run.stopped(state["step"], rewards)
+    if good_enough(args, state):
+        run.say(f"stopped at step {state['step']}: eval/accuracy {state['end']['eval/accuracy']:.4f}")
+    run.finish(policy, processor, source, state, rewards)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Before the loop
+
+
+def accuracy_of(args, run, eval_rows):
+    """What scores held-out answers: the `accuracy` of rewards/answers.py, None where rows lack a solution."""
+    if eval_rows and all(row.get("solution") is not None for row in data.readable(eval_rows)):
+        return rollout.RewardRunner(["accuracy"], args.reward_timeout)
+    why = "some held-out rows lack a solution" if eval_rows else "no --eval_dataset"
+    if args.stop_at_accuracy is not None:
+        raise model.InputError(f"--stop_at_accuracy needs eval/accuracy, and there is none: {why}")
+    run.say(f"no eval/accuracy: {why}")
+    return None
+
+
+def load_policy(args, run, source: str):
+    """The policy, which is its own reference at the start, and its processor."""
+    policy, processor = model.load_policy(source, args.dtype, run.device, args.gradient_checkpointing,
+                                          args.freeze_vision_tower, args.shard_size, lora=args)
+    for note in policy.notes:
+        run.say(f"{policy.hf.config.model_type}: {note}")
+    if run.world_size > 1 and hasattr(processor, "image_processor"):
+        policy.filler = data.encode_prompt(policy, processor, data.shapes_rows(1, 0, "train")[0])
+    return policy, processor
+
+
+class Groups:
+    """The rows of a run as groups, (Prompt, [completion ids of each column]), checked before the first step.
+
+    `train` and `held_out` are rows, sizes and eval_sizes their data.Size; plan[draw] is the row of each draw,
+    longest the visited rows from the longest on. Of an update, rank_rows are this rank's, step_rows of all.
+    """
+
+    def __init__(self, args, run, policy, processor, columns, train, held_out, answered: bool):
+        """answered: held-out rows are answered as well, so their prompts must leave room."""
+        self.args, self.run, self.policy, self.processor, self.columns = args, run, policy, processor, columns
+        self.train = train
+        self.rank_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self.step_rows = self.rank_rows * run.world_size
+        steps = math.ceil(args.num_train_epochs * len(train) / self.step_rows)
+        self.max_steps = args.max_steps if args.max_steps > 0 else steps
+        context, limit = (data.length_limit(policy, length) for length in (None, args.max_length))
+        measured = data.RowCache(Path(args.ref_cache).with_name("row_cache"), policy, processor, columns)
+
+        def held_out_size(row):
+            size = measured(row)
+            if answered:
+                data.check_length(row, size.prompt + args.max_completion_length, context)
+            return size
+
+        with measured:
+            self.plan, self.longest, self.sizes = data.check_rows(
+                train, self.max_steps * self.step_rows, args.seed, args.overlong, limit, run.rank,
+                run.world_size, measured, args.sort_by, args.dataloader_num_workers)
+            self.held_out, self.eval_sizes = data.check_eval_rows(
+                held_out, limit, run.rank, run.world_size, held_out_size, args.dataloader_num_workers)
+        if run.rank == 0 and measured.computed:  # else an earlier run has shown it
+            data.show_sample(processor, self.encode(train[self.plan[0]]))
+
+    def encode(self, row: dict):
+        return data.encode_group(self.policy, self.processor, row, self.columns)
+
+    def tokens_of(self, group) -> int:
+        """In a micro-batch, where without share_prompt the prompt stands before each answer."""
+        prompt, answers = group
+        return len(prompt.tokens) * (1 if self.args.share_prompt else len(answers)) + sum(map(len, answers))
+
+    def batches(self, rows, places, size: int):
+        """Lists of `size` groups of the rows in these places, of which the next one is prepared meanwhile."""
+        groups = data.in_order(lambda i: self.encode(rows[i]), places, self.args.dataloader_num_workers, size)
+        return iter(lambda: list(itertools.islice(groups, size)), [])
+
+    def places_from(self, step: int):
+        """This rank's slices of the global batches from a step on, the same for any number of ranks."""
+        first = step * self.step_rows + self.run.rank * self.rank_rows
+        starts = range(first, self.max_steps * self.step_rows, self.step_rows)
+        return (i for start in starts for i in self.plan[start:start + self.rank_rows])
+
+    def updates_from(self, step: int):
+        """This rank's groups of each update from a step on."""
+        return self.batches(self.train, self.places_from(step), self.rank_rows)
+
+    def micro_batches(self, groups: list) -> list[list]:
+        """An update's, by number or by tokens. All ranks must call this: each needs as many of them."""
+        if self.args.max_tokens_per_batch is not None:
+            sizes = [self.tokens_of(group) for group in groups]
+            return [groups[a:b] for a, b in model.spans_within(sizes, self.args.max_tokens_per_batch)]
+        size = self.args.per_device_train_batch_size
+        return [groups[i:i + size] for i in range(0, len(groups), size)]
+
+    def within_budget(self, batches):
+        """The same groups in smaller lists where a list is more than --max_tokens_per_batch holds."""
+        for groups in batches:
+            spans = [(0, len(groups))]
+            if self.args.max_tokens_per_batch is not None:
+                sizes = [self.tokens_of(group) for group in groups]
+                spans = model.spans_within(sizes, self.args.max_tokens_per_batch, alike=False)
+            yield from (groups[a:b] for a, b in spans)
+
+    def eval_batches(self, places=None):
+        """The held-out rows (of these places), in batches as large as evaluation takes."""
+        places = range(len(self.held_out)) if places is None else places
+        return self.within_budget(self.batches(self.held_out, places, self.args.per_device_eval_batch_size))
+
+    def largest_micro_batch(self) -> list:
+        size = self.args.per_device_train_batch_size
+        if self.args.max_tokens_per_batch is not None:
+            longest = self.tokens_of(self.encode(self.train[self.longest[0]]))
+            size = max(1, self.args.max_tokens_per_batch // longest)
+        return [self.encode(self.train[i]) for i in (self.longest * size)[:size]]
+
+
+def reference_logps(args, run, policy, processor, groups_of: Groups) -> dict | None:
+    """{"ref": ReferenceCache, and one for each further model of --algo's files}: log-probs of every row that
+    the run will visit and of the held-out ones. None if the run is asked to stop meanwhile."""
+    def cached(scorer, name):
+        cache, size = ReferenceCache(args.ref_cache, scorer), args.per_device_train_batch_size
+        places = dict.fromkeys(groups_of.places_from(0))
+        found = len({groups_of.sizes[i].key for i in places} & cache.known.keys())
+        batches = groups_of.batches(groups_of.train, cache.unknown(places, groups_of.sizes, size), size)
+        with model.gathered(scorer), model.adapter_off(scorer), run.stop.passes():
+            computed = cache.add(scorer, groups_of.within_budget(batches), args.share_prompt, run.stop)
+            places = cache.unknown(range(len(groups_of.held_out)), groups_of.eval_sizes,
+                                   args.per_device_eval_batch_size)
+            cache.add(scorer, groups_of.eval_batches(places), args.share_prompt, run.stop)
+            run.say(f"{name} log-probs: {computed} pairs computed, {found} found in {cache.folder} "
+                    "(rank 0, training rows)")
+        return cache
+
+    references = {}
+    if any(losses.PAIR_LOSSES[name].reference for name in args.loss_type if name != "sft"):
+        references["ref"] = cached(policy, "reference")
+        if run.stopping():
+            return None
+    for name, path in (item for scorers in model.hooks(args, "scorers") for item in scorers(args).items()):
+        references[name] = cached(load_scorer(args, path, policy, processor, run.device), name)
+        if run.stopping():
+            return None
+    return references
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The parts of the loop
+
+
+def evaluate(args, run, policy, processor, groups_of: Groups, references, rewards, state, step: int):
+    """Means over the held-out rows; None if the run is asked to stop meanwhile."""
+    rows, sums = groups_of.held_out, {}
+    if not rows:
+        return {}
+
+    def scored():
+        """The held-out rows' prompts, each batch when its terms are added: no row is encoded twice."""
+        for groups in groups_of.eval_batches():
+            terms, metrics = score_groups(args, policy, groups, references, state)
+            model.add_sums(sums, terms, "eval/loss/")
+            model.add_sums(sums, metrics, "eval/")
+            if run.stop():
+                raise model.Interrupted
+            yield from (prompt for prompt, _ in groups)
+
+    with torch.no_grad(), model.gathered(policy), run.stop.passes():
+        prompts = scored()
+        if rewards is not None:
+            keys = range(run.rank, run.rank + len(rows) * run.world_size, run.world_size)
+            texts, scores = rollout.evaluate(
+                policy, processor, rows, keys, prompts, rewards, temperature=args.eval_temperature,
+                max_completion_length=args.max_completion_length,
+                batch_size=args.per_device_eval_batch_size, seed=args.seed, step=step,
+                num_generations=args.num_generations_eval, stop=run.stop)
+        for _ in prompts:  # without answers nobody else asks for them
+            pass
+    if run.stopping():
+        return None
+    if rewards is not None:
+        known = ~scores[0].isnan()
+        model.add_sums(sums, {"accuracy": (scores[0][known].sum(), known.sum())}, "eval/")
+        model.add_sums(sums, rollout.pass_at_k(scores[0], args.num_generations_eval))
+        if run.rank == 0:
+            rollout.save_completions(run.folder / "completions" / f"eval_{step}.jsonl", rows, texts,
+                                     {"accuracy": scores[0]})
+    means = {k: s / max(n, 1) for k, (s, n) in model.all_reduce_sums(sums, run.device).items()}
+    means["eval/loss"] = sum(weight * means[f"eval/loss/{name}"]
+                             for name, weight in zip(args.loss_type, args.loss_weights))
+    shown = ("eval/loss", "eval/rewards/margins", "eval/rewards/accuracies", "eval/accuracy")
+    run.say(f"held-out, step {step}: " + ", ".join(f"{k} {means[k]:.4f}" for k in shown if k in means))
+    return means
+
+
+def end_step(args, run, max_steps: int, held_out, state, metrics) -> bool:
+    """Held-out rows, the log, a checkpoint, each when it is due. True if the run was asked to stop."""
+    step = metrics["step"]
+    if step == 0 or step % args.eval_steps == 0 or step == max_steps:
+        means = held_out(step)
+        if means is None:
+            run.save(state | {"pending": metrics}, last=True)
+            return True
+        metrics |= means
+        state["end"], state["start"] = means, state["start"] or means
+    run.log(metrics, ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "nll", "grad_norm",
+                      "learning_rate", "step_time", "eval/accuracy"))
+    stopping = run.stopping()
+    if stopping or step % args.save_steps == 0 and step > 0:
+        run.save(state | {"pending": None}, last=stopping)
+    return stopping
+
+
+def good_enough(args, state) -> bool:
+    """Whether the held-out answers have reached --stop_at_accuracy."""
+    goal = args.stop_at_accuracy
+    return goal is not None and state["end"].get("eval/accuracy", -1) >= goal
 
 
 if __name__ == "__main__":

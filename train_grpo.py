@@ -722,7 +722,7 @@ def cut(args, policy, prompts, rows, sizes: Sizes) -> list[list[dict]]:
 
 @torch.no_grad()
 def logps_of(args, scorer, batch, device) -> torch.Tensor:
-    """(N, T) log-probs of the rollout's completions, by the update's own function on the update's own rows."""
+    """(N, T) log-probs of the rollout's completions, by the same function on the same rows as the update."""
     found, scored = torch.zeros(batch["sampling_logps"].shape), []
     for micro in (micro for update in batch["micro_batches"] for micro in update):
         logps, *_ = scorer(model.to_device(micro, device), args.temperature, entropies=False)  # (n, T')
