@@ -36,7 +36,6 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads ruin a shared machine
 
-import copy
 import math
 import sys
 import time
@@ -215,8 +214,7 @@ class Args:
     def __post_init__(self):
         model.check_shared(self)
         check_args(self)
-        for check in model.hooks(self, "check"):
-            check(self)
+        model.check_methods(self)
 
 
 def parse_args(argv):
@@ -480,9 +478,8 @@ def main(argv=None):
     #     pending: metrics of `step` that still wait for their evaluation; rows: the rollout being used;
     #     draws: its prompts' draw numbers, of all ranks; next_draw: the first of the next rollout;
     #     and the STATE of --algo's files
-    state = {"step": 0, "pending": {"step": 0}, "start": {}, "end": {}, "skipped": 0,
-             "draws": [], "next_draw": 0, "rollout_sums": {}}
-    state |= copy.deepcopy({k: v for m in args.methods for k, v in getattr(m, "STATE", {}).items()})
+    state = model.with_states(args, {"step": 0, "pending": {"step": 0}, "start": {}, "end": {}, "skipped": 0,
+                                     "draws": [], "next_draw": 0, "rollout_sums": {}})
     stop, rows = model.Stop(args.max_hours), {}
     saver, parts = model.restore(args, output_dir, resumed, state, policy, optimizer, scheduler, rank,
                                  ref if any(model.hooks(args, "MOVES_REFERENCE")) else None)
@@ -509,7 +506,7 @@ def main(argv=None):
         return stopping
 
     def rows_drawn(draws):
-        return [plan[draw] for draw in draws] if row_of is None else row_of(args, plan, draws, state)
+        return (plan[draw] for draw in draws) if row_of is None else row_of(args, plan, draws, state)
 
     def share_of(draws):
         """This rank's among a rollout's draw numbers: its slice of every update, so that the ranks together
@@ -638,7 +635,7 @@ def main(argv=None):
                 sums["kl"] = kl.sum(), sum(m["completion_mask"].sum() for u in updates_of_rollout for m in u)
             everyone = model.all_gather(torch.cat([scores, minus[None]]), device)    # (functions+1, ranks*N)
             advantages = losses.advantages(args.advantage_estimator, everyone[:-1], weights, G,
-                                           scale_rewards=args.scale_rewards, penalty=everyone[-1])
+                                           penalty=everyone[-1], **flags | state)
             rows["advantages"] = advantages[rank * len(texts):][:len(texts)].float()      # (N,)
             state["rollout_sums"] = model.all_reduce_sums(sums, device)
             if args.dynamic_sampling or row_of is not None:
