@@ -12,9 +12,8 @@ optimizer step (all micro-batches and ranks), so neither micro-batch size nor ra
 
     loss = loss_sum / global_count
 
-Five are defined over a micro-batch and keep that: `aot` and `aot_unpaired` (they sort its pairs), `bnpo` (its
-own token mean), `top_entropy_mask` (its quantile) and `disco` (its drift, off policy). METHODS.md lists every
-function, paper and test.
+Three are defined over a micro-batch and keep that: `aot`, `aot_unpaired` (which sort pairs) and `bnpo` (its
+own token mean); of papers/ those that say OF_MICRO_BATCH. METHODS.md lists every function, paper and test.
 """
 
 import math

@@ -1488,7 +1488,7 @@ def option_of(hint) -> dict:
     if get_origin(hint) is Annotated and hint is not Name:
         kind, interval = get_args(hint)
         return options | {"type": within(interval, kind), "metavar": interval}
-    return options
+    return options | ({"type": within("(-inf, inf)", hint)} if hint in (int, float) else {})
 
 
 def parser_of(cls, defaults: dict | None = None) -> argparse.ArgumentParser:
@@ -1502,7 +1502,7 @@ def parser_of(cls, defaults: dict | None = None) -> argparse.ArgumentParser:
     texts = {name: text for base in reversed(written) for name, text in help_of(base).items()}
     words = {word: text for base in written for word, text in vars(base).get("HELP", {}).items()}
     for field in dataclasses.fields(cls):
-        section, text = texts[field.name]
+        section, text = texts.get(field.name, ("", ""))
         text = re.sub("|".join(words) or "$^", lambda word: words[word[0]], text)
         default = (defaults or {}).get(field.name, default_of(field))
         if default not in (None, [], "") and default is not False and "default" not in text:

@@ -22,8 +22,7 @@ Where this differs from the papers and from TRL:
     by the content of weights, ids and pixels; there is no second model in memory. LoRA has no dropout.
  6. rewards/accuracies counts a tie as 1/2, so it starts at 0.5 (TRL: 0).
  7. --label_smoothing makes sigmoid cDPO (TRL ignores it there); WPO weighs pair losses only.
- 8. A pair's weight (--weight_column) multiplies its pair losses, whose count stays the number of pairs.
- 9. LCPO's share of right labels starts at 0.9 and moves by a tenth a step: our choice.
+ 8. A pair's weight (papers/weighted.py) multiplies its pair losses, whose count stays the number of pairs.
 """
 
 import os

@@ -23,7 +23,7 @@ Where this differs from the papers and from TRL:
  4. With one update per rollout, and no KL in the reward, old log-probs are the training pass's own, detached:
     the ratio is exactly 1 also in bf16; else one no-grad pass of the same function on the same rows. The
     sampler's own log-probs are compared with them (sampling/sampling_logp_difference/mean), and used for
-    nothing else but --importance_sampling_correction and --off_policy_mask_threshold.
+    nothing else but --importance_sampling_correction and papers/off_policy_mask.py.
  5. Ids that can never be an answer (image placeholders) are left out of the softmax, in sampler and trainer.
  6. --algo dapo is its loss, clip range and truncation mask; --dynamic_sampling N (candidates beyond the batch
     are not kept: the next rollout draws them anew) and --reward_funcs ... soft_overlong are to be asked for.
@@ -267,7 +267,7 @@ def check_loss(args):
             why = "has no --beta" if args.beta else "needs --beta above 0"
             raise ValueError(f"--loss_type {loss} {why}")
     if args.delta is not None and (term is not losses.clipped_term or args.delta <= 1 + args.epsilon_high):
-        clipped = ", ".join(losses.which(losses.POLICY_LOSSES, term=losses.clipped_term))
+        clipped = ", ".join(name for name, x in losses.POLICY_LOSSES.items() if x.term is losses.clipped_term)
         raise ValueError(f"--delta must be above 1 + epsilon_high, and is for --loss_type {clipped}")
     if loss == "vespo" and (level != "token" or args.importance_sampling_correction.startswith("sequence")):
         raise ValueError("vespo builds the ratio of the whole sequence itself: it takes "
