@@ -12,9 +12,8 @@ optimizer step (all micro-batches and ranks), so neither micro-batch size nor ra
 
     loss = loss_sum / global_count
 
-Five are defined over a micro-batch and keep that: `aot` and `aot_unpaired` (they sort its pairs), `bnpo` (its
-own token mean), `top_entropy_mask` (its quantile) and `disco` (its drift, off policy). METHODS.md lists every
-function, paper and test.
+Three are defined over a micro-batch and keep that: `aot`, `aot_unpaired` (which sort pairs) and `bnpo` (its
+own token mean); of papers/ those that say OF_MICRO_BATCH. METHODS.md lists every function, paper and test.
 """
 
 import math
@@ -251,6 +250,8 @@ def preference_losses(loss_types, pair: dict, *, beta, pair_weights=None, **opti
     """
     terms, B = {}, len(pair["s_w"])
     for name in loss_types:
+        if name not in PAIR_LOSSES:
+            raise ValueError(f"unknown loss_type {name!r}; choose from {', '.join(PAIR_LOSSES)}")
         loss = PAIR_LOSSES[name]
         if loss.reference and "ref_s_w" not in pair:
             raise ValueError(f"loss_type {name} needs the reference's log-probs")
@@ -349,7 +350,7 @@ def gdpo_advantages(scores, weights, num_generations, *, eps=1e-4):
 
 class Advantage(NamedTuple):
     """An advantage estimator: function(rewards (N,), num_generations, **options) -> (N,), where options are
-    scores (F, N), weights (F,), scale_rewards and reward_max, the sum of the positive weights."""
+    scores (F, N), weights (F,), reward_max, the sum of the positive weights, flags and STATE."""
 
     function: Callable
     of_sums: bool = True        # it takes the weighted sum of the rewards, which a penalty can be taken off
@@ -363,7 +364,8 @@ ADVANTAGES = {
     "none": Advantage(lambda r, G, reward_max, **_: r - reward_max)}
 
 
-def advantages(estimator, scores, weights, num_generations, *, scale_rewards="group", penalty=0.0):
+def advantages(estimator, scores, weights, num_generations, /, *, scale_rewards="group", penalty=0.0,
+               **options):
     """The advantages (N,) that a run trains on, from scores (F, N) and weights (F,), by one of ADVANTAGES;
     none, for GROUP_LOSSES, is the reward itself less the highest (nan: unknown).
 
@@ -373,8 +375,9 @@ def advantages(estimator, scores, weights, num_generations, *, scale_rewards="gr
     if estimator not in ADVANTAGES:
         raise ValueError(f"advantage estimator must be one of {', '.join(ADVANTAGES)}, got {estimator!r}")
     rewards, reward_max = weighted_rewards(scores, weights) - penalty, float(weights.clamp(min=0).sum())
-    return ADVANTAGES[estimator].function(rewards, num_generations, scores=scores, weights=weights,
-                                          scale_rewards=scale_rewards, reward_max=reward_max)
+    options |= dict(scores=scores, weights=weights, scale_rewards=scale_rewards, reward_max=reward_max)
+    options.pop("num_generations", None)
+    return ADVANTAGES[estimator].function(rewards, num_generations, **options)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -617,7 +620,7 @@ GROUP_LOSSES = {
 
 
 def group_loss(logps, old_logps, rewards, mask, *, loss_type, num_generations, ref_logps=None, beta=0.0,
-               kl_estimator="k3", **_):
+               kl_estimator="k3", **options):
     """A loss of GROUP_LOSSES, as a sum over the groups; divide by the step's `policy_loss_count`.
 
     As `policy_loss`, with whole groups of num_generations consecutive completions and `advantages` "none".
@@ -634,4 +637,5 @@ def group_loss(logps, old_logps, rewards, mask, *, loss_type, num_generations, r
                                            wins.sum()),
                     "kl": (masked_sum(kl_penalty(logps, ref_logps, kl_estimator).detach(), mask).sum(),
                            mask.sum())}
-    return loss(r, u, s, n, beta=beta, rho=rho, drift=-rho.sum() / mask.sum().clamp(min=1)).sum(), metrics
+    options |= dict(beta=beta, rho=rho, drift=-rho.sum() / mask.sum().clamp(min=1))
+    return loss(r, u, s, n, **options).sum(), metrics

@@ -23,6 +23,7 @@ completion, M trained tokens, H hidden, V vocabulary, R position rows (3 for M-R
 """
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import functools
@@ -1487,7 +1488,7 @@ def option_of(hint) -> dict:
     if get_origin(hint) is Annotated and hint is not Name:
         kind, interval = get_args(hint)
         return options | {"type": within(interval, kind), "metavar": interval}
-    return options
+    return options | ({"type": within("(-inf, inf)", hint)} if hint in (int, float) else {})
 
 
 def parser_of(cls, defaults: dict | None = None) -> argparse.ArgumentParser:
@@ -1501,7 +1502,7 @@ def parser_of(cls, defaults: dict | None = None) -> argparse.ArgumentParser:
     texts = {name: text for base in reversed(written) for name, text in help_of(base).items()}
     words = {word: text for base in written for word, text in vars(base).get("HELP", {}).items()}
     for field in dataclasses.fields(cls):
-        section, text = texts[field.name]
+        section, text = texts.get(field.name, ("", ""))
         text = re.sub("|".join(words) or "$^", lambda word: words[word[0]], text)
         default = (defaults or {}).get(field.name, default_of(field))
         if default not in (None, [], "") and default is not False and "default" not in text:
@@ -1519,6 +1520,7 @@ def default_of(field):
 
 
 PAPERS = Path(__file__).with_name("papers")
+TABLES = ("PAIR_LOSSES", "ADVANTAGES", "POLICY_LOSSES", "GROUP_LOSSES")  # of losses.py
 
 
 def load_method(name: str, script: str):
@@ -1529,7 +1531,8 @@ def load_method(name: str, script: str):
     """
     file = Path(name) if name.endswith(".py") else PAPERS / f"{name}.py"
     if not file.is_file():
-        raise ValueError(f"--algo {name}: neither a preset nor a file of papers/; nor is there a file {file}")
+        raise ValueError(f"--algo {name}: no such file" if name.endswith(".py") else
+                         f"--algo {name}: neither a preset nor a file of papers/ (your own ends in .py)")
     own = file.resolve().parent != PAPERS.resolve()
     full_name = f"method_{digest_of([file])[:8]}_{file.stem}" if own else f"papers.{file.stem}"
     if full_name not in sys.modules:
@@ -1541,11 +1544,13 @@ def load_method(name: str, script: str):
             del sys.modules[full_name]
             raise
     module = sys.modules[full_name]
-    if module.SCRIPT != script:
-        raise ValueError(f"--algo {name} is for {module.SCRIPT}")
-    for table in ("PAIR_LOSSES", "ADVANTAGES", "POLICY_LOSSES", "GROUP_LOSSES"):
+    if getattr(module, "SCRIPT", None) != script:
+        raise ValueError(f"--algo {name} is for {module.SCRIPT}" if hasattr(module, "SCRIPT") else
+                         f'--algo {name}: the file does not say which script it is for: SCRIPT = "{script}"')
+    for table in TABLES:
         getattr(losses, table).update(getattr(module, table, {}))
     if hasattr(module, "Flags"):
+        module.Flags = dataclasses.dataclass(module.Flags)
         module.Flags.SECTION = f"--algo {name}"
     return module
 
@@ -1559,6 +1564,31 @@ def papers_for(script: str) -> str:
 def hooks(args, name: str) -> list:
     """The functions (or values) `name` of the files that --algo names, in their order."""
     return [getattr(method, name) for method in args.methods if hasattr(method, name)]
+
+
+def check_methods(args):
+    """What --algo's files check themselves; and a file whose losses nobody takes would change nothing."""
+    kinds = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
+    for method in args.methods:
+        brings = [name for table in TABLES for name in getattr(method, table, {})]
+        if brings and not {*brings} & {*kinds, getattr(args, "advantage_estimator", None)}:
+            flag = "--advantage_estimator" if hasattr(method, "ADVANTAGES") else "--loss_type"
+            raise ValueError(f"--algo {' '.join(args.algo)}: nothing uses what {Path(method.__file__).name} "
+                             f"brings; name it: {flag} ... {' or '.join(brings)}")
+    if len(hooks(args, "row_of")) > 1:
+        raise ValueError(f"--algo {' '.join(args.algo)}: two files say which rows come next")
+    for check in hooks(args, "check"):
+        check(args)
+
+
+def with_states(args, state: dict) -> dict:
+    """A run's state with the STATE of --algo's files, each name once."""
+    for method in args.methods:
+        for name, value in getattr(method, "STATE", {}).items():
+            if name in state or name in vars(args):
+                raise InputError(f"{method.__file__}: STATE {name!r} is the name of another number or flag")
+            state = state | {name: copy.deepcopy(value)}
+    return state
 
 
 def flags_of_methods() -> dict[str, str]:
@@ -1592,9 +1622,14 @@ def parse(cls, presets: dict, tiny: dict, tiny_by_algo: dict, argv=None):
             if name in presets:
                 raise ValueError(f"--algo {' '.join(names)}: {name} is a preset, and so can only stand first")
         methods = {name: load_method(name, Path(script).name) for name in names if name not in presets}
+        flags = [method.Flags for method in methods.values() if hasattr(method, "Flags")]
+        taken = {field.name for field in dataclasses.fields(cls)}
+        for field in (field for brought in flags for field in dataclasses.fields(brought)):
+            if field.name in taken:
+                raise ValueError(f"--algo {' '.join(names)}: --{field.name} is there already")
+            taken.add(field.name)
     except ValueError as error:
-        sys.exit(f"error: {error}; --help lists the presets")
-    flags = [method.Flags for method in methods.values() if hasattr(method, "Flags")]
+        sys.exit(f"error: {error}; --help lists what there is")
     cls = dataclasses.dataclass(type(cls.__name__, (cls, *flags), {
         "__module__": cls.__module__, "methods": list(methods.values())}))
 
@@ -1650,7 +1685,7 @@ def check_shared(args):
         raise ValueError("--cold_start_steps is for the built-in model and task; train your own with "
                          "--algo sft")
     if args.cold_start_steps is None:
-        args.cold_start_steps = 200 if built_in and args.algo != ["sft"] else 0
+        args.cold_start_steps = 200 if built_in and args.algo[0] != "sft" else 0
     if args.num_generations_eval > 1 and args.eval_temperature <= 0:
         raise ValueError("--num_generations_eval needs --eval_temperature above 0: greedy answers are alike")
     if args.max_steps == 0:
@@ -1704,15 +1739,15 @@ def digest_of(paths) -> str | None:
 
 
 def code_of(args) -> dict[str, Path]:
-    """{name under output_dir/code: file}: the program, its rewards/, and the files that --algo and --reward_funcs
-    name."""
+    """{name under output_dir/code: file}: the program, rewards/, and what --algo and --reward_funcs name."""
     root = Path(__file__).parent
     files = sorted([*root.glob("*.py"), *root.glob("rewards/*.py")])
     given = [spec.rpartition(":")[0] for spec in getattr(args, "reward_funcs", [])]
     return ({str(file.relative_to(root)): file for file in files}
             | {f"rewards/{i}-{Path(p).name}": Path(p) for i, p in enumerate(dict.fromkeys(given))
                if os.path.isfile(p)}
-            | {f"papers/{Path(method.__file__).name}": Path(method.__file__) for method in args.methods})
+            | {f"papers/{'' if file.parent == PAPERS else f'{i}-'}{file.name}": file
+               for i, file in enumerate(Path(method.__file__) for method in args.methods)})
 
 
 def describe_run(args, world_size: int) -> dict:

@@ -22,15 +22,13 @@ Where this differs from the papers and from TRL:
     by the content of weights, ids and pixels; there is no second model in memory. LoRA has no dropout.
  6. rewards/accuracies counts a tie as 1/2, so it starts at 0.5 (TRL: 0).
  7. --label_smoothing makes sigmoid cDPO (TRL ignores it there); WPO weighs pair losses only.
- 8. A pair's weight (--weight_column) multiplies its pair losses, whose count stays the number of pairs.
- 9. LCPO's share of right labels starts at 0.9 and moves by a tenth a step: our choice.
+ 8. A pair's weight (papers/weighted.py) multiplies its pair losses, whose count stays the number of pairs.
 """
 
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads ruin a shared machine
 
-import copy
 import functools
 import hashlib
 import itertools
@@ -176,8 +174,7 @@ class Args:
     def __post_init__(self):
         model.check_shared(self)
         check_losses(self)
-        for check in model.hooks(self, "check"):
-            check(self)
+        model.check_methods(self)
 
 
 def parse_args(argv):
@@ -214,12 +211,12 @@ def check_losses(args):
             ("nll_normalization", "--loss_type sft", "sft" in given)) if not used})
 
 
-def columns_of(args) -> dict[str, tuple[float, float]]:
+def columns_of(args, losses_only=False) -> dict[str, tuple[float, float]]:
     """{column: (lowest, highest)} of the numbers that the losses and --algo's files take from the data."""
     found = {}
     for name in args.loss_type:
         found |= losses.PAIR_LOSSES[name].columns if name != "sft" else {}
-    for columns in model.hooks(args, "columns"):
+    for columns in model.hooks(args, "columns") if not losses_only else ():
         found |= columns(args)
     return found
 
@@ -340,7 +337,7 @@ def score_groups(args, policy, groups, references, state):
     weights = None
     for pair_weights in model.hooks(args, "pair_weights"):
         weights = pair_weights(pair, args, columns) * (1.0 if weights is None else weights)     # (B,)
-    options = vars(args) | state | columns
+    options = vars(args) | state | {c: columns[c] for c in columns_of(args, losses_only=True)}
     options.pop("loss_type")
     pair_terms, pair_metrics = losses.preference_losses(
         [name for name in args.loss_type if name != "sft"], pair, pair_weights=weights, **options)
@@ -370,7 +367,7 @@ def start_value(args, name: str) -> str:
     further = [f"{scorer}_logps" for scorers in model.hooks(args, "scorers") for scorer in scorers(args)]
     side = dict.fromkeys(["logps", "ref_logps", *further], torch.zeros(1, 1))
     pair = losses.pair_of(*[side | {"mask": torch.ones(1, 1, dtype=torch.bool)}] * 2)
-    state = {"bco_shift": 0.0} | {k: v for m in args.methods for k, v in getattr(m, "STATE", {}).items()}
+    state = model.with_states(args, {"bco_shift": 0.0})
     return f"{loss.term(**pair, **vars(args), **state).item():.4f}"
 
 
@@ -399,8 +396,8 @@ def main(argv=None):
 
     # What a checkpoint holds besides weights and optimizer. Data order and randomness follow from step.
     # pending: metrics of `step` that still wait for their evaluation
-    state = {"step": 0, "pending": {"step": 0}, "bco_shift": 0.0, "start": {}, "end": {}, "skipped": 0}
-    state |= copy.deepcopy({k: v for m in args.methods for k, v in getattr(m, "STATE", {}).items()})
+    state = model.with_states(args, {"step": 0, "pending": {"step": 0}, "bco_shift": 0.0, "start": {},
+                                     "end": {}, "skipped": 0})
     run.restore(state, policy, optimizer, scheduler)
     held_out = functools.partial(evaluate, args, run, policy, processor, groups_of, references, rewards,
                                  state)

@@ -23,7 +23,7 @@ Where this differs from the papers and from TRL:
  4. With one update per rollout, and no KL in the reward, old log-probs are the training pass's own, detached:
     the ratio is exactly 1 also in bf16; else one no-grad pass of the same function on the same rows. The
     sampler's own log-probs are compared with them (sampling/sampling_logp_difference/mean), and used for
-    nothing else but --importance_sampling_correction and --off_policy_mask_threshold.
+    nothing else but --importance_sampling_correction and papers/off_policy_mask.py.
  5. Ids that can never be an answer (image placeholders) are left out of the softmax, in sampler and trainer.
  6. --algo dapo is its loss, clip range and truncation mask; --dynamic_sampling N (candidates beyond the batch
     are not kept: the next rollout draws them anew) and --reward_funcs ... soft_overlong are to be asked for.
@@ -36,7 +36,6 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads ruin a shared machine
 
-import copy
 import functools
 import math
 import sys
@@ -217,8 +216,7 @@ class Args:
     def __post_init__(self):
         model.check_shared(self)
         check_args(self)
-        for check in model.hooks(self, "check"):
-            check(self)
+        model.check_methods(self)
 
 
 def parse_args(argv):
@@ -271,7 +269,7 @@ def check_loss(args):
             why = "has no --beta" if args.beta else "needs --beta above 0"
             raise ValueError(f"--loss_type {loss} {why}")
     if args.delta is not None and (term is not losses.clipped_term or args.delta <= 1 + args.epsilon_high):
-        clipped = ", ".join(losses.which(losses.POLICY_LOSSES, term=losses.clipped_term))
+        clipped = ", ".join(name for name, x in losses.POLICY_LOSSES.items() if x.term is losses.clipped_term)
         raise ValueError(f"--delta must be above 1 + epsilon_high, and is for --loss_type {clipped}")
     if loss == "vespo" and (level != "token" or args.importance_sampling_correction.startswith("sequence")):
         raise ValueError("vespo builds the ratio of the whole sequence itself: it takes "
@@ -382,9 +380,8 @@ def main(argv=None):
     # What a checkpoint holds besides weights, optimizer and the rollout in use. Data order and randomness
     # follow from step.  pending: metrics of `step` that still wait for their evaluation;
     # draws: the rollout's draw numbers, of all ranks; next_draw: the first of the next rollout
-    state = {"step": 0, "pending": {"step": 0}, "start": {}, "end": {}, "skipped": 0, "draws": [],
-             "next_draw": 0, "rollout_sums": {}}
-    state |= copy.deepcopy({k: v for m in args.methods for k, v in getattr(m, "STATE", {}).items()})
+    state = model.with_states(args, {"step": 0, "pending": {"step": 0}, "start": {}, "end": {}, "skipped": 0,
+                                     "draws": [], "next_draw": 0, "rollout_sums": {}})
     run.listen()
     moving = ref if any(model.hooks(args, "MOVES_REFERENCE")) else None
     parts = run.restore(state, policy, optimizer, scheduler, moving)
@@ -419,7 +416,7 @@ def main(argv=None):
                     ref.reshard()  # after a pass without backward FSDP leaves the root unit whole
 
             # 3. advantages (N,), from the rollout of all ranks
-            batch["advantages"] = advantages_of(args, run, batch, state)
+            batch["advantages"] = advantages_of(args, run, batch, flags, state)
             save_completions(args, run, sizes, batch, state)
 
         # 4. what the loss, and the entropy bonus, are divided by, over all micro-batches and ranks
@@ -571,7 +568,7 @@ class Prompts:
         """The index of the row of each draw."""
         if self.row_of is not None:
             return self.row_of(self.args, self.plan, draws, state)
-        return [self.plan[draw] for draw in draws]
+        return (self.plan[draw] for draw in draws)
 
     def share_of(self, draws) -> list[int]:
         """This rank's among a rollout's draw numbers: its slice of every update, so that the ranks together
@@ -733,7 +730,7 @@ def logps_of(args, scorer, batch, device) -> torch.Tensor:
     return found
 
 
-def advantages_of(args, run, batch, state) -> torch.Tensor:
+def advantages_of(args, run, batch, flags, state) -> torch.Tensor:
     """(N,) of this rank; adds the rollout's sums of all ranks up in the state."""
     sums, scores = state["rollout_sums"], batch["scores"]
     minus = args.missing_eos_penalty * batch["truncated"].double()                            # (N,)
@@ -744,7 +741,7 @@ def advantages_of(args, run, batch, state) -> torch.Tensor:
     accepted = sums.pop("frac_groups_accepted", None)  # the same on all ranks
     everyone = model.all_gather(torch.cat([scores, minus[None]]), run.device)     # (functions + 1, ranks * N)
     A = losses.advantages(args.advantage_estimator, everyone[:-1], weights_of(args), args.num_generations,
-                          scale_rewards=args.scale_rewards, penalty=everyone[-1])
+                          penalty=everyone[-1], **flags | state)
     state["rollout_sums"] = model.all_reduce_sums(sums, run.device)
     if accepted is not None:
         state["rollout_sums"]["frac_groups_accepted"] = accepted

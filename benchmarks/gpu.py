@@ -492,8 +492,8 @@ def mpo_flags():
 def mpo_pass(policy, groups):
     """The same as in train_dpo.py, with a reference's log-probs as if its cache had them."""
     zeros = SimpleNamespace(logps=lambda _, batch: torch.zeros(batch["logit_index"].shape, device=RUN.device))
-    args, state = mpo_flags(), {"delta": 0.0, "eta": 0.9}
-    terms, _ = train_dpo.score_groups(args, policy, groups, [zeros], state)
+    args, state = mpo_flags(), {"bco_shift": 0.0}
+    terms, _ = train_dpo.score_groups(args, policy, groups, {"ref": zeros}, state)
     loss = sum(weight * terms[name][0] for name, weight in zip(args.loss_type, args.loss_weights))
     (loss / 256).backward()
 

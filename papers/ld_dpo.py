@@ -26,6 +26,9 @@ def check(args):
     """There must be a pair whose lengths can be compared."""
     if args.ld_alpha != 1 and (args.loss_type == ["sft"] or "tgdpo" in args.loss_type):
         raise ValueError("--ld_alpha compares the lengths of a pair: sft has none, tgdpo has its own weights")
+    before = args.methods[:[method.__name__ for method in args.methods].index(__name__)]
+    if any(hasattr(method, "log_ratios") for method in before):
+        raise ValueError("ld_dpo weighs tokens before they are summed: it stands before f_dpo in --algo")
 
 
 def ld_sum(logps, mask, other_mask, ld_alpha):

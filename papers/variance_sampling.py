@@ -11,6 +11,8 @@ from typing import Annotated
 
 import numpy as np
 
+from model import warn
+
 SCRIPT = "train_grpo.py"
 STATE = {"variance": {}, "measured": {}}  # {row: variance of its rewards}: before this rollout, and in it
 
@@ -19,6 +21,12 @@ STATE = {"variance": {}, "measured": {}}  # {row: variance of its rewards}: befo
 class Flags:
     variance_sampling: Annotated[float, "[0, 1)"] = 0.5  # share of the prompts, drawn by how much their
     # rewards varied when last sampled
+
+
+def check(args):
+    """What it costs is said."""
+    warn("variance sampling: no rollout more, but an epoch leaves out "
+         f"{args.variance_sampling:.0%} of its rows, for rows whose last rewards varied")
 
 
 def row_of(args, plan, draws, state):

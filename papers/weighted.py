@@ -1,6 +1,8 @@
 """A column of the data multiplies each pair's losses; their count stays the number of pairs.
 
     python train_dpo.py --algo mpo weighted --weight_column confidence --dataset rows.jsonl
+
+Source: no paper; weights of samples as they are usual.
 """
 
 from dataclasses import dataclass

@@ -330,24 +330,6 @@ def test_draw_plan_by_a_column():
     assert Counter(data.draw_plan(7, 10, seed=3, dropped={2, 5}, keys=keys)) == Counter([0, 1, 3, 4, 6] * 2)
 
 
-def test_draw_by_variance():
-    """MMR1: the share of the draws that go by variance is as asked, each row's chance among them its variance's share, a
-    row of 0 has none; a draw depends on its number alone, and without an estimate it is the plan's."""
-    def drawn(*args):
-        return list(data.draw_by_variance(*args))
-
-    plan, draws = list(range(100, 1100)), range(1000)
-    assert drawn(plan, draws, 0, 0.5, {}) == drawn(plan, draws, 0, 0.5, {"3": 0.0}) == plan
-    variance = {"7": 0.0, "5": 0.1, "6": 0.3, "9": 0.0}
-    assert drawn(plan, draws, 0, 0.0, variance) == plan
-    rows = drawn(plan, draws, 0, 0.5, variance)
-    counts = Counter(row for row in rows if row < 100)
-    assert counts.keys() == {5, 6} and abs(counts.total() - 500) < 50 and abs(counts[6] / counts.total() - 0.75) < 0.06
-    assert all(row in (5, 6, planned) for row, planned in zip(rows, plan))
-    assert drawn(plan, range(30, 40), 0, 0.5, variance) == rows[30:40]
-    assert drawn(plan, draws, 1, 0.5, variance) != rows
-
-
 def test_shapes_task():
     """The picture holds as many shapes as the solution says (counted by colour regions per cell); splits differ."""
     for row in data.shapes_rows(50, 0, "train"):

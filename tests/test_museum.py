@@ -304,7 +304,7 @@ def unclamped(monkeypatch, _):
         mu = (m / discopop_tau).sigmoid()
         return -(1 - mu) * torch.nn.functional.logsigmoid(m) + mu * (-m).exp()
 
-    monkeypatch.setitem(losses.PAIR_LOSSES, "discopop", discopop_loss)
+    monkeypatch.setitem(losses.PAIR_LOSSES, "discopop", losses.PAIR_LOSSES["discopop"]._replace(term=discopop_loss))
 
 
 def slope_of_temperature_1(original, ctx, grad_logps, *others):

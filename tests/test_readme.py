@@ -10,7 +10,7 @@ import types
 import pytest
 import train_dpo
 import train_grpo
-from conftest import ROOT, run, script
+from conftest import METHODS, ROOT, run, script
 from PIL import Image
 
 import data
@@ -61,16 +61,24 @@ def test_every_promise_has_its_test():
         assert name in files, name
 
 
+def known_flags():
+    """Those of both scripts and of all files of papers/."""
+    parsers = [model.parser_of(module.Args) for module in (train_dpo, train_grpo)]
+    return {flag for parser in parsers for flag in parser._option_string_actions} | {*model.flags_of_methods()}
+
+
 def test_methods_page_is_complete():
-    """METHODS.md names every loss, level, estimator, preset and function of losses.py, and each function and test that
-    it names exists, under the name it gives."""
+    """METHODS.md names every loss, level, estimator, preset, file of papers/ and function of losses.py and papers/, and each
+    function and test that it names exists, under the name it gives."""
     page = (ROOT / "METHODS.md").read_text()
     named = {word for code in re.findall(r"`([^`]+)`", page) for word in code.split()}
-    assert {*losses.PREFERENCE_LOSSES, *losses.POLICY_LOSSES, *losses.RATIO_LEVELS, *train_dpo.PRESETS,
-            *train_grpo.PRESETS} <= named
-    public = {name for name, value in vars(losses).items() if inspect.isfunction(value) and value.__module__ == "losses"}
+    assert {*losses.PAIR_LOSSES, "sft", *losses.POLICY_LOSSES, *losses.GROUP_LOSSES, *losses.ADVANTAGES, *losses.RATIO_LEVELS,
+            *train_dpo.PRESETS, *train_grpo.PRESETS, *METHODS} <= named
+    hooks = {"check", "columns", "scorers", "metrics", "after_step", "weigh", "before_rollout", "after_rollout"}
+    public = {name for module in (losses, *METHODS.values()) for name, value in vars(module).items()
+              if inspect.isfunction(value) and value.__module__ == module.__name__} - hooks
     unlisted = {"masked_sum", "weighted_rewards", "centred", "unbiased_std", "log_ratios", "preference_losses",
-                "better", "has_spread"}
+                "better", "has_spread", "which", "pair_of", "log_ratios_of"}
     assert public - named == unlisted, (public - named) ^ unlisted
     tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
     for name in named:
@@ -78,14 +86,13 @@ def test_methods_page_is_complete():
             assert f"def {name}(" in tests or (ROOT / "tests" / name).is_file(), name
         elif name.endswith(("_loss", "_term", "_mask", "_advantages", "_mean")):
             assert name in public | {"sequence_mask", "token_mask"}, name
-    flags = {f for parse in (train_dpo, train_grpo) for a in model.parser_of(parse.Args)._actions for f in a.option_strings}
-    assert {f for f in re.findall(r"--\w+", page)} <= flags | {"--algo"}
-    for module in (train_dpo, train_grpo):
-        for algo, preset in module.PRESETS.items():  # the table's --algo column follows the presets
-            kinds = preset["loss_type"]
-            for kind in [kinds] if isinstance(kinds, str) else kinds:
-                row = next(line for line in page.splitlines() if line.startswith(f"| `{kind}` |"))
-                assert f"`{algo}`" in row or f"--algo {algo}" in page, (algo, kind)
+    assert set(re.findall(r"--\w+", page)) <= known_flags(), set(re.findall(r"--\w+", page)) - known_flags()
+    of_papers = {name: method.PRESET for name, method in METHODS.items() if hasattr(method, "PRESET")}
+    for algo, preset in (train_dpo.PRESETS | train_grpo.PRESETS | of_papers).items():  # the --algo column follows the presets
+        kinds = preset.get("loss_type", [])
+        for kind in [kinds] if isinstance(kinds, str) else kinds:
+            rows = [line for line in page.splitlines() if line.startswith(f"| `{kind}` |")]
+            assert any(f"`{algo}`" in row for row in rows) or f"--algo {algo}" in page or f"file `{algo}`" in page, (algo, kind)
 
 
 @pytest.mark.parametrize("line", [c for c in COMMANDS + GUIDE_COMMANDS if not c.startswith((INSTALL, ". .venv"))])
@@ -106,8 +113,7 @@ def flags_of(text):
 
 def test_guide_names_flags_that_exist():
     """Troubleshooting by a flag that is gone is worse than none."""
-    parsers = [action for module in (train_dpo, train_grpo) for action in model.parser_of(module.Args)._actions]
-    known = {flag for action in parsers for flag in action.option_strings}
+    known = known_flags() | {"--target_scale"}  # of the example's own file
     assert flags_of(GUIDE) - known <= {"--rows", "--output", "--nproc_per_node"}, flags_of(GUIDE) - known
 
 
@@ -116,8 +122,7 @@ def test_trl_table():
     both have is missing from the table."""
     rows = [line.split("|")[1:4] for line in GUIDE.split("| TRL setting | flatpo flag |")[1].split("\n\n")[0].splitlines()[2:]]
     theirs = {name for left, _, _ in rows for name in re.findall(r"`(\w+)`", left)}
-    parsers = [action for module in (train_dpo, train_grpo) for action in model.parser_of(module.Args)._actions]
-    ours = {flag for action in parsers for flag in action.option_strings}
+    ours = known_flags()
     assert len(rows) > 35 and all(left.strip() for left, _, _ in rows)
     for _, flags, note in rows:
         assert flags_of(flags + note) <= ours, flags
@@ -133,7 +138,7 @@ def test_trl_table():
 
 def test_guide_snippets(tmp_path, monkeypatch):
     """The code that a reader copies: the writer of published data, with rows in the form of both data sets, and the reward."""
-    writer, reward = re.findall(r"```python\n(.*?)```", GUIDE, re.S)
+    writer, reward, _ = re.findall(r"```python\n(.*?)```", GUIDE, re.S)  # the third: test_the_guides_file_trains
     picture = Image.new("RGBA", (40, 30), "red")
     text = [{"type": "image", "text": None}, {"type": "text", "text": "what?"}]
     sets = {"HuggingFaceH4/rlaif-v_formatted": dict(

@@ -236,11 +236,11 @@ def test_sigterm_is_a_checkpoint(trained, whole_here, monkeypatch, tmp_path, nam
 
 @pytest.mark.slow
 def test_dynamic_sampling_and_a_moving_reference_resume(trained, monkeypatch, tmp_path):
-    """Dynamic sampling's draw numbers, the variances that prompts are drawn by and --sync_ref_model's reference belong to
+    """Dynamic sampling's draw numbers, the variances that prompts are drawn by and moving_reference's weights belong to
     the state: dead inside the rollout of step 5, after a sync, and started again, the numbers are those of a run that was
     left alone: also the prompts of the rollout that is gone on with, drawn by the variances from before it."""
     extra = ["--reward_funcs", tmp_path / "rare.py:rare", "--dynamic_sampling", 3, "--variance_sampling", "0.7",
-             "--sync_ref_model", "--ref_model_sync_steps", 3, "--save_steps", 4]
+             "--algo", "grpo", "variance_sampling", "moving_reference", "--ref_model_sync_steps", 3, "--save_steps", 4]
     (tmp_path / "rare.py").write_text(REWARD)
     trained("train_grpo", *extra)
     (tmp_path / "r").rename(tmp_path / "whole")
