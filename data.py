@@ -353,7 +353,7 @@ def readable(rows):
 
 
 def refuse(errors: list[str]):
-    """One RowError for all these messages, if there are any: the first twenty, and how many more there are."""
+    """One RowError for all these messages, if there are any: the first twenty, and the number of the rest."""
     if len(errors) == 1:
         raise RowError(errors[0])
     if errors:
@@ -637,7 +637,8 @@ def encode_completion(policy: Policy, processor, row: dict, column: str,
         ids = tokenizer(rest, add_special_tokens=False)["input_ids"]
     if may_hold(tokenizer, tuple(policy.eos_ids), answer):
         if set(tokenizer(answer, add_special_tokens=False)["input_ids"]) & set(policy.eos_ids):
-            raise RowError(f"{source}: {column} contains the end-of-turn token; what follows it would be lost")
+            raise RowError(f"{source}: {column} contains the end-of-turn token; "
+                           "what follows it would be lost")
     end = next((i for i, token in enumerate(ids) if token in policy.eos_ids), None)
     ids = [*ids, tokenizer.eos_token_id] if end is None else ids[:end + 1]
     bad = set(ids) & policy.never_sampled_ids
@@ -923,8 +924,8 @@ def show_sample(processor, group):
 
 
 def check_eval_rows(rows, limit: int, rank: int, world_size: int, measure, workers: int = 0):
-    """This rank's held-out rows and the Size of each; all ranks' are read, measured and checked. Held-out rows
-    are never skipped."""
+    """This rank's held-out rows and the Size of each; all ranks' are read, measured and checked. None is ever
+    skipped."""
     if 0 < len(rows) < world_size:
         raise InputError(f"{len(rows)} held-out rows for {world_size} ranks: every rank needs at least one")
     mine = range(rank, len(rows), world_size)

@@ -28,7 +28,11 @@ def spy(output_dir, rank, what, step):
     status(output_dir, rank, what, step)
 
 model.set_status = spy
-importlib.import_module(sys.argv[1]).main(sys.argv[2:])
+try:
+    importlib.import_module(sys.argv[1]).main(sys.argv[2:])
+except model.InputError as error:
+    print(f"rank {{os.environ['RANK']}}: {{error}}" if os.environ["RANK"] == "0" else "", flush=True)
+    sys.exit(1)
 """
 
 
@@ -160,7 +164,8 @@ def test_a_damaged_file_is_ignored_and_written_anew(loaded, pictured, tmp_path, 
     before, _ = sizes(tmp_path, *loaded("qwen2_5_vl"), pictured)
     (file,) = (tmp_path / "rows").rglob("*.txt")
     text = file.read_text()
-    file.write_text({"emptied": "", "cut": text[:-30], "a digit": re.sub(r" (\d)", lambda m: f" {9 - int(m[1])}", text, count=1)}[damage])
+    other = re.sub(r" (\d)", lambda digit: f" {9 - int(digit[1])}", text, count=1)
+    file.write_text({"emptied": "", "cut": text[:-30], "a digit": other}[damage])
     capsys.readouterr()
     assert sizes(tmp_path, *loaded("qwen2_5_vl"), pictured) == (before, 3)
     assert f"warning: {file} is damaged: what it held is computed anew" in capsys.readouterr().out
@@ -189,8 +194,9 @@ def write_bad_rows(task, tmp_path, bad):
 
 @pytest.mark.parametrize("name", list(SCRIPTS))
 def test_bad_rows_are_listed_together(launch, task, tmp_path, name):  # noqa: F811
-    """One bad row a start: who had twenty started twenty times. Each of the first twenty has its place and what is wrong
-    with it, in the order of rows, overlong ones too; the others are counted; once more the same the second time, when good rows come from the cache."""
+    """One bad row a start: who had twenty started twenty times. The first twenty have their places and what is wrong
+    with it, in the order of rows, overlong ones too;
+    the others are counted. The second start, whose good rows come from the cache, says the same."""
     bad = [0, *range(5, 30)]
     command = [*write_bad_rows(task, tmp_path, bad), *extra_flags(name, task)]
     for _ in range(2):
@@ -268,7 +274,8 @@ def test_two_ranks(task, tmp_path):  # noqa: F811
         size = ["--per_device_train_batch_size", 6 // ranks]
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
         return run(sys.executable, *torchrun, tmp_path / "driver.py", "train_dpo",
-                   *flags(task, "--max_steps", 2, "--model_name_or_path", tmp_path / "start", *size, *more), cwd=tmp_path, ok=ok)
+                   *flags(task, "--max_steps", 2, "--model_name_or_path", tmp_path / "start", *size, *more),
+                   cwd=tmp_path, ok=ok)
 
     out = start(2, "--output_dir", "a")
     assert len(re.findall(r"rank \d decoded [1-9]\d* before", out)) == 2
