@@ -41,7 +41,6 @@ from test_losses import (
 from test_runs import (
     MIX,
     MIX_FILES,
-    REWARD,
     SCRIPTS,
     assert_same,
     capture,
@@ -462,7 +461,8 @@ def test_columns_reach_the_losses(monkeypatch, tmp_path, task):
     pairs = [*map(str, ("--dataset", task / "columns.jsonl", "--image_root", task, "--warmup_steps", 0, "--beta", beta,
                         "--learning_rate", 1e-4, "--max_steps", 3, "--per_device_train_batch_size", 2,
                         "--gradient_accumulation_steps", 2, "--max_grad_norm", 1e9, "--weight_column", "trust"))]
-    train_dpo.main([*pairs, "--algo", "mpo", *MIX_FILES, "weighted", "--loss_type", *MIX, "--loss_weights", "1", "0.7", "0.01", "0.4", "2", "0.1", "--output_dir", "out"])
+    train_dpo.main([*pairs, "--algo", "mpo", *MIX_FILES, "weighted", "--loss_type", *MIX,
+                    "--loss_weights", "1", "0.7", "0.01", "0.4", "2", "0.1", "--output_dir", "out"])
     train_dpo.main([*pairs, "--algo", "tgdpo", "weighted", "--guide_model", "out/final", "--output_dir", "guided"])
     guide, _ = model.load_policy("out/final")
     policy, processor = model.load_policy("out/tiny_vlm")

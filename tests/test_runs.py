@@ -6,14 +6,12 @@ import math
 import random
 import re
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, InProcess, script
 
 import data
-import losses
 import model
 import rollout
 import train_dpo
