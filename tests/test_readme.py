@@ -1,4 +1,4 @@
-"""The README's commands are run, and what it says of their results is checked."""
+"""The commands of the pages are run, or their flags checked, and so is what the pages say of results, tests and methods."""
 
 import dataclasses
 import inspect
@@ -19,37 +19,64 @@ import model
 import rollout
 from rewards import answers
 
-README, GUIDE = (ROOT / "README.md").read_text(), (ROOT / "GUIDE.md").read_text()
-COMMANDS, GUIDE_COMMANDS = ([line for block in re.findall(r"```bash\n(.*?)```", page, re.S) for line in block.splitlines()
-                             if line.strip()] for page in (README, GUIDE))
+PAGES = {name: (ROOT / name).read_text() for name in (
+    "README.md", "GUIDE.md", "METHODS.md", "benchmarks/README.md", "tests/README.md")}
+README, GUIDE = PAGES["README.md"], PAGES["GUIDE.md"]
 INSTALL = "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt"
+
+
+def commands_of(page):
+    """Each command of a page as one line, where the page breaks it with a backslash."""
+    blocks = re.findall(r"```bash\n(.*?)```", page, re.S)
+    return [line for block in blocks for line in re.sub(r" \\\n +", " ", block).splitlines() if line.strip()]
+
+
+COMMANDS = list(dict.fromkeys(line for page in PAGES.values() for line in commands_of(page)))
 PARSERS = {"train_dpo.py": train_dpo.parse_args, "train_grpo.py": train_grpo.parse_args}
 
 
 def command(start, *contains):
-    """The one README command that begins so and holds all of `contains`."""
+    """The one command of the pages that begins so and holds all of `contains`."""
     found = [c for c in COMMANDS if c.startswith(start) and all(part in c for part in contains)]
     assert len(found) == 1, found
     return found[0]
 
 
 def test_every_command_is_known():
-    """A new command of the README or the guide must get a test: each is one of these."""
+    """A new command of a page must get a test: each is one of these."""
     known = [INSTALL, ". .venv/bin/activate && pip install -q scikit-learn && python benchmarks/digits.py digits",
              "python train_dpo.py", "python train_grpo.py", "python benchmarks/", "torchrun --nproc_per_node=", "srun --ntasks-per-node=1 bash -c"]
-    for c in COMMANDS + GUIDE_COMMANDS:
+    for c in COMMANDS:
         assert any(c.startswith(k) for k in known), c
+
+
+def test_the_readme_is_short():
+    """A reader sees it whole in a terminal or a browser: 200 lines, 100 columns."""
+    lines = README.splitlines()
+    assert len(lines) <= 200
+    assert not [line for line in lines if len(line) > 100]
+
+
+def test_pages_point_at_files_that_exist():
+    """A link, and a file named in backticks, must not outlive the file."""
+    for name, page in PAGES.items():
+        folder = (ROOT / name).parent
+        for link in re.findall(r"\]\(([^)#]+)\)", page):
+            assert "://" in link or (folder / link).exists(), (name, link)
+        for file in re.findall(r"`((?:tests|benchmarks|papers|rewards)/\w+\.\w+)[` ]", page):
+            assert (ROOT / file).exists(), (name, file)
 
 
 def test_ci_runs_the_readmes_test_command():
     """CI proves the command that a reader copies, install step included."""
+    assert set(commands_of(README)) >= {command(INSTALL, "pytest"), command(INSTALL, "train_grpo.py")}
     assert command(INSTALL, "pytest") in (ROOT / ".ci" / "run").read_text().splitlines()
     assert command(INSTALL, "train_grpo.py") == f"{INSTALL} && .venv/bin/python train_grpo.py"
 
 
 def test_every_promise_has_its_test():
     """A promise whose test was renamed or removed is held by nothing: each row names tests, or files of them, that exist."""
-    rows = README.split("| promise | held by |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
+    rows = PAGES["tests/README.md"].split("| promise | held by |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
     files = {file.name: file.read_text() for file in (ROOT / "tests").glob("test_*.py")}
     assert len(rows) > 15
     for row in rows:
@@ -57,8 +84,9 @@ def test_every_promise_has_its_test():
         assert named, row
         for name in named:
             assert name in files or any(f"\ndef {name}(" in text for text in files.values()), name
-    for name in re.findall(r"tests/(\w+\.py)", README):
-        assert name in files, name
+    for page in PAGES.values():
+        for name in re.findall(r"`(test_\w+(?:\.py)?)`", page):
+            assert name in files or any(f"\ndef {name}(" in text for text in files.values()), name
 
 
 def known_flags():
@@ -70,7 +98,7 @@ def known_flags():
 def test_methods_page_is_complete():
     """METHODS.md names every loss, level, estimator, preset, file of papers/ and function of losses.py and papers/, and each
     function and test that it names exists, under the name it gives."""
-    page = (ROOT / "METHODS.md").read_text()
+    page = PAGES["METHODS.md"]
     named = {word for code in re.findall(r"`([^`]+)`", page) for word in code.split()}
     assert {*losses.PAIR_LOSSES, "sft", *losses.POLICY_LOSSES, *losses.GROUP_LOSSES, *losses.ADVANTAGES, *losses.RATIO_LEVELS,
             *train_dpo.PRESETS, *train_grpo.PRESETS, *METHODS} <= named
@@ -86,7 +114,7 @@ def test_methods_page_is_complete():
             assert f"def {name}(" in tests or (ROOT / "tests" / name).is_file(), name
         elif name.endswith(("_loss", "_term", "_mask", "_advantages", "_mean")):
             assert name in public | {"sequence_mask", "token_mask"}, name
-    assert set(re.findall(r"--\w+", page)) <= known_flags(), set(re.findall(r"--\w+", page)) - known_flags()
+    assert flags_of(page) <= known_flags(), flags_of(page) - known_flags()
     of_papers = {name: method.PRESET for name, method in METHODS.items() if hasattr(method, "PRESET")}
     for algo, preset in (train_dpo.PRESETS | train_grpo.PRESETS | of_papers).items():  # the --algo column follows the presets
         kinds = preset.get("loss_type", [])
@@ -95,26 +123,32 @@ def test_methods_page_is_complete():
             assert any(f"`{algo}`" in row for row in rows) or f"--algo {algo}" in page or f"file `{algo}`" in page, (algo, kind)
 
 
-@pytest.mark.parametrize("line", [c for c in COMMANDS + GUIDE_COMMANDS if not c.startswith((INSTALL, ". .venv"))])
+@pytest.mark.parametrize("line", [c for c in COMMANDS if not c.startswith((INSTALL, ". .venv"))])
 def test_flags_of_every_command_exist(line):
-    """A renamed flag must not live on in the README or the guide."""
+    """A renamed flag must not live on in a page's command."""
     if "benchmarks/" in line:
         _, file, *parts = shlex.split(line)
         for part in parts:
-            assert not part.startswith("--") or f'add("{part}"' in (ROOT / file).read_text(), part
+            assert not part.startswith("--") or f'("{part}"' in (ROOT / file).read_text(), part
         return
     name, *flags = shlex.split(re.search(r"train_\w+\.py[^']*", line)[0])
     PARSERS[name](flags)
 
 
 def flags_of(text):
-    return set(re.findall(r"--\w+", text))
+    return set(re.findall(r"--\w+(?:-\w+)*", text))
 
 
-def test_guide_names_flags_that_exist():
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_name_flags_that_exist(name):
     """Troubleshooting by a flag that is gone is worse than none."""
-    known = known_flags() | {"--target_scale"}  # of the example's own file
-    assert flags_of(GUIDE) - known <= {"--rows", "--output", "--nproc_per_node"}, flags_of(GUIDE) - known
+    scripts = [*ROOT.glob("benchmarks/*.py"), ROOT / "tests" / "gate.py"]
+    known = known_flags() | {flag for file in scripts for flag in re.findall(r'\("(--\w+)"', file.read_text())}
+    known |= {"--target_scale"}  # of the guide's own file
+    others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--shutdown-timeout",  # torchrun
+              "--ntasks-per-node", "--dist",  # srun, pytest
+              "--logprobs-mode", "--generation-config", "--enable-lora", "--max-lora-rank"}  # vllm
+    assert flags_of(PAGES[name]) - known <= others, flags_of(PAGES[name]) - known
 
 
 def test_trl_table():
