@@ -2194,6 +2194,10 @@ def restore(args, output_dir: Path, resumed: bool, state: dict, policy: Policy, 
     path, parts, saved = None if args.resume in ("auto", "never") else args.resume, [], 0
     if resumed or path is not None:
         found, parts = load_checkpoint(output_dir, policy, optimizer, rank, path, ref)
+        missing = sorted(state.keys() - (found or state).keys())
+        if missing:  # going on with a start value would be another run
+            raise InputError(f"the checkpoint of step {found['step']} lacks {', '.join(missing)}: other code "
+                             "has written it; go on with that code, or start anew")
         state |= (found or {}) | ({} if path is None else {"resumed_from": os.path.realpath(path)})
         forget_after(output_dir, rank, state["step"] - (state["pending"] is not None))
         if path is None or Path(path).resolve().parent.parent == output_dir.resolve():

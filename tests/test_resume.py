@@ -591,3 +591,18 @@ def test_a_second_signal_ends_at_once(monkeypatch):
     finally:
         for number, handler in zip(handlers, (model.signal.SIG_DFL, model.signal.default_int_handler)):
             model.signal.signal(number, handler)
+
+
+def test_a_checkpoint_of_other_code_is_refused(tmp_path, monkeypatch):
+    """BCO's shift was saved under another name once: a run that went on from such a checkpoint began with a shift of 0,
+    without a word. What a state lacks is named."""
+    (tmp_path / "metrics.jsonl").write_text("")
+    old = {"step": 3, "pending": None, "delta": 0.7}
+    monkeypatch.setattr(model, "load_checkpoint", lambda *_: (dict(old), []))
+    args = train_dpo.parse_args([])
+    state = {"step": 0, "pending": {"step": 0}, "bco_shift": 0.0}
+    with pytest.raises(model.InputError, match="step 3 lacks bco_shift: other code"):
+        model.restore(args, tmp_path, True, state, None, None, None, 0)
+    old["bco_shift"] = 0.7
+    model.restore(args, tmp_path, True, state, None, None, None, 0)
+    assert state["bco_shift"] == 0.7
