@@ -71,7 +71,7 @@ def launch(monkeypatch, tmp_path, task):
             grads.append([torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters])
             return clip(parameters, limit)
 
-        output = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
+        output = tmp_path / f"run{len(list(tmp_path.glob('run[0-9]*')))}"
         with monkeypatch.context() as patch:
             patch.setattr(model, "clip_grad_norm_", spy)
             if name == "train_grpo":
