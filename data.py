@@ -23,23 +23,32 @@ losses.COLUMNS are numbers that some losses take; every other column reaches the
 """
 
 import base64
+import functools
+import hashlib
 import json
 import math
 import os
 import random
 import re
+import socket
 import struct
+import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import distributions
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from model import InputError, Policy, Prompt, all_gather_object
 
@@ -333,26 +342,60 @@ def _distinct(pairs: list[tuple]) -> dict:
     return dict(pairs)
 
 
+def readable(rows):
+    """The rows that can be read, in order; `check_rows` and `check_eval_rows` report the others."""
+    for i in range(len(rows)):
+        try:
+            row = rows[i]
+        except RowError:
+            continue
+        yield row
+
+
+def refuse(errors: list[str]):
+    """One RowError for all these messages, if there are any: the first twenty, and the number of the rest."""
+    if len(errors) == 1:
+        raise RowError(errors[0])
+    if errors:
+        more = [f"and {len(errors) - 20} more"] if len(errors) > 20 else []
+        raise RowError("\n  ".join([f"{len(errors)} rows cannot be used:", *errors[:20], *more]))
+
+
 def check_numbers(rows, name: str, low: float, high: float, why: str):
     """RowError unless row[name] is a number from low to high in every row. why: the flag that takes it."""
-    for row in rows:
+    errors = []
+    for i in range(len(rows)):
+        try:
+            row = rows[i]
+        except RowError as error:
+            errors.append(str(error))
+            continue
         value = row.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise RowError(f"{row['_source']}: {why} takes a number from {low:g} to {high:g} from the column "
-                           f"{name}, got {str(value)[:80]!r}")
+            errors.append(f"{row['_source']}: {why} takes a number from {low:g} to {high:g} from the column "
+                          f"{name}, got {str(value)[:80]!r}")
+    refuse(errors)
 
 
 def load_image(image, row: dict) -> Image.Image:
-    """A path under the row's image root, {"bytes", "path"} (or a PIL image) -> RGB as it is shown: turned as
-    its EXIF says, what is transparent over white, 16 bits as 8, the first frame. Refuses URLs and paths out
-    of the root."""
+    """A row's image -> RGB as it is shown: turned as its EXIF says, what is transparent over white, 16 bits
+    as 8, the first frame."""
+    found = find_image(image, row)
+    if isinstance(found, Image.Image):
+        return found.convert("RGB")
+    if isinstance(found, bytes):
+        return decode_image(BytesIO(found), row["_source"], f"of {len(found)} bytes")
+    return decode_image(found, row["_source"], found)
+
+
+def find_image(image, row: dict) -> Image.Image | bytes | str:
+    """What a row names as its image: a PIL image, the bytes of {"bytes", "path"}, or a file's real path under
+    the row's image root. Refuses URLs and paths out of the root."""
     source = row["_source"]
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
     if isinstance(image, dict) and image.keys() <= {"bytes", "path"}:
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
-    if isinstance(image, bytes):
-        return decode_image(BytesIO(image), source, f"of {len(image)} bytes")
+    if isinstance(image, (Image.Image, bytes)):
+        return image
     if not isinstance(image, str):
         raise RowError(f"{source}: an image must be a path or {{bytes, path}}, got {type(image).__name__}")
     if "://" in image or image.startswith("data:"):
@@ -363,7 +406,19 @@ def load_image(image, row: dict) -> Image.Image:
     path = os.path.realpath(os.path.join(root, image.replace("\0", "?")))
     if os.path.commonpath([root, path]) != root:
         raise RowError(f"{source}: image {image} lies outside --image_root {row['_image_root']}")
-    return decode_image(path, source, path)
+    return path
+
+
+def image_digest(image, row: dict) -> str:
+    """sha256 of an image's content, not decoded. A file is read whole, since one that was changed may keep
+    its size and time; that takes a hundredth of the time that decoding takes."""
+    found = find_image(image, row)
+    if isinstance(found, Image.Image):
+        found = f"{found.mode} {found.size} ".encode() + found.tobytes()
+    elif isinstance(found, str):
+        with open(found, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(found).hexdigest()
 
 
 def decode_image(file, source: str, name: str) -> Image.Image:
@@ -438,6 +493,16 @@ def _special_tokens(tokenizer, text: str) -> dict:
     return {"add_special_tokens": not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))}
 
 
+def token_ids(tokenizer, text: str, **special) -> list[int]:
+    """tokenizer(text)["input_ids"]; from the tokenizers library itself where transformers' wrapper around it,
+    which takes as long as a short text, adds nothing."""
+    if type(tokenizer)._encode_plus is PreTrainedTokenizerFast._encode_plus:
+        library = tokenizer.backend_tokenizer
+        if library.padding is library.truncation is None and not library.encode_special_tokens:
+            return library.encode_batch_fast([text], **special)[0].ids
+    return tokenizer(text, **special)["input_ids"]
+
+
 def _render(processor, messages: list[dict], source: str, **kwargs) -> str:
     try:
         return processor.apply_chat_template(messages, tokenize=False, **kwargs)
@@ -454,21 +519,60 @@ def _render_prompt(processor, messages: list[dict], source: str) -> str:
     return _render(processor, messages, source, continue_final_message=True)
 
 
-def encode_prompt(policy: Policy, processor, row: dict) -> Prompt:
-    """One processor call for one row: chat template with generation prompt, ids, image tensors, positions."""
-    messages, images = to_messages(row), [load_image(image, row) for image in row["images"]]
+class Begun(NamedTuple):
+    """What stands before a row's answer: the chat messages, the same rendered, and its ids, in which an image
+    is still one placeholder."""
+
+    messages: list[dict]
+    text: str
+    ids: list[int]
+
+
+def begin_row(processor, row: dict) -> Begun:
+    """The row's prompt up to where the answer begins, by chat template and tokenizer alone."""
+    messages = to_messages(row)
+    text = _render_prompt(processor, messages, row["_source"])
+    ids = token_ids(processor.tokenizer, text, **_special_tokens(processor.tokenizer, text))
+    return Begun(messages, text, ids)
+
+
+@functools.lru_cache
+def leaves_text_alone(processor) -> bool:
+    """Whether all that the processor does to a prompt without images is to tokenize it. Tried on one prompt:
+    its __call__ takes five times as long as the tokenizer."""
+    block = {"type": "text", "text": "How many shapes are there?\n 7"}
+    text = _render_prompt(processor, [{"role": "user", "content": [block]}], "")
+    special = _special_tokens(processor.tokenizer, text)
+    inputs = processor(text=[text], images=None, return_tensors="pt", **special)
+    return (inputs["input_ids"].tolist() == [processor.tokenizer(text, **special)["input_ids"]]
+            and inputs.keys() <= set(TEXT_KEYS)
+            and not any(inputs[name].any() for name in TEXT_KEYS[2:] if name in inputs))
+
+
+def tokenize_prompt(processor, row: dict, begun: Begun | None = None):
+    """(ids (P,) with the images' placeholders, image tensors, further text tensors by name) of one row, in
+    one processor call."""
+    images = [load_image(image, row) for image in row["images"]]
     source, image_token = row["_source"], getattr(processor, "image_token", None)
-    for block in (b for m in messages for b in m["content"] if b["type"] == "text"):
+    for block in (b for m in to_messages(row) for b in m["content"] if b["type"] == "text"):
         if image_token and image_token in block["text"]:
             raise RowError(f"{source}: the prompt's text contains the model's own image token {image_token}")
-    text = _render_prompt(processor, messages, source)
+    _, text, ids = begun or begin_row(processor, row)
+    if not images and leaves_text_alone(processor):
+        return torch.tensor(ids), {}, {}
     try:
         inputs = processor(text=[text], images=[images] if images else None, return_tensors="pt",
                            **_special_tokens(processor.tokenizer, text))
     except Exception as error:  # e.g. an aspect ratio that the image processor refuses
         raise RowError(f"{source}: the processor refused it: {type(error).__name__}: {error}") from error
-    tokens, pixels = inputs["input_ids"][0], {k: v for k, v in inputs.items() if k not in TEXT_KEYS}
-    positions = policy.prompt_positions(tokens, {k: inputs[k] for k in TEXT_KEYS if k in inputs}, pixels)
+    pixels = {k: v for k, v in inputs.items() if k not in TEXT_KEYS}
+    return inputs["input_ids"][0], pixels, {k: inputs[k] for k in TEXT_KEYS if k in inputs}
+
+
+def encode_prompt(policy: Policy, processor, row: dict, begun: Begun | None = None) -> Prompt:
+    """`tokenize_prompt`, and where the tokens stand."""
+    tokens, pixels, text_inputs = tokenize_prompt(processor, row, begun)
+    positions = policy.prompt_positions(tokens, text_inputs, pixels)
     return Prompt(tokens, positions, pixels, row, policy.prompt_images(tokens))
 
 
@@ -485,7 +589,21 @@ def chat_request(row: dict) -> dict:
     return {"messages": messages, "add_generation_prompt": not begun, "continue_final_message": begun}
 
 
-def encode_completion(policy: Policy, processor, row: dict, column: str) -> torch.Tensor:
+@functools.lru_cache
+def spelled(tokenizer, ids: tuple[int, ...]) -> list[str] | None:
+    """How these ids are written in a text; None if one of them may come from other text than its own."""
+    added = [tokenizer.added_tokens_decoder.get(i) for i in ids]
+    return None if any(token is None or token.normalized for token in added) else [t.content for t in added]
+
+
+def may_hold(tokenizer, ids: tuple[int, ...], text: str) -> bool:
+    """False if none of these ids can be among the text's: a search instead of tokenizing."""
+    spellings = spelled(tokenizer, ids)
+    return spellings is None or any(spelling in text for spelling in spellings)
+
+
+def encode_completion(policy: Policy, processor, row: dict, column: str,
+                      begun: Begun | None = None) -> torch.Tensor:
     """The ids (len,) that the policy should have produced after the prompt to say row[column], EOS included.
 
     The conversation is rendered with and without the answer; the rest is tokenized in place where the
@@ -503,23 +621,24 @@ def encode_completion(policy: Policy, processor, row: dict, column: str) -> torc
     if not isinstance(answer, str) or not answer.strip():
         raise RowError(f"{source}: {column} must be a non-empty string or one assistant message of text, "
                        f"got {str(answer)[:80]!r}")
-    messages = to_messages(row)
-    prompt = _render_prompt(processor, messages, source)
-    begun = messages.pop()["content"] if messages[-1]["role"] == "assistant" else [{"text": ""}]
-    text = {"type": "text", "text": begun[-1]["text"] + answer}
-    whole = _render(processor, [*messages, {"role": "assistant", "content": [*begun[:-1], text]}], source)
+    messages, prompt, prompt_ids = begun or begin_row(processor, row)
+    last = messages[-1]["role"] == "assistant"  # it goes on with that message
+    messages, blocks = (messages[:-1], messages[-1]["content"]) if last else (messages, [{"text": ""}])
+    text = {"type": "text", "text": blocks[-1]["text"] + answer}
+    whole = _render(processor, [*messages, {"role": "assistant", "content": [*blocks[:-1], text]}], source)
     rest = whole.removeprefix(prompt)
     if rest == whole or answer.strip() not in rest:
         raise RowError(f"{source}: the chat template does not render {column} whole after the prompt: "
                        f"{rest[:200]!r}")
-    special = _special_tokens(tokenizer, prompt)
-    prompt_ids, whole_ids = (tokenizer(text, **special)["input_ids"] for text in (prompt, whole))
+    whole_ids = token_ids(tokenizer, whole, **_special_tokens(tokenizer, prompt))
     if whole_ids[:len(prompt_ids)] == prompt_ids:
         ids = whole_ids[len(prompt_ids):]
     else:
         ids = tokenizer(rest, add_special_tokens=False)["input_ids"]
-    if set(tokenizer(answer, add_special_tokens=False)["input_ids"]) & set(policy.eos_ids):
-        raise RowError(f"{source}: {column} contains the end-of-turn token; what follows it would be lost")
+    if may_hold(tokenizer, tuple(policy.eos_ids), answer):
+        if set(tokenizer(answer, add_special_tokens=False)["input_ids"]) & set(policy.eos_ids):
+            raise RowError(f"{source}: {column} contains the end-of-turn token; "
+                           "what follows it would be lost")
     end = next((i for i, token in enumerate(ids) if token in policy.eos_ids), None)
     ids = [*ids, tokenizer.eos_token_id] if end is None else ids[:end + 1]
     bad = set(ids) & policy.never_sampled_ids
@@ -531,10 +650,17 @@ def encode_completion(policy: Policy, processor, row: dict, column: str) -> torc
 
 def encode_group(policy: Policy, processor, row: dict, columns: tuple[str, ...]):
     """(Prompt, [completion ids of each column]): one preference pair, or one SFT example."""
-    completions = [encode_completion(policy, processor, row, column) for column in columns]
+    begun, completions = encode_answers(policy, processor, row, columns)
+    return encode_prompt(policy, processor, row, begun), completions
+
+
+def encode_answers(policy: Policy, processor, row: dict, columns: tuple[str, ...]):
+    """(what stands before the row's answers, [completion ids of each column])"""
+    begun = begin_row(processor, row)
+    completions = [encode_completion(policy, processor, row, column, begun) for column in columns]
     if len(columns) == 2 and completions[0].tolist() == completions[1].tolist():
         raise RowError(f"{row['_source']}: {columns[0]} and {columns[1]} are the same")
-    return encode_prompt(policy, processor, row), completions
+    return begun, completions
 
 
 def in_order(function, items, workers: int, ahead: int | None = None):
@@ -603,66 +729,189 @@ def draw_shares(sizes: list[int], shares: list[float], num_draws: int, seed: int
     return [next(plans[j]) for j in order]
 
 
-def draw_by_variance(plan, draws, seed: int, share: float, variance: dict):
-    """The rows of these draws: the plan's; at a `share` of them, keyed by (seed, draw), one by the weights
-    {row: variance of its rewards} (MMR1, arXiv 2509.21268, without its score of trajectory diversity)."""
-    rows, total = [int(i) for i in variance], np.cumsum([0.0, *variance.values()])
-    for draw in draws:
-        u, v = np.random.default_rng([seed, draw, 1]).random(2)
-        chosen = np.searchsorted(total[1:-1], v * total[-1], "right")
-        yield rows[chosen] if u < share and total[-1] > 0 else plan[draw]
-
-
-def group_length(group) -> int:
-    """Tokens of the prompt plus the longest completion: what must fit the context."""
-    prompt, completions = group
-    return len(prompt.tokens) + max(map(len, completions), default=0)
-
-
 def length_limit(policy: Policy, max_length: int | None) -> int:
     """The longest prompt + completion: --max_length, and never more than the model's context."""
     context = policy.hf.config.get_text_config().max_position_embeddings
     return context if max_length is None else min(max_length, context)
 
 
-def check_length(rows, i: int, length: int, limit: int):
+def check_length(row: dict, length: int, limit: int):
+    """RowError for a row of more tokens than the limit."""
     if length > limit:
-        raise RowError(f"{rows[i]['_source']}: {length} tokens with the images, more than the {limit} that "
+        raise RowError(f"{row['_source']}: {length} tokens with the images, more than the {limit} that "
                        f"the model's context and the length flags leave (nothing is ever cut; "
                        f"--overlong skip leaves such training rows out)")
 
 
-def check_rows(rows, num_draws: int, seed: int, overlong: str, limit: int, rank: int, world_size: int,
-               length_of, sort_by: str | None = None, workers: int = 0):
-    """Read and encode every row the run will visit, before it starts -> (its `draw_plan`, the rows' indices
-    from the longest to the shortest), alike on all ranks.
+# ------------------------------------------------------------------------------------------------------------
+# Rows before step 1
 
-    length_of(row) -> tokens; it raises RowError for a row that cannot be used. Rows beyond `limit` are an
-    error, or with overlong "skip" left out, counted and printed; then others take their place, which are
+
+class Size(NamedTuple):
+    """What is known of a row once it was encoded."""
+
+    prompt: int    # tokens, with the images
+    answer: int    # tokens of the longest completion
+    key: str = ""  # what the reference's log-probs of the row are stored under; "" where there are none
+
+
+def group_key(tokens, pixels: dict, completions) -> str:
+    """What a group's log-probs depend on besides the weights: prompt ids, pixels, completion ids."""
+    digest = hashlib.sha256()
+    named = [("tokens", tokens), *sorted(pixels.items()), *(("", c) for c in completions)]
+    for name, tensor in named:
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
+class RowCache:
+    """cache(row) -> its Size, from disk if an earlier run encoded a row of the same content.
+
+    A row's key is the sha256 of what encode_group reads of it, images included; the folder is named after the
+    rest that an encoding depends on. Files are named after their own content, so that a damaged one is
+    noticed, and are never changed. A context manager: at its end what is new is written, also after an error.
+    """
+
+    def __init__(self, folder: str | Path, policy: Policy, processor, columns: tuple[str, ...]):
+        self.policy, self.processor, self.columns = policy, processor, columns
+        self.folder = Path(folder) / encoding_fingerprint(policy, processor, columns)
+        self.known, self.new, self.computed = {}, {}, 0  # {key of a row: its Size as text}
+        self.lock, self.stored = threading.RLock(), time.monotonic()
+
+    def __enter__(self):
+        for file in sorted(self.folder.glob("*.txt")):
+            content = file.read_bytes()
+            if hashlib.sha256(content).hexdigest() == file.stem:
+                self.known |= (line.split(" ", 1) for line in content.decode().splitlines())
+            else:  # emptied by a power cut, perhaps
+                print(f"warning: {file} is damaged: what it held is computed anew", flush=True)
+        return self
+
+    def __exit__(self, *_):
+        self.store()
+        self.known = {}
+
+    def __call__(self, row: dict) -> Size:
+        key = self.key(row)
+        if key in self.known:
+            prompt, answer, group = self.known[key].split(" ")
+            return Size(int(prompt), int(answer), group)
+        begun, completions = encode_answers(self.policy, self.processor, row, self.columns)
+        tokens, pixels, _ = tokenize_prompt(self.processor, row, begun)
+        size = Size(len(tokens), max(map(len, completions), default=0),
+                    group_key(tokens, pixels, completions) if self.columns else "")
+        with self.lock:
+            self.computed += 1
+            if key is not None and (not row["images"] or key == self.key(row)):  # no image changed meanwhile
+                self.known[key] = self.new[key] = " ".join(map(str, size))
+            if time.monotonic() - self.stored > 60:  # so that a killed run has not worked for nothing
+                self.store()
+        return size
+
+    def key(self, row: dict) -> str | None:
+        """The row's key; None where an image cannot be found or read: encoding it says what is wrong."""
+        try:
+            images = [image_digest(image, row) for image in row["images"]]
+        except (RowError, OSError):
+            return None
+        content = [row["prompt"], images, *(row[column] for column in self.columns)]
+        return hashlib.sha256(json.dumps(content, default=repr).encode()).hexdigest()[:32]
+
+    def store(self):
+        """Write what is new to a file of its own. A folder that cannot be written costs time, no more."""
+        with self.lock:
+            content = "".join(f"{key} {size}\n" for key, size in self.new.items()).encode()
+            self.new, self.stored = {}, time.monotonic()
+        if not content:
+            return
+        file = self.folder / f"{hashlib.sha256(content).hexdigest()}.txt"
+        temporary = file.with_suffix(f".tmp-{socket.gethostname()}-{os.getpid()}")  # a shared folder
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(content)
+            temporary.rename(file)
+        except OSError as error:
+            print(f"warning: {error}: the next start encodes these rows again", flush=True)
+
+
+def encoding_fingerprint(policy: Policy, processor, columns: tuple[str, ...]) -> str:
+    """What a row's encoding depends on besides the row: the processor with its tokenizer and chat template as
+    save_pretrained writes them, the answer's columns and special ids, this file, the libraries and the CPU,
+    whose kernels may round pixels differently."""
+    packages = ("torch", "torchvision", "transformers", "tokenizers", "jinja2", "pillow", "numpy")
+    versions = [(name, found.version) for name in packages for found in distributions(name=name)]
+    kinds = [type(part).__qualname__ for part in vars(processor).values()]
+    digest = hashlib.sha256(repr((columns, policy.eos_ids, sorted(policy.never_sampled_ids), versions, kinds,
+                                  torch.backends.cpu.get_cpu_capability())).encode())
+    digest.update(Path(__file__).read_bytes())
+    with tempfile.TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        for file in sorted(Path(folder).rglob("*")):
+            if file.is_file():
+                digest.update(f"{file.relative_to(folder)} {file.stat().st_size} ".encode())
+                digest.update(file.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def measure_rows(rows, places, measure, limit: float, rank: int, workers: int) -> dict:
+    """{i: measure(rows[i]), or what is wrong with the row as text} for these places, by `workers` threads;
+    rank 0 shows a progress bar. A row longer than the limit is wrong, too."""
+    def measured(i):
+        try:
+            row = rows[i]
+            size = measure(row)
+            check_length(row, size.prompt + size.answer, limit)
+            return i, size
+        except RowError as error:
+            return i, str(error)
+
+    found, step = {}, 8  # rows a thread takes at once: to hand over single ones costs as much as short texts
+    parts = [places[i:i + step] for i in range(0, len(places), step)]
+    with tqdm(desc="rows", total=len(places), unit="row", delay=1, leave=False,
+              disable=None if rank == 0 else True) as bar:
+        for part in in_order(lambda part: [measured(i) for i in part], parts, workers):
+            found |= part
+            bar.update(len(part))
+    return found
+
+
+def gather_sizes(found: dict) -> dict[int, Size]:
+    """The ranks' `measure_rows` together, in the order of rows; one RowError for all that are wrong. A
+    collective."""
+    found = dict(sorted(pair for part in all_gather_object(found) for pair in part.items()))
+    refuse([size for size in found.values() if isinstance(size, str)])
+    return found
+
+
+def check_rows(rows, num_draws: int, seed: int, overlong: str, limit: int, rank: int, world_size: int,
+               measure, sort_by: str | None = None, workers: int = 0):
+    """Read and measure every row the run will visit, before it starts -> (its `draw_plan`, the rows' indices
+    from the longest to the shortest, {index: Size}), alike on all ranks.
+
+    measure(row) -> Size; it raises RowError for a row that cannot be used. Rows beyond `limit` are an error,
+    too, or with overlong "skip" left out, counted and printed; then others take their place, which are
     checked in turn. The work is split over the ranks, and on each over `workers` threads.
     """
-    dropped, lengths = set(), {}
+    dropped, sizes, lengths = set(), {}, {}
     keys = None if sort_by is None else [row[sort_by] for row in rows]
     while True:
         shares = getattr(rows, "shares", None)
         plan = (draw_plan(len(rows), num_draws, seed, dropped, keys) if shares is None else
                 draw_shares(rows.sizes, shares, num_draws, seed, dropped, keys))
-        todo = sorted(set(plan) - lengths.keys())
+        todo = sorted(set(plan) - sizes.keys())
         if not todo:
             break
-        mine = todo[rank::world_size]
-        found = dict(zip(mine, in_order(lambda i: length_of(rows[i]), mine, workers), strict=True))
-        for i, length in (pair for part in all_gather_object(found) for pair in part.items()):
-            if overlong == "error":
-                check_length(rows, i, length, limit)
-            lengths[i] = length
+        sizes |= gather_sizes(measure_rows(rows, todo[rank::world_size], measure,
+                                           limit if overlong == "error" else math.inf, rank, workers))
+        lengths = {i: size.prompt + size.answer for i, size in sizes.items()}
         dropped = {i for i, length in lengths.items() if length > limit}
     longest = sorted(set(plan), key=lambda i: (-lengths[i], i))
     if rank == 0:
         print(f"data: {len(rows)} rows, {len(longest)} of them in this run, {len(dropped)} skipped as longer "
               f"than {limit} tokens; lengths {lengths[longest[-1]]} to {lengths[longest[0]]}, "
               f"mean {sum(lengths[i] for i in longest) / len(longest):.0f}", flush=True)
-    return plan, longest
+    return plan, longest, sizes
 
 
 def show_sample(processor, group):
@@ -674,14 +923,14 @@ def show_sample(processor, group):
         print(f"data: {name} of {prompt.row['_source']}: {text!r}", flush=True)
 
 
-def check_eval_rows(rows, limit: int, rank: int, world_size: int, length_of, workers: int = 0) -> list[dict]:
-    """This rank's held-out rows, each read, encoded and checked; held-out rows are never skipped."""
+def check_eval_rows(rows, limit: int, rank: int, world_size: int, measure, workers: int = 0):
+    """This rank's held-out rows and the Size of each; all ranks' are read, measured and checked. None is ever
+    skipped."""
     if 0 < len(rows) < world_size:
         raise InputError(f"{len(rows)} held-out rows for {world_size} ranks: every rank needs at least one")
-    rows = rows[rank::world_size]  # of files: a view, whose rows are read anew when they are needed
-    for i, length in enumerate(in_order(lambda i: length_of(rows[i]), range(len(rows)), workers)):
-        check_length(rows, i, length, limit)
-    return rows
+    mine = range(rank, len(rows), world_size)
+    sizes = gather_sizes(measure_rows(rows, mine, measure, limit, rank, workers))
+    return rows[rank::world_size], [sizes[i] for i in mine]  # of files: a view, read anew when it is needed
 
 
 # ------------------------------------------------------------------------------------------------------------

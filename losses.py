@@ -12,13 +12,14 @@ optimizer step (all micro-batches and ranks), so neither micro-batch size nor ra
 
     loss = loss_sum / global_count
 
-Five are defined over a micro-batch and keep that: `aot` and `aot_unpaired` (they sort its pairs), `bnpo` (its
-own token mean), `top_entropy_mask` (its quantile) and `disco` (its drift, off policy). METHODS.md lists every
-function, paper and test.
+Three are defined over a micro-batch and keep that: `aot`, `aot_unpaired` (which sort pairs) and `bnpo` (its
+own token mean); of papers/ those that say OF_MICRO_BATCH. METHODS.md lists every function, paper and test.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,11 +58,6 @@ def ipo_loss(r_w, r_l, *, beta, n_w, n_l, **_):
     return (r_w / n_w - r_l / n_l - 1 / (2 * beta)) ** 2
 
 
-def ipo_sum_loss(r_w, r_l, *, beta, **_):
-    """IPO as the paper writes it (arXiv 2310.12036): (r_w - r_l - 1 / (2 beta))^2."""
-    return (r_w - r_l - 1 / (2 * beta)) ** 2
-
-
 def exo_pair_loss(r_w, r_l, *, beta, label_smoothing, **_):
     """EXO for K = 2 (arXiv 2402.00856), reverse KL to the smoothed preference (1 - eps, eps), eps > 0:
 
@@ -87,15 +83,15 @@ def robust_loss(r_w, r_l, *, beta, label_smoothing, **_):
             + label_smoothing * F.logsigmoid(-m)) / (1 - 2 * label_smoothing)
 
 
-def bco_pair_loss(r_w, r_l, *, beta, delta, **_):
+def bco_pair_loss(r_w, r_l, *, beta, bco_shift, **_):
     """BCO on pairs (arXiv 2404.04656; the quality loss of MPO, arXiv 2411.10442):
 
         -log sigma(beta r_w - delta) - log sigma(-(beta r_l - delta))
 
-    delta, the reward shift, is a number from `next_bco_delta`, constant within an optimizer step; 0 is what
-    TRL does since 0.29. Equals 2 log 2 at the start.
+    delta, the reward shift (`bco_shift`), is a number from `next_bco_delta`, constant within an optimizer
+    step; 0 is what TRL does since 0.29. Equals 2 log 2 at the start.
     """
-    return -F.logsigmoid(beta * r_w - delta) - F.logsigmoid(-(beta * r_l - delta))
+    return -F.logsigmoid(beta * r_w - bco_shift) - F.logsigmoid(-(beta * r_l - bco_shift))
 
 
 def next_bco_delta(delta: float, mean_reward: float, step: int, kind: str, ema_decay: float = 0.9) -> float:
@@ -123,93 +119,6 @@ def sppo_hard_loss(r_w, r_l, *, beta, **_):
     return (r_w - 1 / (2 * beta)) ** 2 + (r_l + 1 / (2 * beta)) ** 2
 
 
-def sppo_soft_loss(r_w, r_l, *, beta, chosen_probs_win, chosen_probs_lose, **_):
-    """SPPO (arXiv 2405.00675): (r_w - (P_w - 1/2) / beta)^2 + (r_l - (P_l - 1/2) / beta)^2, P the probability
-    that an answer beats the policy's own. P = 1, 0 is `sppo_hard`; the authors' code has half of both."""
-    return (r_w - (chosen_probs_win - 0.5) / beta) ** 2 + (r_l - (chosen_probs_lose - 0.5) / beta) ** 2
-
-
-def ipo_soft_loss(r_w, r_l, *, beta, chosen_probs_win, chosen_probs_lose, **_):
-    """EGPO's regression (arXiv 2503.08942), offline: (r_w - r_l - (P_w - P_l) / beta)^2, P the probability to
-    beat one and the same third answer. Its on-policy answers and extragradient steps are not here."""
-    return (r_w - r_l - (chosen_probs_win - chosen_probs_lose) / beta) ** 2
-
-
-def dno_loss(r_w, r_l, *, beta, chosen_probs, **_):
-    """DNO (arXiv 2404.03715), cDPO with a label for each pair: -P log sigma(m) - (1 - P) log sigma(-m), P the
-    probability that chosen is the better answer; DNO's is sigma of the difference of expected wins."""
-    return smoothed(beta * (r_w - r_l), 1 - chosen_probs)
-
-
-def modpo_loss(r_w, r_l, *, beta, margin, **_):
-    """MODPO (arXiv 2310.03708): -log sigma(m - margin). w_0 stands in both: beta is the paper's beta / w_0,
-    margin the sum of w_k / w_0 (reward_k of chosen - of rejected) over the other objectives k."""
-    return -F.logsigmoid(beta * (r_w - r_l) - margin)
-
-
-def modpo_hinge_loss(r_w, r_l, *, beta, margin, **_):
-    """MODPO's hinge variant: max(0, 1 - (m - margin))."""
-    return F.relu(1 - (beta * (r_w - r_l) - margin))
-
-
-def madpo_weights(margin, tau=math.log(999), c_min=0.5, c_max=2.0, slope=1.0):
-    """MADPO's weight of a pair by its margin h of a reward model, (B,) -> (B,): 1 where h <= -tau, else
-    sigma(c h) / sigma(h), where c falls from c_max on hard pairs to c_min on easy ones, 1 at |h| = tau:
-
-        c = c_min + (c_max - c_min) / (1 + (c_max - 1) / (1 - c_min) e^(slope (|h| - tau)))
-
-    The form and constants of the authors' code; tau is the logit of 0.999.
-    """
-    steepness = (slope * (margin.abs() - tau)).clamp(max=80).exp()
-    c = c_min + (c_max - c_min) / (1 + (c_max - 1) / (1 - c_min) * steepness)
-    return torch.where(margin > -tau, (F.logsigmoid(c * margin) - F.logsigmoid(margin)).exp(), 1.0)
-
-
-def madpo_loss(r_w, r_l, *, beta, margin, **_):
-    """MADPO (arXiv 2510.05342): DPO, each pair times `madpo_weights` of its reward-model margin."""
-    return madpo_weights(margin) * -F.logsigmoid(beta * (r_w - r_l))
-
-
-def lcpo_posterior(m, eta):
-    """LCPO's E-step (arXiv 2509.24159): the probability that a pair's label is right, detached. (B,) -> (B,)
-
-        q = eta p / (eta p + (1 - eta) (1 - p)) = sigma(m + logit(eta)),   p = sigma(m)
-    """
-    eta = min(max(eta, 1e-6), 1 - 1e-6)
-    return (m.detach() + math.log(eta / (1 - eta))).sigmoid()
-
-
-def lcpo_loss(r_w, r_l, *, beta, eta, **_):
-    """LCPO on DPO (arXiv 2509.24159), M-step: -q log sigma(m) - (1 - q) log sigma(-m), q `lcpo_posterior`."""
-    m = beta * (r_w - r_l)
-    return smoothed(m, 1 - lcpo_posterior(m, eta))
-
-
-def next_lcpo_eta(eta: float, mean_q: float, momentum: float = 0.1) -> float:
-    """LCPO's share of right labels, (1 - momentum) eta + momentum mean(q), of a whole optimizer step's q. The
-    momentum and the start at 0.9 are ours: the paper's are not established."""
-    return (1 - momentum) * eta + momentum * mean_q
-
-
-def guided_sum(logps, ref_logps, guide_logps, mask, *, beta, sign, alpha=0.5):
-    """TGDPO's weighted log-ratio (arXiv 2506.14574): sum_t (1 + sign alpha rhat_t) (log pi - log pi_ref),
-    rhat_t = beta (log pi_guide - log pi_ref). Four (B, T) -> (B,); alpha 0.5 is the authors'."""
-    weights = 1 + sign * alpha * beta * torch.where(mask, guide_logps - ref_logps, 0.0)
-    return (weights * torch.where(mask, logps - ref_logps, 0.0)).sum(-1)
-
-
-def tgdpo_loss(r_w, r_l, *, beta, guided_w, guided_l, **_):
-    """TGDPO (arXiv 2506.14574): DPO on `guided_sum`s, of sign 1 for chosen and -1 for rejected. The guide is
-    already trained by DPO: tokens that it likes count more in chosen, less in rejected answers."""
-    return -F.logsigmoid(beta * (guided_w - guided_l))
-
-
-def asft_loss(r_w, r_l, *, s_w, s_l, n_w, n_l, **_):
-    """ASFT's alignment term (arXiv 2409.10571), without a reference: -log p_w - log(1 - p_l), which equals
-    -log sigma(logit p_w) - log sigma(-logit p_l); p: geometric mean of an answer's token probabilities."""
-    return -s_w / n_w - torch.log(-torch.expm1((s_l / n_l).clamp(max=-1e-6)))  # p_l = 1: finite
-
-
 def aot_loss(r_w, r_l, *, beta, s_w, s_l, label_smoothing=0.0, **_):
     """AOT, paired (arXiv 2406.05882): d = sort(s_w - s_l) - sort(s_w^ref - s_l^ref), each sorted over the
     micro-batch's pairs; then as DPO on beta d. s: summed log-probs, s^ref = s - r."""
@@ -234,7 +143,7 @@ def apo_down_loss(r_w, r_l, *, beta, **_):
     return (beta * r_w).sigmoid() + (-beta * (r_w - r_l)).sigmoid()
 
 
-def discopop_loss(r_w, r_l, *, beta, discopop_tau, **_):
+def discopop_loss(r_w, r_l, *, beta, discopop_tau=0.05, **_):
     """DiscoPOP (arXiv 2406.08414): -(1 - mu) log sigma(m) + mu e^-m, mu = sigma(m / tau)."""
     m = beta * (r_w - r_l)
     mu = (m / discopop_tau).sigmoid()
@@ -251,64 +160,43 @@ def simpo_loss(r_w, r_l, *, beta, s_w, s_l, n_w, n_l, simpo_gamma, label_smoothi
     return smoothed(beta * (s_w / n_w - s_l / n_l) - simpo_gamma, label_smoothing)
 
 
+class PairLoss(NamedTuple):
+    """A loss of pairs, and what the loop must know of it.
+
+    term(r_w, r_l, **options) -> (B,) takes what it needs by name: flags, columns, STATE of a file of papers/,
+    and of each side, w chosen and l rejected (`preference_losses` lists them). It ends its parameters in **_.
+    """
+
+    term: Callable
+    reference: bool = True    # it needs the reference model's log-probs
+    columns: Mapping = {}     # numbers of a pair that come with the data: {column: (lowest, highest)}
+    smoothed: bool = False    # it takes --label_smoothing
+    of_ratios: bool = False   # a function of r_w and r_l that any other score of an answer can stand for
+    sorts: bool = False       # it sorts the two sides apart: it has no pairs to weigh
+
+
 PAIR_LOSSES = {
-    "sigmoid": sigmoid_loss, "hinge": hinge_loss, "ipo": ipo_loss, "ipo_sum": ipo_sum_loss,
-    "exo_pair": exo_pair_loss, "nca_pair": nca_pair_loss, "robust": robust_loss, "bco_pair": bco_pair_loss,
-    "sppo_hard": sppo_hard_loss, "aot": aot_loss, "aot_unpaired": aot_unpaired_loss,
-    "apo_zero": apo_zero_loss, "apo_down": apo_down_loss, "discopop": discopop_loss,
-    "sigmoid_norm": sigmoid_norm_loss, "simpo": simpo_loss, "sppo_soft": sppo_soft_loss,
-    "ipo_soft": ipo_soft_loss, "dno": dno_loss, "modpo": modpo_loss, "modpo_hinge": modpo_hinge_loss,
-    "madpo": madpo_loss, "lcpo": lcpo_loss, "tgdpo": tgdpo_loss, "asft": asft_loss}
-PREFERENCE_LOSSES = [*PAIR_LOSSES, "sft"]
-REFERENCE_FREE = {"simpo", "asft", "sft"}
-# Numbers of a pair that come with the data: {column: (lowest, highest)}, and the losses that take them.
-COLUMNS = {"margin": (-1e6, 1e6), "chosen_probs": (0, 1), "chosen_probs_win": (0, 1),
-           "chosen_probs_lose": (0, 1)}
-COLUMNS_OF = {
-    "sppo_soft": ("chosen_probs_win", "chosen_probs_lose"), "dno": ("chosen_probs",),
-    "ipo_soft": ("chosen_probs_win", "chosen_probs_lose"),
-    "modpo": ("margin",), "modpo_hinge": ("margin",), "madpo": ("margin",)}
-# Those that are functions of g(r_w) and g(r_l) with g(r) = r, and so have an f-divergence form.
-F_DIVERGENCE_LOSSES = {"sigmoid", "hinge", "ipo", "ipo_sum", "exo_pair", "robust", "discopop", "sigmoid_norm"}
-SORTING_LOSSES = {"aot", "aot_unpaired"}
-SMOOTHED_LOSSES = {"sigmoid", "exo_pair", "robust", "aot", "aot_unpaired", "simpo"}
+    "sigmoid": PairLoss(sigmoid_loss, smoothed=True, of_ratios=True),
+    "hinge": PairLoss(hinge_loss, of_ratios=True),
+    "ipo": PairLoss(ipo_loss, of_ratios=True),
+    "exo_pair": PairLoss(exo_pair_loss, smoothed=True, of_ratios=True),
+    "nca_pair": PairLoss(nca_pair_loss),
+    "robust": PairLoss(robust_loss, smoothed=True, of_ratios=True),
+    "bco_pair": PairLoss(bco_pair_loss),
+    "sppo_hard": PairLoss(sppo_hard_loss),
+    "aot": PairLoss(aot_loss, smoothed=True, sorts=True),
+    "aot_unpaired": PairLoss(aot_unpaired_loss, smoothed=True, sorts=True),
+    "apo_zero": PairLoss(apo_zero_loss),
+    "apo_down": PairLoss(apo_down_loss),
+    "discopop": PairLoss(discopop_loss, of_ratios=True),
+    "sigmoid_norm": PairLoss(sigmoid_norm_loss, of_ratios=True),
+    "simpo": PairLoss(simpo_loss, reference=False, smoothed=True)}
 
 
-def f_divergence_score(r, f_divergence_type, alpha=0.5):
-    """f-DPO (arXiv 2309.16240): what stands for the log-ratio r when the pull to the reference is another
-    divergence, f'(e^r) up to a constant. (B,) -> (B,)
-
-        reverse_kl r      forward_kl 1 - e^-r      js_divergence log 2 + log sigma(r)
-        alpha_divergence (e^((alpha - 1) r) - 1) / (alpha - 1)     TRL's alpha, 1 - alpha of the authors' code
-    """
-    if f_divergence_type == "reverse_kl":
-        return r
-    if f_divergence_type == "forward_kl":
-        return 1 - (-r).clamp(max=80).exp()  # clamped: finite in fp32
-    if f_divergence_type == "js_divergence":
-        return math.log(2) + F.logsigmoid(r)
-    if f_divergence_type == "alpha_divergence":
-        if abs(alpha - 1) < 1e-6:  # the limit
-            return r
-        return ((alpha - 1) * r).clamp(max=80).expm1() / (alpha - 1)
-    raise ValueError("f_divergence_type must be reverse_kl, forward_kl, js_divergence or alpha_divergence, "
-                     f"got {f_divergence_type!r}")
-
-
-def ld_sum(logps, mask, other_mask, ld_alpha):
-    """LD-DPO (arXiv 2409.06411): the sum of log-probs, those beyond the length of the pair's shorter answer
-    times ld_alpha; for policy and reference alike. (B, T), (B, T), (B, T') -> (B,)"""
-    shared = torch.minimum(mask.sum(-1), other_mask.sum(-1))[:, None]                       # (B, 1)
-    tail = mask & (mask.cumsum(-1) > shared)                                                # (B, T)
-    return masked_sum(logps, mask & ~tail) + ld_alpha * masked_sum(logps, tail)
-
-
-def wpo_weights(logps, log_sum_sq_probs, mask):
-    """WPO (arXiv 2406.11827): how on-policy an answer is: exp(mean_t(log p_t - log sum_v p_v^2)), detached.
-
-    Three (N, T) -> (N,). A pair's loss is multiplied by both answers' weights. Not capped at 1, as in TRL.
-    """
-    return (masked_sum(logps - log_sum_sq_probs, mask) / mask.sum(-1).clamp(min=1)).exp().detach()
+def which(table: Mapping, **wanted) -> set[str]:
+    """The names of a table's records with these values: which(PAIR_LOSSES, sorts=True)."""
+    return {name for name, record in table.items()
+            if all(getattr(record, key) == value for key, value in wanted.items())}
 
 
 def nll_loss(logps, mask, *, normalization):
@@ -326,69 +214,60 @@ def nll_loss(logps, mask, *, normalization):
     raise ValueError(f"nll normalization must be sequence or token, got {normalization!r}")
 
 
-def preference_losses(loss_types, chosen_logps, chosen_mask, rejected_logps=None, rejected_mask=None,
-                      ref_chosen_logps=None, ref_rejected_logps=None, guide_chosen_logps=None,
-                      guide_rejected_logps=None, *, beta, nll_normalization="sequence",
-                      f_divergence_type="reverse_kl", f_alpha_divergence_coef=0.5, ld_alpha=1.0,
-                      pair_weights=None, columns=None, delta=0.0, eta=0.9, label_smoothing=0.0,
-                      simpo_gamma=0.5, discopop_tau=0.05):
-    """The terms of a mix such as MPO's (0.8 sigmoid + 0.2 bco_pair + 1.0 sft, arXiv 2411.10442).
+def pair_of(chosen: dict, rejected: dict) -> dict:
+    """What a pair loss may take, by name, from each side's {"logps": (B, T), "mask": (B, T)} and the
+    per-token log-probs of further models, "ref_logps", "guide_logps", ... (w: chosen, l: rejected):
 
-    *_logps: (B, Tc) chosen, (B, Tr) rejected, per token; ref_*: the same of the reference, None if every loss
-    is REFERENCE_FREE; guide_*: those of `tgdpo`'s guide; rejected may be None when loss_types is only `sft`.
-    pair_weights (B,) multiply the pair losses, whose count stays B; columns: {name: (B,)} of COLUMNS_OF. The
-    last five are the options of single losses. Returns ({loss_type: (sum, count)}, {metric: (sum, count)});
-    the metrics are TRL's: rewards are beta * logratio (without a reference: SimPO's beta * mean log-prob), an
-    accuracy counts a tie as 1/2 (TRL counts it 0; at the start all are ties).
+        logps_w, mask_w, ref_logps_w, ...   (B, T)  as given; so for l, whose T may differ
+        s_w, ref_s_w                        (B,)    log-probs summed over tokens, and the reference's
+        n_w                                 (B,)    length in tokens, at least 1
+        r_w                                 (B,)    log-ratio s_w - ref_s_w; without a reference s_w / n_w
     """
-    for name in loss_types:
-        if name not in PREFERENCE_LOSSES:
-            raise ValueError(f"unknown loss_type {name!r}; choose from {', '.join(PREFERENCE_LOSSES)}")
-    terms = {}
-    if "sft" in loss_types:
-        terms["sft"] = nll_loss(chosen_logps, chosen_mask, normalization=nll_normalization)
-    B, n_w = len(chosen_mask), chosen_mask.sum(-1)
-    metrics = {"logps/chosen": (masked_sum(chosen_logps, chosen_mask).detach().sum(), B),
-               "nll": (-masked_sum(chosen_logps, chosen_mask).detach().sum(), n_w.sum())}  # per token
-    if rejected_logps is None:
-        return terms, metrics
+    pair = {}
+    for side, given in (("w", chosen), ("l", rejected)):
+        mask = given["mask"]
+        pair |= {f"{name}_{side}": x for name, x in given.items()}
+        pair |= {f"n_{side}": mask.sum(-1).clamp(min=1), f"s_{side}": masked_sum(given["logps"], mask)}
+        if "ref_logps" in given:
+            pair[f"ref_s_{side}"] = masked_sum(given["ref_logps"], mask)
+    return pair | log_ratios_of(pair)
 
-    s_w = ld_sum(chosen_logps, chosen_mask, rejected_mask, ld_alpha)                           # (B,)
-    s_l = ld_sum(rejected_logps, rejected_mask, chosen_mask, ld_alpha)
-    n_w, n_l = n_w.clamp(min=1), rejected_mask.sum(-1).clamp(min=1)                         # (B,)
-    if ref_chosen_logps is None:
-        r_w, r_l = s_w / n_w, s_l / n_l
-    else:
-        r_w = s_w - ld_sum(ref_chosen_logps, chosen_mask, rejected_mask, ld_alpha)
-        r_l = s_l - ld_sum(ref_rejected_logps, rejected_mask, chosen_mask, ld_alpha)
-    options = dict(beta=beta, delta=delta, eta=eta, label_smoothing=label_smoothing, simpo_gamma=simpo_gamma,
-                   discopop_tau=discopop_tau, s_w=s_w, s_l=s_l, n_w=n_w, n_l=n_l) | (columns or {})
-    if guide_chosen_logps is not None:
-        chosen = chosen_logps, ref_chosen_logps, guide_chosen_logps, chosen_mask
-        rejected = rejected_logps, ref_rejected_logps, guide_rejected_logps, rejected_mask
-        options["guided_w"] = guided_sum(*chosen, beta=beta, sign=1)
-        options["guided_l"] = guided_sum(*rejected, beta=beta, sign=-1)
+
+def log_ratios_of(pair: dict) -> dict:
+    """r_w and r_l, (B,), from a pair's sums: see `pair_of`."""
+    if "ref_s_w" in pair:
+        return {"r_w": pair["s_w"] - pair["ref_s_w"], "r_l": pair["s_l"] - pair["ref_s_l"]}
+    return {"r_w": pair["s_w"] / pair["n_w"], "r_l": pair["s_l"] / pair["n_l"]}
+
+
+def preference_losses(loss_types, pair: dict, *, beta, pair_weights=None, **options):
+    """The pair losses of a mix such as MPO's (0.8 sigmoid + 0.2 bco_pair + 1.0 sft, arXiv 2411.10442).
+
+    pair: `pair_of`. pair_weights (B,) multiply the losses, whose count stays B. options: what single losses
+    take by name. Returns ({loss_type: (sum, count)}, {metric: (sum, count)}); the metrics are TRL's: rewards
+    are beta * logratio (without a reference: SimPO's beta * mean log-prob), an accuracy counts a tie as 1/2
+    (TRL counts it 0; at the start all are ties).
+    """
+    terms, B = {}, len(pair["s_w"])
     for name in loss_types:
         if name not in PAIR_LOSSES:
-            continue
-        if ref_chosen_logps is None and name not in REFERENCE_FREE:
+            raise ValueError(f"unknown loss_type {name!r}; choose from {', '.join(PAIR_LOSSES)}")
+        loss = PAIR_LOSSES[name]
+        if loss.reference and "ref_s_w" not in pair:
             raise ValueError(f"loss_type {name} needs the reference's log-probs")
-        if pair_weights is not None and name in SORTING_LOSSES:
+        if pair_weights is not None and loss.sorts:
             raise ValueError(f"loss_type {name} sorts the two sides apart: it has no pairs to weigh")
-        w, l = r_w, r_l
-        if name in F_DIVERGENCE_LOSSES:
-            w, l = (f_divergence_score(r, f_divergence_type, f_alpha_divergence_coef) for r in (r_w, r_l))
-        values = PAIR_LOSSES[name](w, l, **options)                                         # (B,)
+        values = loss.term(**pair, beta=beta, **options)                                    # (B,)
         terms[name] = (values if pair_weights is None else values * pair_weights).sum(), B
-    chosen_rewards, rejected_rewards = beta * r_w.detach(), beta * r_l.detach()
+    ratios = log_ratios_of(pair)  # a file of papers/ may have put another score in their place for the losses
+    chosen_rewards, rejected_rewards = beta * ratios["r_w"].detach(), beta * ratios["r_l"].detach()
     margins = chosen_rewards - rejected_rewards
-    if "lcpo" in terms:
-        metrics["lcpo_posterior"] = lcpo_posterior(margins, eta).sum(), B
-    metrics |= {"logps/rejected": (masked_sum(rejected_logps, rejected_mask).detach().sum(), B),
-                "rewards/chosen": (chosen_rewards.sum(), B), "rewards/rejected": (rejected_rewards.sum(), B),
-                "rewards/margins": (margins.sum(), B),
-                "rewards/accuracies": ((margins > 0).sum() + 0.5 * (margins == 0).sum(), B)}
-    return terms, metrics
+    plain = [masked_sum(pair[f"logps_{side}"], pair[f"mask_{side}"]).detach() for side in "wl"]
+    return terms, {
+        "logps/chosen": (plain[0].sum(), B), "logps/rejected": (plain[1].sum(), B),
+        "rewards/chosen": (chosen_rewards.sum(), B), "rewards/rejected": (rejected_rewards.sum(), B),
+        "rewards/margins": (margins.sum(), B),
+        "rewards/accuracies": ((margins > 0).sum() + 0.5 * (margins == 0).sum(), B)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -469,52 +348,36 @@ def gdpo_advantages(scores, weights, num_generations, *, eps=1e-4):
     return torch.where(known, z / (unbiased_std(z, known) + eps), 0.0)
 
 
-def ngrpo_advantages(rewards, num_generations, reward_max, *, eps=1e-4):
-    """NGRPO (arXiv 2509.18851): mean and std over the group and one virtual completion of the highest reward:
-    a group that is all wrong is pushed down, one that is all right gets 0.   (N,) -> (N,)"""
-    groups = rewards.double().view(-1, num_generations)
-    known = ~groups.isnan()
-    best = torch.where(known.any(-1, keepdim=True), reward_max, math.nan).to(groups)          # (P, 1)
-    A = group_advantages(torch.cat([groups, best], -1).flatten(), num_generations + 1, eps=eps)
-    return A.view(-1, num_generations + 1)[:, :-1].flatten().to(rewards.dtype)
+class Advantage(NamedTuple):
+    """An advantage estimator: function(rewards (N,), num_generations, **options) -> (N,), where options are
+    scores (F, N), weights (F,), reward_max, the sum of the positive weights, flags and STATE."""
+
+    function: Callable
+    of_sums: bool = True        # it takes the weighted sum of the rewards, which a penalty can be taken off
+    flat_groups: bool = False   # it learns from groups whose rewards are all alike, too
 
 
-def dgpo_advantages(rewards, num_generations, reward_max, *, temperature=2.0, eps=1e-4):
-    """DGPO (arXiv 2601.20614): the mean absolute deviation for the std, and harder prompts weigh more.
-
-        A = n (r - mean) / (sum |r - mean| + eps) * Q softmax_q(-p_q / temperature)     (N,) -> (N,)
-
-    over the Q groups with spread; p: mean reward of the group, as a share of the highest.
-    """
-    A, known = centred(rewards, num_generations)
-    n = known.sum(-1, keepdim=True).clamp(min=1)                                              # (P, 1)
-    spread = A.ne(0).any(-1, keepdim=True)
-    p = torch.where(known, rewards.double().view_as(A), 0.0).sum(-1, keepdim=True) / n / reward_max
-    weight = (-p / temperature).masked_fill(~spread, -math.inf).softmax(0).nan_to_num(0.0) * spread.sum()
-    return (A * n / (A.abs().sum(-1, keepdim=True) + eps) * weight).flatten().to(rewards.dtype)
+ADVANTAGES = {
+    "grpo": Advantage(lambda r, G, scale_rewards, **_: group_advantages(r, G, scale_rewards=scale_rewards)),
+    "rloo": Advantage(lambda r, G, **_: rloo_advantages(r, G)),
+    "gdpo": Advantage(lambda r, G, scores, weights, **_: gdpo_advantages(scores, weights, G), of_sums=False),
+    "none": Advantage(lambda r, G, reward_max, **_: r - reward_max)}
 
 
-def advantages(estimator, scores, weights, num_generations, *, scale_rewards="group", penalty=0.0):
-    """The advantages (N,) that a run trains on, from scores (F, N) and weights (F,): grpo, rloo, gdpo, ngrpo,
-    dgpo; or none, for GROUP_LOSSES: the reward itself less the highest (nan: unknown).
+def advantages(estimator, scores, weights, num_generations, /, *, scale_rewards="group", penalty=0.0,
+               **options):
+    """The advantages (N,) that a run trains on, from scores (F, N) and weights (F,), by one of ADVANTAGES;
+    none, for GROUP_LOSSES, is the reward itself less the highest (nan: unknown).
 
     penalty (N,): taken off each reward first; RLOO's beta * sum_t (log pi_old - log pi_ref). The highest
     reward is the sum of the positive weights: of functions that give at most 1, as the built-in ones do.
     """
-    if estimator == "gdpo":
-        return gdpo_advantages(scores, weights, num_generations)
+    if estimator not in ADVANTAGES:
+        raise ValueError(f"advantage estimator must be one of {', '.join(ADVANTAGES)}, got {estimator!r}")
     rewards, reward_max = weighted_rewards(scores, weights) - penalty, float(weights.clamp(min=0).sum())
-    if estimator == "grpo":
-        return group_advantages(rewards, num_generations, scale_rewards=scale_rewards)
-    if estimator == "rloo":
-        return rloo_advantages(rewards, num_generations)
-    if estimator == "ngrpo":
-        return ngrpo_advantages(rewards, num_generations, reward_max)
-    if estimator == "dgpo":
-        return dgpo_advantages(rewards, num_generations, reward_max)
-    if estimator == "none":
-        return rewards - reward_max
-    raise ValueError(f"advantage estimator must be grpo, rloo, gdpo, ngrpo, dgpo or none, got {estimator!r}")
+    options |= dict(scores=scores, weights=weights, scale_rewards=scale_rewards, reward_max=reward_max)
+    options.pop("num_generations", None)
+    return ADVANTAGES[estimator].function(rewards, num_generations, **options)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -560,14 +423,14 @@ def cispo_term(ratio, A, *, logps, epsilon_high, **_):
     return -ratio.detach().clamp(max=epsilon_high) * A * logps
 
 
-def sapo_term(ratio, A, *, sapo_temperature_pos, sapo_temperature_neg, **_):
+def sapo_term(ratio, A, *, sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, **_):
     """SAPO (arXiv 2511.20347): -(4 / tau) sigma(tau (c - 1)) A, a soft gate of slope 1 at c = 1."""
     tau = torch.full_like(A, sapo_temperature_neg).masked_fill(A > 0, sapo_temperature_pos)
     return -4 / tau * (tau * (ratio - 1)).sigmoid() * A
 
 
-def vespo_term(ratio, A, *, logps, token_log_ratios, log_correction, vespo_k_pos, vespo_lambda_pos,
-               vespo_k_neg, vespo_lambda_neg, **_):
+def vespo_term(ratio, A, *, logps, token_log_ratios, log_correction, vespo_k_pos=2.0, vespo_lambda_pos=3.0,
+               vespo_k_neg=3.0, vespo_lambda_neg=2.0, **_):
     """VESPO (arXiv 2602.10693): -sg[phi(W)] A log pi, phi(W) = e^lambda W^k e^(-lambda W), W = prod_t c_t.
 
     phi(1) = 1. W is the sequence's ratio to the sampler: times `log_correction` where that is corrected for.
@@ -579,34 +442,23 @@ def vespo_term(ratio, A, *, logps, token_log_ratios, log_correction, vespo_k_pos
     return -(lam + k * log_w - lam * log_w.exp()).exp() * A * logps
 
 
-def gmpo_term(ratio, A, *, token_log_ratios, mask, epsilon, epsilon_high, **_):
-    """GMPO (arXiv 2507.20673): -A (prod_t clip(c_t))^(1/|y|), each token's log c clipped on PPO's side only,
-    to [-epsilon, epsilon_high]; the same for each token."""
-    clipped = token_log_ratios.clamp(-epsilon, epsilon_high)
-    side = torch.where(A > 0, torch.min(token_log_ratios, clipped), torch.max(token_log_ratios, clipped))
-    mean = masked_sum(side, mask) / mask.sum(-1).clamp(min=1)                               # (N,)
-    return -mean.clamp(-20, 20).exp()[:, None].expand_as(ratio) * A
+class PolicyLoss(NamedTuple):
+    """term(ratio (N, T), A (N, 1), **options) -> (N, T), and its mean over tokens (`token_mean`)."""
+
+    term: Callable
+    mean: str
+    clips: str | None = None  # what the clip range bounds, for the metrics: "ratio", its "log", or nothing
 
 
-def gtpo_term(ratio, A, *, entropies, initial_entropy, mask, gtpo_gamma=0.1, **_):
-    """GTPO (arXiv 2508.03772): -c (A - gamma H), no clip, H the completion's mean token entropy; 0 where H is
-    above log 2 and the starting policy's is not. Conflict tokens are weighed by `gtpo_weights`, as `keep`."""
-    H = (masked_sum(entropies.detach(), mask) / mask.sum(-1).clamp(min=1))[:, None]         # (N, 1)
-    kept = (H <= math.log(2)) | (initial_entropy > math.log(2))
-    return -ratio * torch.where(kept, A - gtpo_gamma * H, 0.0)
-
-
-POLICY_LOSSES = {  # name: (term, mean over tokens)
-    "grpo": (clipped_term, "sequence"),          # arXiv 2402.03300
-    "bnpo": (clipped_term, "micro_batch"),       # TRL's name; see token_mean
-    "dr_grpo": (clipped_term, "constant"),       # arXiv 2503.20783
-    "dapo": (clipped_term, "token"),             # arXiv 2503.14476
-    "luspo": (clipped_term, "sequence_sum"),     # arXiv 2602.05261
-    "cispo": (cispo_term, "token"),
-    "sapo": (sapo_term, "sequence"),
-    "vespo": (vespo_term, "token"),
-    "gmpo": (gmpo_term, "sequence"),             # arXiv 2507.20673
-    "gtpo": (gtpo_term, "sequence")}             # arXiv 2508.03772
+POLICY_LOSSES = {
+    "grpo": PolicyLoss(clipped_term, "sequence", "ratio"),          # arXiv 2402.03300
+    "bnpo": PolicyLoss(clipped_term, "micro_batch", "ratio"),       # TRL's name; see token_mean
+    "dr_grpo": PolicyLoss(clipped_term, "constant", "ratio"),       # arXiv 2503.20783
+    "dapo": PolicyLoss(clipped_term, "token", "ratio"),             # arXiv 2503.14476
+    "luspo": PolicyLoss(clipped_term, "sequence_sum", "ratio"),     # arXiv 2602.05261
+    "cispo": PolicyLoss(cispo_term, "token"),
+    "sapo": PolicyLoss(sapo_term, "sequence"),
+    "vespo": PolicyLoss(vespo_term, "token")}
 
 
 def token_mean(x, mask, kind):
@@ -628,11 +480,11 @@ def policy_loss_count(loss_type, mask, max_completion_length, rewards=None, num_
     """The divisor of `policy_loss`'s sum (with rewards (N,): of `group_loss`'s), of one micro-batch: add up
     over the optimizer step. mask (N, T)."""
     if loss_type in GROUP_LOSSES:
-        return float(GROUP_LOSSES[loss_type][1](rewards.view(-1, num_generations)).sum())
+        return float(GROUP_LOSSES[loss_type].count(rewards.view(-1, num_generations)).sum())
     if loss_type not in POLICY_LOSSES:
         raise ValueError(f"unknown loss_type {loss_type!r}; "
                          f"choose from {', '.join([*POLICY_LOSSES, *GROUP_LOSSES])}")
-    N, mean = len(mask), POLICY_LOSSES[loss_type][1]
+    N, mean = len(mask), POLICY_LOSSES[loss_type].mean
     return float({"sequence": N, "sequence_sum": N, "token": mask.sum(), "micro_batch": 1,
                   "constant": N * max_completion_length}[mean])
 
@@ -664,38 +516,6 @@ def kl_penalty(logps, ref_logps, estimator="k3"):
     raise ValueError(f"kl_estimator must be k1, k2 or k3, got {estimator!r}")
 
 
-def off_policy_mask(logps, sampling_logps, advantages, mask, threshold):
-    """DeepSeek-V3.2's sequence mask (arXiv 2512.02556): (N, 1), False where A < 0 and the mean of
-    log pi_sampler - log pi over the completion's tokens is above the threshold: bad and no longer ours."""
-    drift = masked_sum(sampling_logps - logps.detach(), mask) / mask.sum(-1).clamp(min=1)   # (N,)
-    return ((advantages >= 0) | (drift <= threshold))[:, None]
-
-
-def top_entropy_mask(entropies, mask, quantile):
-    """Train on the `quantile` of tokens with the highest entropy only (80/20 rule, arXiv 2506.01939): (N, T).
-    The bound is that of the micro-batch. Tokens left out still count in the mean."""
-    entropies = entropies.detach()
-    return mask & (entropies >= entropies[mask].quantile(1 - quantile)) if mask.any() else mask
-
-
-def gtpo_weights(completion_ids, advantages, mask, num_generations):
-    """GTPO's lambda (arXiv 2508.03772), (N, T), of N completions in whole groups; advantages (N,).
-
-    A token conflicts if a completion of the group with the other sign of A has the same token at its place,
-    counted from the start or the end, and all tokens before (behind) it do: 2 for A > 0, 0 for A < 0; else 1.
-    """
-    T, sign = mask.shape[1], advantages.sign().view(-1, num_generations)                    # (P, G)
-    opposed = (sign[:, :, None] * sign[:, None] < 0)[..., None]                             # (P, G, G, 1)
-    turn = (mask.sum(-1, keepdim=True) - 1 - torch.arange(T, device=mask.device)).clamp(min=0)
-
-    def conflicts(ids):  # without a break from the start
-        ids = ids.masked_fill(~mask, -1).view(-1, num_generations, T)
-        return (opposed & (ids[:, :, None] == ids[:, None])).any(2).view(-1, T).int().cumprod(-1).bool()
-
-    found = conflicts(completion_ids) | conflicts(completion_ids.gather(-1, turn)).gather(-1, turn)
-    return torch.where(found & mask, 1 + sign.view(-1, 1), 1.0)
-
-
 def sampler_correction(old_logps, sampling_logps, mask, mode, clip_max=3.0, clip_min=None):
     """Importance weights pi_old / pi_sampler, (N, T), detached, for samples of another engine or precision.
 
@@ -717,23 +537,20 @@ def sampler_correction(old_logps, sampling_logps, mask, mode, clip_max=3.0, clip
 
 def policy_loss(logps, old_logps, advantages, mask, *, loss_type, importance_sampling_level="token",
                 epsilon=0.2, epsilon_high=0.2, delta=None, keep=None, correction=None, ref_logps=None,
-                entropies=None, initial_entropy=0.0, beta=0.0, kl_estimator="k3", use_bias_correction_kl=True,
-                sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, vespo_k_pos=2.0, vespo_lambda_pos=3.0,
-                vespo_k_neg=3.0, vespo_lambda_neg=2.0):
+                beta=0.0, kl_estimator="k3", use_bias_correction_kl=True, **options):
     """The policy loss of GRPO and its relatives, as a sum; divide by the step's `policy_loss_count`.
 
         L_t = keep_t * correction_t * term(c_t, A) + beta * KL_t [* c_t]
 
     logps, old_logps, ref_logps: (N, T); mask: (N, T); advantages: (N,). On-policy, old_logps is
     logps.detach(): the ratio is 1, and the gradient of every loss_type the plain policy gradient, up to the
-    mean over tokens. keep (N, T) or (N, 1): `off_policy_mask`, `top_entropy_mask`, `gtpo_weights`;
-    correction (N, T): `sampler_correction`; entropies (N, T), initial_entropy: gtpo's. use_bias_correction_kl
-    multiplies the KL by the unclipped ratio. The last six are the papers' constants. Padding may be anything.
-    Returns (loss sum, {metric: (sum, count)}).
+    mean over tokens. keep (N, T) or (N, 1): weights of tokens; correction (N, T): `sampler_correction`.
+    use_bias_correction_kl multiplies the KL by the unclipped ratio. options: what a term takes by name
+    besides, (N, T) entropies, say. Padding may be anything. Returns (loss sum, {metric: (sum, count)}).
     """
     if loss_type not in POLICY_LOSSES:
         raise ValueError(f"unknown loss_type {loss_type!r}; choose from {', '.join(POLICY_LOSSES)}")
-    term, mean = POLICY_LOSSES[loss_type]
+    term, mean, clips = POLICY_LOSSES[loss_type]
     logps = torch.where(mask, logps, 0.0)
     token_log_ratios = torch.where(mask, logps - old_logps, 0.0)
     # +-20: a bf16 outlier of +-100 would make exp overflow; e^20 is beyond every clip range.
@@ -745,10 +562,7 @@ def policy_loss(logps, old_logps, advantages, mask, *, loss_type, importance_sam
         correction = None
     per_token_loss = term(                                                                  # (N, T)
         ratio, A, logps=logps, mask=mask, epsilon=epsilon, epsilon_high=epsilon_high, delta=delta,
-        entropies=entropies, initial_entropy=initial_entropy, sapo_temperature_pos=sapo_temperature_pos,
-        sapo_temperature_neg=sapo_temperature_neg, token_log_ratios=token_log_ratios,
-        log_correction=log_correction, vespo_k_pos=vespo_k_pos, vespo_lambda_pos=vespo_lambda_pos,
-        vespo_k_neg=vespo_k_neg, vespo_lambda_neg=vespo_lambda_neg)
+        token_log_ratios=token_log_ratios, log_correction=log_correction, **options)
     for weight in (keep, correction):
         per_token_loss = per_token_loss if weight is None else per_token_loss * weight
 
@@ -758,13 +572,13 @@ def policy_loss(logps, old_logps, advantages, mask, *, loss_type, importance_sam
         per_token_loss = per_token_loss + beta * (kl * ratio if use_bias_correction_kl else kl)
         metrics["kl"] = torch.where(mask, kl.detach(), 0.0).sum(), tokens
     metrics["ratio"] = torch.where(mask, ratio.detach(), 0.0).sum(), tokens
-    if term in (clipped_term, gmpo_term):  # clipped is where the bound is active: no policy gradient at all
-        x = token_log_ratios if term is gmpo_term else ratio - 1
+    if clips is not None:  # clipped is where the bound is active: no policy gradient at all
+        x = token_log_ratios if clips == "log" else ratio - 1
         low, high = mask & (x < -epsilon) & (A < 0), mask & (x > epsilon_high) & (A > 0)
         capped = mask & (A < 0) & (ratio > (math.inf if delta is None else delta))
         metrics |= {"clip_ratio/low_mean": (low.sum(), tokens), "clip_ratio/high_mean": (high.sum(), tokens),
                     "clip_ratio/region_mean": ((low | high | capped).sum(), tokens)}
-    elif term is cispo_term:
+    elif loss_type == "cispo":
         metrics["cispo_clip_ratio"] = (mask & (ratio > epsilon_high) & (A > 0)).sum(), tokens
     return token_mean(per_token_loss, mask, mean), metrics
 
@@ -788,69 +602,30 @@ def best_against_worst(loss, r, u, s, n, *, beta, **_):
     return torch.where(has_spread(r), loss(u_w, u_l, beta=beta, n_w=n_w, n_l=n_l), 0.0)
 
 
-def copg_loss(r, u, s, n, *, beta, **_):
-    """CoPG (arXiv 2406.19185): (R_i - R_j)^2 over all pairs, R = r - beta u: the group's variance of R; over
-    2 beta, so that its gradient on policy is that of RLOO with the KL in the reward."""
-    known, k = ~r.isnan(), (~r.isnan()).sum(-1, keepdim=True)                           # (P, G), (P, 1)
-    R = torch.where(known, r - beta * u, 0.0)                                               # (P, G)
-    squares = torch.where(known, (R - R.sum(-1, keepdim=True) / k.clamp(min=1)) ** 2, 0.0)
-    return squares.sum(-1) / (k - 1).clamp(min=1).squeeze(-1) / (2 * beta)
-
-
-def trpa_loss(r, u, s, n, *, beta, **_):
-    """TRPA (arXiv 2504.04524): -log sigma(c beta (u_i / n_i - u_j / n_j)), summed over pairs of r_i > r_j; c
-    is 2.5 where i has the highest reward there is (the paper's level 1), else 1."""
-    mean, c = u / n, torch.where(r > -1e-6, 2.5, 1.0)[:, :, None]
-    pairs = -F.logsigmoid(c * beta * (mean[:, :, None] - mean[:, None, :]))                 # (P, G, G)
-    return torch.where(better(r), pairs, 0.0).sum((1, 2))
-
-
-def disco_loss(r, u, s, n, *, drift, disco_tau=10.0, disco_delta=1e-4, disco_beta=1e3, **_):
-    """DisCO (arXiv 2505.12366) with the log-likelihood score s / n; right: above the group's mean reward.
-
-        -mean_right(s/n) + tau log mean_wrong exp(s/n / tau) + sg[beta (drift - delta)]_+ drift
-
-    drift: mean log pi_old - log pi over the micro-batch's tokens, the KL that the last term bounds by delta.
-    """
-    mean = r.nanmean(-1, keepdim=True)
-    right, wrong = r - mean > 1e-6, mean - r > 1e-6                                         # (P, G)
-    low = (s / n / disco_tau).masked_fill(~wrong, -1e9).logsumexp(-1) - wrong.sum(-1).clamp(min=1).log()
-    high = masked_sum(s / n, right) / right.sum(-1).clamp(min=1)                            # (P,)
-    penalty = (disco_beta * (drift - disco_delta)).clamp(min=0).detach() * drift
-    return torch.where(has_spread(r), disco_tau * low - high + penalty, 0.0)
-
-
-def reg_grpo_loss(r, u, s, n, *, rho, eps=1e-4, **_):
-    """Reg-GRPO (arXiv 2506.07464): mean_i (A_i - (rho_i - mean rho) / std rho)^2, A as GRPO's; no clip. std
-    is (var + eps^2)^(1/2): at a rollout's first update rho is 0, the gradient that of -2 A_i s_i / eps."""
-    known, k = ~r.isnan(), (~r.isnan()).sum(-1, keepdim=True).clamp(min=2)              # (P, G), (P, 1)
-    A = group_advantages(r.flatten(), r.shape[-1]).view_as(r)                               # unknown: 0
-    rho = torch.where(known, rho - torch.where(known, rho, 0.0).sum(-1, keepdim=True) / k, 0.0)
-    error = A - rho / ((rho**2).sum(-1, keepdim=True) / (k - 1) + eps**2).sqrt()            # (P, G)
-    return torch.where(has_spread(r), (error**2).sum(-1) / k.squeeze(-1), 0.0)
-
-
 def has_spread(r):
     return better(r).any(-1).any(-1)
 
 
-GROUP_LOSSES = {  # name: (loss, count of a group)
-    "sigmoid": (partial(best_against_worst, sigmoid_loss), has_spread),
-    "ipo": (partial(best_against_worst, ipo_loss), has_spread),
-    "ipo_sum": (partial(best_against_worst, ipo_sum_loss), has_spread),
-    "copg": (copg_loss, lambda r: (~r.isnan()).sum(-1) > 1),
-    "trpa": (trpa_loss, lambda r: better(r).sum((1, 2))),
-    "disco": (disco_loss, has_spread),
-    "reg_grpo": (reg_grpo_loss, has_spread)}
+class GroupLoss(NamedTuple):
+    """loss(r, u, s, n, **options) -> (P,), and the count of each group, count(r) -> (P,)."""
+
+    loss: Callable
+    count: Callable
+    reference: bool = True  # it needs --beta and the reference's log-probs, u
+
+
+GROUP_LOSSES = {
+    "sigmoid": GroupLoss(partial(best_against_worst, sigmoid_loss), has_spread),
+    "ipo": GroupLoss(partial(best_against_worst, ipo_loss), has_spread)}
 
 
 def group_loss(logps, old_logps, rewards, mask, *, loss_type, num_generations, ref_logps=None, beta=0.0,
-               kl_estimator="k3", **_):
+               kl_estimator="k3", **options):
     """A loss of GROUP_LOSSES, as a sum over the groups; divide by the step's `policy_loss_count`.
 
     As `policy_loss`, with whole groups of num_generations consecutive completions and `advantages` "none".
     """
-    (loss, count_of), r = GROUP_LOSSES[loss_type], rewards.view(-1, num_generations)
+    (loss, count_of, _), r = GROUP_LOSSES[loss_type], rewards.view(-1, num_generations)
     s, n = masked_sum(logps, mask).view_as(r), mask.sum(-1).clamp(min=1).view_as(r)
     u = None if ref_logps is None else masked_sum(logps - ref_logps, mask).view_as(r)
     rho = masked_sum(logps - old_logps, mask).view_as(r)
@@ -862,4 +637,5 @@ def group_loss(logps, old_logps, rewards, mask, *, loss_type, num_generations, r
                                            wins.sum()),
                     "kl": (masked_sum(kl_penalty(logps, ref_logps, kl_estimator).detach(), mask).sum(),
                            mask.sum())}
-    return loss(r, u, s, n, beta=beta, rho=rho, drift=-rho.sum() / mask.sum().clamp(min=1)).sum(), metrics
+    options |= dict(beta=beta, rho=rho, drift=-rho.sum() / mask.sum().clamp(min=1))
+    return loss(r, u, s, n, **options).sum(), metrics

@@ -23,11 +23,13 @@ completion, M trained tokens, H hidden, V vocabulary, R position rows (3 for M-R
 """
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import functools
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -68,6 +70,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import cached_file, logging
+
+import losses
 
 logging.disable_progress_bar()  # ours is the only one
 STARTED = time.monotonic()  # --max_hours counts from here
@@ -1452,7 +1456,7 @@ def within(interval: str, kind=float):
 
 def help_of(cls) -> dict[str, tuple[str, str]]:
     """{field: (section, help)}: its comment, with the comment lines below it. A section is `# --- name`."""
-    found, section, name = {}, "", None
+    found, section, name = {}, getattr(cls, "SECTION", ""), None
     for line in inspect.getsource(cls).splitlines():
         code, _, comment = line.partition("  # ")
         if line.strip().startswith("# --- "):
@@ -1484,7 +1488,7 @@ def option_of(hint) -> dict:
     if get_origin(hint) is Annotated and hint is not Name:
         kind, interval = get_args(hint)
         return options | {"type": within(interval, kind), "metavar": interval}
-    return options
+    return options | ({"type": within("(-inf, inf)", hint)} if hint in (int, float) else {})
 
 
 def parser_of(cls, defaults: dict | None = None) -> argparse.ArgumentParser:
@@ -1494,10 +1498,11 @@ def parser_of(cls, defaults: dict | None = None) -> argparse.ArgumentParser:
         usage="%(prog)s [--FLAG VALUE ...]", description=sys.modules[cls.__module__].__doc__,
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     hints, groups = get_type_hints(cls, include_extras=True), {}
-    texts = {name: text for base in reversed(cls.__mro__[:-1]) for name, text in help_of(base).items()}
-    words = {word: text for base in cls.__mro__[:-1] for word, text in vars(base).get("HELP", {}).items()}
+    written = [base for base in cls.__mro__[:-1] if "__annotations__" in vars(base)]
+    texts = {name: text for base in reversed(written) for name, text in help_of(base).items()}
+    words = {word: text for base in written for word, text in vars(base).get("HELP", {}).items()}
     for field in dataclasses.fields(cls):
-        section, text = texts[field.name]
+        section, text = texts.get(field.name, ("", ""))
         text = re.sub("|".join(words) or "$^", lambda word: words[word[0]], text)
         default = (defaults or {}).get(field.name, default_of(field))
         if default not in (None, [], "") and default is not False and "default" not in text:
@@ -1514,27 +1519,132 @@ def default_of(field):
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def parse(cls, presets: dict, tiny: dict, tiny_by_algo: dict, argv=None):
-    """The command line as a `cls`, a dataclass of flags.
+PAPERS = Path(__file__).with_name("papers")
+TABLES = ("PAIR_LOSSES", "ADVANTAGES", "POLICY_LOSSES", "GROUP_LOSSES")  # of losses.py
 
-    --algo's preset replaces defaults, and so do, without a model path, the tiny model's; a flag that is given
-    wins. cls.__post_init__ checks what flags say together, and raises ValueError. A typo is an error that
-    names the nearest flag. `args.preset` {name: value} are the defaults that held.
+
+def load_method(name: str, script: str):
+    """A method that --algo names: papers/NAME.py, or the path of anybody's own file. -> its module
+
+    The file says which SCRIPT it is for, and may bring what GUIDE.md lists: PRESET, Flags, entries for the
+    tables of losses.py, which are added there, `check`, STATE and the hooks that the loops call (`hooks`).
+    """
+    file = Path(name) if name.endswith(".py") else PAPERS / f"{name}.py"
+    if not file.is_file():
+        raise ValueError(f"--algo {name}: no such file" if name.endswith(".py") else
+                         f"--algo {name}: neither a preset nor a file of papers/ (your own ends in .py)")
+    own = file.resolve().parent != PAPERS.resolve()
+    full_name = f"method_{digest_of([file])[:8]}_{file.stem}" if own else f"papers.{file.stem}"
+    if full_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(full_name, file)
+        module = sys.modules[full_name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[full_name]
+            raise
+    module = sys.modules[full_name]
+    if getattr(module, "SCRIPT", None) != script:
+        raise ValueError(f"--algo {name} is for {module.SCRIPT}" if hasattr(module, "SCRIPT") else
+                         f'--algo {name}: the file does not say which script it is for: SCRIPT = "{script}"')
+    for table in TABLES:
+        getattr(losses, table).update(getattr(module, table, {}))
+    if hasattr(module, "Flags"):
+        module.Flags = dataclasses.dataclass(module.Flags)
+        module.Flags.SECTION = f"--algo {name}"
+    return module
+
+
+def papers_for(script: str) -> str:
+    """The names of the files of papers/ that are for this script."""
+    return ", ".join(file.stem for file in sorted(PAPERS.glob("*.py"))
+                     if f'SCRIPT = "{script}"' in file.read_text())
+
+
+def hooks(args, name: str) -> list:
+    """The functions (or values) `name` of the files that --algo names, in their order."""
+    return [getattr(method, name) for method in args.methods if hasattr(method, name)]
+
+
+def check_methods(args):
+    """What --algo's files check themselves; and a file whose losses nobody takes would change nothing."""
+    kinds = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
+    for method in args.methods:
+        brings = [name for table in TABLES for name in getattr(method, table, {})]
+        if brings and not {*brings} & {*kinds, getattr(args, "advantage_estimator", None)}:
+            flag = "--advantage_estimator" if hasattr(method, "ADVANTAGES") else "--loss_type"
+            raise ValueError(f"--algo {' '.join(args.algo)}: nothing uses what {Path(method.__file__).name} "
+                             f"brings; name it: {flag} ... {' or '.join(brings)}")
+    if len(hooks(args, "row_of")) > 1:
+        raise ValueError(f"--algo {' '.join(args.algo)}: two files say which rows come next")
+    for check in hooks(args, "check"):
+        check(args)
+
+
+def with_states(args, state: dict) -> dict:
+    """A run's state with the STATE of --algo's files, each name once."""
+    for method in args.methods:
+        for name, value in getattr(method, "STATE", {}).items():
+            if name in state or name in vars(args):
+                raise InputError(f"{method.__file__}: STATE {name!r} is the name of another number or flag")
+            state = state | {name: copy.deepcopy(value)}
+    return state
+
+
+def flags_of_methods() -> dict[str, str]:
+    """{flag: the file of papers/ that brings it}, without running the files."""
+    found = {}
+    for file in sorted(PAPERS.glob("*.py")):
+        _, _, flags = file.read_text().partition("class Flags:")
+        for name in re.findall(r"^    (\w+): ", flags.partition("\n\n\n")[0], re.M):
+            found[f"--{name}"] = file.stem
+    return found
+
+
+def parse(cls, presets: dict, tiny: dict, tiny_by_algo: dict, argv=None):
+    """The command line as a `cls`, a dataclass of flags, with those of the files that --algo names.
+
+    The first name of --algo, a preset of the script or a file (`load_method`), replaces defaults by its
+    preset's, and so do, without a model path, the tiny model's; a flag that is given wins. Each further name
+    adds what its file brings. cls.__post_init__ checks what flags say together, and raises ValueError. A typo
+    is an error that names the nearest flag. Not among the flags: `args.methods`, the files' modules.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--algo", default=cls.algo)
+    first.add_argument("--algo", nargs="+", default=default_of(cls.__dataclass_fields__["algo"]))
     first.add_argument("--model_name_or_path")
     known, _ = first.parse_known_args(argv)
+    names = [name for item in known.algo for name in item.split(",") if name]
+    script = sys.modules[cls.__module__].__file__
+    try:
+        if not names:
+            raise ValueError("--algo names no method")
+        for name in names[1:]:
+            if name in presets:
+                raise ValueError(f"--algo {' '.join(names)}: {name} is a preset, and so can only stand first")
+        methods = {name: load_method(name, Path(script).name) for name in names if name not in presets}
+        flags = [method.Flags for method in methods.values() if hasattr(method, "Flags")]
+        taken = {field.name for field in dataclasses.fields(cls)}
+        for field in (field for brought in flags for field in dataclasses.fields(brought)):
+            if field.name in taken:
+                raise ValueError(f"--algo {' '.join(names)}: --{field.name} is there already")
+            taken.add(field.name)
+    except ValueError as error:
+        sys.exit(f"error: {error}; --help lists what there is")
+    cls = dataclasses.dataclass(type(cls.__name__, (cls, *flags), {
+        "__module__": cls.__module__, "methods": list(methods.values())}))
+
+    lead = methods.get(names[0])
     defaults = {field.name: default_of(field) for field in dataclasses.fields(cls)}
-    preset = defaults | presets.get(known.algo, {})
+    preset = defaults | (presets[names[0]] if lead is None else getattr(lead, "PRESET", {}))
     if known.model_name_or_path is None:
-        preset |= tiny | tiny_by_algo.get(known.algo, {})
+        preset |= tiny | tiny_by_algo.get(names[0], {}) | getattr(lead, "TINY", {})
     parser = parser_of(cls, preset)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [f for action in parser._actions for f in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0.75)
+        typed, brings = unknown[0].split("=")[0], flags_of_methods()
+        near = difflib.get_close_matches(typed, parser._option_string_actions, 1, 0.75)
         parser.error(f"unknown argument {unknown[0]}; " + (
+            f"it comes with --algo {' '.join(names)} {brings[typed]}" if typed in brings else
             f"did you mean {near[0]}?" if near else "--help lists what there is, GUIDE.md TRL's settings"))
     given = vars(given)
     for name, hint in get_type_hints(cls, include_extras=True).items():
@@ -1544,15 +1654,20 @@ def parse(cls, presets: dict, tiny: dict, tiny_by_algo: dict, argv=None):
         preset.pop("loss_weights", None)  # they belong to the preset's own losses
     if "num_train_epochs" in given:  # it counts, against the tiny model's max_steps too
         preset["max_steps"] = -1
-    values = defaults | preset | given
     try:
         made = cls.__new__(cls)
         made.preset = preset
-        cls.__init__(made, **values)
+        cls.__init__(made, **defaults | preset | given)
     except ValueError as error:
         parser.error(str(error))
-    vars(made).pop("preset")  # it is no flag
+    del made.preset  # it is no flag
     return made
+
+
+def warn(text: str):
+    """A warning about flags, once: on rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print("warning:", text, file=sys.stderr)
 
 
 def changes_nothing(args, unused: dict[str, str]):
@@ -1570,7 +1685,7 @@ def check_shared(args):
         raise ValueError("--cold_start_steps is for the built-in model and task; train your own with "
                          "--algo sft")
     if args.cold_start_steps is None:
-        args.cold_start_steps = 200 if built_in and args.algo != "sft" else 0
+        args.cold_start_steps = 200 if built_in and args.algo[0] != "sft" else 0
     if args.num_generations_eval > 1 and args.eval_temperature <= 0:
         raise ValueError("--num_generations_eval needs --eval_temperature above 0: greedy answers are alike")
     if args.max_steps == 0:
@@ -1585,9 +1700,6 @@ def check_shared(args):
     if args.lora_r is not None:
         args.lora_alpha = args.lora_alpha or 32
         args.lora_target_modules = args.lora_target_modules or ["all-linear"]
-        if getattr(args, "sync_ref_model", False):
-            raise ValueError("--sync_ref_model cannot go with --lora_r: its reference has no weights of its "
-                             "own")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1627,13 +1739,15 @@ def digest_of(paths) -> str | None:
 
 
 def code_of(args) -> dict[str, Path]:
-    """{name under output_dir/code: file}: the program, its rewards/, and the files of --reward_funcs."""
+    """{name under output_dir/code: file}: the program, rewards/, and what --algo and --reward_funcs name."""
     root = Path(__file__).parent
     files = sorted([*root.glob("*.py"), *root.glob("rewards/*.py")])
     given = [spec.rpartition(":")[0] for spec in getattr(args, "reward_funcs", [])]
     return ({str(file.relative_to(root)): file for file in files}
             | {f"rewards/{i}-{Path(p).name}": Path(p) for i, p in enumerate(dict.fromkeys(given))
-               if os.path.isfile(p)})
+               if os.path.isfile(p)}
+            | {f"papers/{'' if file.parent == PAPERS else f'{i}-'}{file.name}": file
+               for i, file in enumerate(Path(method.__file__) for method in args.methods)})
 
 
 def describe_run(args, world_size: int) -> dict:
@@ -1643,8 +1757,9 @@ def describe_run(args, world_size: int) -> dict:
     given = [file for path in given for file in [path, *sorted(path.rglob("*"))]
              if file.is_file() and file.suffix in (".parquet", ".jsonl", ".json")]
     kinds = {args.loss_type} if isinstance(args.loss_type, str) else set(args.loss_type)
-    cut = kinds & {"aot", "aot_unpaired", "bnpo", "disco"} or getattr(args, "top_entropy_quantile", 1.0) < 1
-    folders = [path for path in (args.model_name_or_path, getattr(args, "guide_model", None)) if path]
+    cut = kinds & {"aot", "aot_unpaired", "bnpo"} or any(hooks(args, "OF_MICRO_BATCH"))
+    further = [path for scorers in hooks(args, "scorers") for path in scorers(args).values()]
+    folders = [path for path in (args.model_name_or_path, *further) if path]
     weights = [file for path in folders for file in sorted(Path(path).glob("*.safetensors"))]
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
     packages = ("torch", "transformers", "safetensors", "pillow", "numpy")
@@ -1671,11 +1786,11 @@ def open_run(args, rank: int, world_size: int) -> tuple[Path, bool]:
 
 
 def _open_run(args, world_size: int) -> tuple[str, bool, str]:
-    now, resumed, n = describe_run(args, world_size), False, 1
+    now, resumed, n, name = describe_run(args, world_size), False, 1, Path(args.algo[0]).stem
     while args.output_dir is None:
         try:
-            os.makedirs(f"runs/{args.algo}-{n}")  # whoever makes it has the name, of runs started together
-            args.output_dir = now["output_dir"] = f"runs/{args.algo}-{n}"
+            os.makedirs(f"runs/{name}-{n}")  # whoever makes it has the name, of runs started together
+            args.output_dir = now["output_dir"] = f"runs/{name}-{n}"
         except FileExistsError:
             n += 1
     folder = Path(args.output_dir)
@@ -1686,7 +1801,7 @@ def _open_run(args, world_size: int) -> tuple[str, bool, str]:
             before = {}
         if args.resume == "never" or "rows per update" not in before:  # it is no run's folder
             raise InputError(f"--output_dir {folder} is not empty; name a new one, "
-                             f"or none for runs/{args.algo}-N")
+                             f"or none for runs/{name}-N")
         # What failed before its first step has left nothing that other flags could spoil.
         resumed = any((folder / name).exists() for name in ("status.json", "metrics.jsonl", "checkpoints"))
         if resumed:
@@ -1715,7 +1830,7 @@ def _open_run(args, world_size: int) -> tuple[str, bool, str]:
     for name, file in code_of(args).items():
         (folder / "code" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / "code" / name)
-    print(f"{args.algo}: " + " ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
+    print(f"{' '.join(args.algo)}: " + " ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
     return str(folder), resumed, args.resume
 
 
@@ -1806,12 +1921,14 @@ def write_card(args, output_dir: Path, rank: int, before: dict, after: dict):
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     launch = "python" if run["world_size"] == 1 else f"torchrun --nproc_per_node={local}"
     launch += f" --nnodes={run['world_size'] // local}" if run["world_size"] > local else ""
-    head = [f"tags: [flatpo, {args.algo}]", "library_name: transformers", "pipeline_tag: image-text-to-text"]
+    algo = " ".join(args.algo)
+    head = [f"tags: [flatpo, {Path(args.algo[0]).stem}]", "library_name: transformers",
+            "pipeline_tag: image-text-to-text"]
     head += [f"base_model: {source}"] if source and not os.path.isdir(source) else []
     results = [f"| `{key}` | {before[key]:.4f} | {after[key]:.4f} |" for key in sorted({*before} & {*after})]
     (output_dir / "final" / "README.md").write_text("\n".join([
         "---", *head, "---", f"# {output_dir.name}", "",
-        f"{source or 'The built-in tiny Qwen2.5-VL'}, trained with flatpo's `--algo {args.algo}`:", "",
+        f"{source or 'The built-in tiny Qwen2.5-VL'}, trained with flatpo's `--algo {algo}`:", "",
         "```bash", f"{launch} {shlex.join(run['command'])}", "```", "",
         *(["| held-out | before | after |", "|---|---|---|", *results] if results else ["No held-out rows."]),
         "", f"Data: {args.dataset or 'the built-in task'}, held out: {args.eval_dataset or 'no file'}. "
@@ -1838,7 +1955,7 @@ def push_to_hub(args, output_dir: Path, rank: int):
         import huggingface_hub
         try:
             huggingface_hub.upload_folder(repo_id=args.push_to_hub, folder_path=output_dir / "final",
-                                          commit_message=f"flatpo --algo {args.algo}")
+                                          commit_message=f"flatpo --algo {' '.join(args.algo)}")
         except Exception as error:
             raise InputError(f"--push_to_hub {args.push_to_hub}: {output_dir / 'final'} is complete, but not "
                              f"uploaded: {error}; the same command tries again") from error
@@ -2077,6 +2194,10 @@ def restore(args, output_dir: Path, resumed: bool, state: dict, policy: Policy, 
     path, parts, saved = None if args.resume in ("auto", "never") else args.resume, [], 0
     if resumed or path is not None:
         found, parts = load_checkpoint(output_dir, policy, optimizer, rank, path, ref)
+        missing = sorted(state.keys() - (found or state).keys())
+        if missing:  # going on with a start value would be another run
+            raise InputError(f"the checkpoint of step {found['step']} lacks {', '.join(missing)}: other code "
+                             "has written it; go on with that code, or start anew")
         state |= (found or {}) | ({} if path is None else {"resumed_from": os.path.realpath(path)})
         forget_after(output_dir, rank, state["step"] - (state["pending"] is not None))
         if path is None or Path(path).resolve().parent.parent == output_dir.resolve():
@@ -2176,6 +2297,66 @@ def forget_after(output_dir: Path, rank: int, step: int):
             except (ValueError, KeyError, TypeError):  # raised here, it would leave the other ranks waiting
                 print(f"warning: no metrics, dropped from {file}: {line[:80]!r}", flush=True)
         write_atomically(file, "".join(kept))
+
+
+class Run:
+    """One training run: who it is among the ranks, its folder, and what the loops ask of it.
+
+        say, log            a line on the screen; a line of metrics.jsonl, on the screen and to the tracker
+        stop, stopping      whether this rank was asked to stop; whether any was (all ranks must call it)
+        restore, save       checkpoints: state, weights, optimizer, and the rollout in use
+        finish              final/, or how to go on
+
+    `done`: the run in that folder had ended already. Nothing else may be asked of it then.
+    """
+
+    def __init__(self, args):
+        self.args = args
+        self.rank, self.world_size, self.device = init_distributed(args.device, args.deterministic)
+        self.folder, self.resumed = open_run(args, self.rank, self.world_size)
+        self.done = self.resumed and is_done(args, self.folder, self.rank)
+        if not self.done:
+            self.report = Report(args, self.folder, self.rank)
+
+    def say(self, text: str):
+        """Print it once, on rank 0; a progress bar stays whole."""
+        if self.rank == 0:
+            tqdm.write(text)
+
+    def log(self, metrics: dict, shown: tuple[str, ...]):
+        log_step(metrics, self.folder, self.rank, shown)
+        self.report(metrics)
+
+    def listen(self):
+        """From here on SIGTERM, SIGINT and --max_hours ask to stop, where they would have ended the run."""
+        self.stop = Stop(self.args.max_hours)
+
+    def stopping(self) -> bool:
+        """Whether any rank was asked to stop. All ranks must call this."""
+        return self.stop.agreed()
+
+    def restore(self, state: dict, policy, optimizer, scheduler, ref=None) -> list[dict]:
+        """Fill `state`, weights and optimizer from the newest checkpoint, or from --resume PATH.
+        -> the rows of the rollout in use, of each rank that wrote them; [] for none."""
+        self.saver, parts = restore(self.args, self.folder, self.resumed, state, policy, optimizer, scheduler,
+                                    self.rank, ref)
+        return parts
+
+    def running(self, step: int):
+        """From here on the folder holds results: other flags are refused there."""
+        set_status(self.folder, self.rank, "running", step)
+
+    def save(self, state: dict, rows: dict | None = None, last: bool = False):
+        """checkpoints/step_N; rows: the rollout in use. last: the run ends here, so it must not fail."""
+        self.saver.save(state, rows or {}, last)
+
+    def stopped(self, step: int | None, rewards=None):
+        """The run was asked to stop: say how to go on, and end its ranks. step None: before the first."""
+        end_run(self.folder, self.rank, "stopped", step, rewards)
+
+    def finish(self, policy, processor, source: str, state: dict, rewards=None):
+        """final/, its card, how the held-out rows fared, status done, the end of the ranks."""
+        finish_run(self.args, policy, processor, source, self.folder, self.rank, state, rewards)
 
 
 class Interrupted(Exception):

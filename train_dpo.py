@@ -22,14 +22,14 @@ Where this differs from the papers and from TRL:
     by the content of weights, ids and pixels; there is no second model in memory. LoRA has no dropout.
  6. rewards/accuracies counts a tie as 1/2, so it starts at 0.5 (TRL: 0).
  7. --label_smoothing makes sigmoid cDPO (TRL ignores it there); WPO weighs pair losses only.
- 8. A pair's weight (--weight_column) multiplies its pair losses, whose count stays the number of pairs.
- 9. LCPO's share of right labels starts at 0.9 and moves by a tenth a step: our choice.
+ 8. A pair's weight (papers/weighted.py) multiplies its pair losses, whose count stays the number of pairs.
 """
 
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads ruin a shared machine
 
+import functools
 import hashlib
 import itertools
 import math
@@ -49,7 +49,7 @@ import data
 import losses
 import model
 import rollout
-from model import Count, Finite, Name, NonNegative, Positive, Share, Size
+from model import Count, Finite, Name, NonNegative, Positive, Size
 
 PRESETS = {
     "sft": dict(loss_type=["sft"], nll_normalization="token", learning_rate=2e-5),
@@ -65,11 +65,7 @@ PRESETS = {
     "discopop": dict(loss_type=["discopop"], beta=0.05, learning_rate=5e-7),  # arXiv 2406.08414
     "apo_zero": dict(loss_type=["apo_zero"], beta=0.1, learning_rate=2e-7),  # arXiv 2408.06266
     "apo_down": dict(loss_type=["apo_down"], beta=0.1, learning_rate=2e-7),  # arXiv 2408.06266
-    "sppo_soft": dict(loss_type=["sppo_soft"], beta=1e-3, learning_rate=5e-7),  # arXiv 2405.00675
-    "madpo": dict(loss_type=["madpo"], beta=0.1, learning_rate=1e-5),  # arXiv 2510.05342, the authors' code
-    "tgdpo": dict(loss_type=["tgdpo"], beta=0.1, learning_rate=7e-7),  # arXiv 2506.14574; needs --guide_model
     "step_dpo": dict(loss_type=["sigmoid"], beta=0.5, num_train_epochs=8.0),  # arXiv 2406.18629; see data.py
-    "modpo": dict(loss_type=["modpo"], beta=0.1),  # arXiv 2310.03708; beta is beta / w_0 here
     # Of these the loss is the paper's; beta and what else stands here are customary values.
     "ipo": dict(loss_type=["ipo"], beta=0.1),  # arXiv 2310.12036
     "slic": dict(loss_type=["hinge"], beta=0.1),  # arXiv 2305.10425
@@ -77,17 +73,12 @@ PRESETS = {
     "aot": dict(loss_type=["aot"], beta=0.1),  # arXiv 2406.05882
     "aot_unpaired": dict(loss_type=["aot_unpaired"], beta=0.1),  # arXiv 2406.05882
     "cdpo": dict(loss_type=["sigmoid"], beta=0.1, label_smoothing=0.1),  # DPO with label noise
-    "wpo": dict(loss_type=["sigmoid"], beta=0.1, use_weighting=True),  # arXiv 2406.11827
-    "ld_dpo": dict(loss_type=["sigmoid"], beta=0.1, ld_alpha=0.5),  # arXiv 2409.06411
-    "dno": dict(loss_type=["dno"], beta=0.1),  # arXiv 2404.03715
-    "lcpo": dict(loss_type=["lcpo"], beta=0.1),  # arXiv 2509.24159
-    "asft": dict(loss_type=["sft", "asft"], loss_weights=[1.0, 0.1]),  # arXiv 2409.10571
     "dpo_norm": dict(loss_type=["sigmoid_norm"], beta=5.0, learning_rate=5e-7),  # arXiv 2411.15124
 }
 # For the tiny model, used when no --model_name_or_path is given.
 TINY_DEFAULTS = dict(learning_rate=2e-4, per_device_train_batch_size=32, max_steps=80, eval_steps=20,
                      warmup_steps=5, lr_scheduler_type="constant", max_completion_length=24,
-                     per_device_eval_batch_size=256)
+                     per_device_eval_batch_size=256, dataloader_num_workers=0)  # its pictures cost nothing
 # At DiscoPOP's own beta of 0.05 the tiny model stays in that loss's minimum at a margin below 0.
 TINY_BY_ALGO = {"sft": dict(learning_rate=2e-3, max_steps=100, warmup_steps=20, adam_beta2=0.98),
                 "discopop": dict(beta=0.5)}
@@ -96,7 +87,9 @@ TINY_BY_ALGO = {"sft": dict(learning_rate=2e-3, max_steps=100, warmup_steps=20, 
 @dataclass
 class Args:
     # --- what
-    algo: Literal[*PRESETS] = "mpo"  # a preset of the loss flags; a flag given wins
+    algo: list[Name] = field(default_factory=lambda: ["mpo"])  # a preset of the loss flags, a file of papers/
+    # or a path to your own; a flag given wins. Further files add what they bring. Presets: PRESETS; files:
+    # PAPERS
     model_name_or_path: str | None = None  # folder or hub id of a vision-language model; none: a tiny one is
     # built
     # --- data
@@ -119,13 +112,6 @@ class Args:
     nll_normalization: Literal["sequence", "token"] = "sequence"  # the mean in `sft`
     label_smoothing: Annotated[float, "[0, 0.5)"] = 0.0  # share of wrong labels assumed by SMOOTHED
     simpo_gamma: Finite = 0.5  # SimPO's margin gamma (its paper tunes gamma / beta)
-    ld_alpha: Share = 1.0  # LD-DPO: weight of an answer's tokens beyond the other's
-    use_weighting: bool = False  # WPO: weigh pairs by how on-policy they are
-    weight_column: str | None = None  # column of the data that multiplies each pair's losses
-    guide_model: str | None = None  # tgdpo: folder or hub id of the DPO-trained model that weighs the tokens
-    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
-    # of the pull to the reference
-    f_alpha_divergence_coef: Finite = 0.5  # alpha of alpha_divergence
     ref_cache: str = "runs/ref_cache"  # folder of cached reference log-probs
     # --- steps
     per_device_train_batch_size: Size = 8  # pairs (SFT: rows) of a micro-batch
@@ -181,11 +167,14 @@ class Args:
     # install it
     push_to_hub: str | None = None  # OWNER/NAME: upload final/ there at the end; made private if new
 
-    HELP = {"LOSSES": ", ".join(losses.PAIR_LOSSES), "SMOOTHED": ", ".join(sorted(losses.SMOOTHED_LOSSES))}
+    HELP = {"PRESETS": ", ".join(PRESETS), "PAPERS": model.papers_for("train_dpo.py"),
+            "LOSSES": ", ".join(losses.PAIR_LOSSES),
+            "SMOOTHED": ", ".join(sorted(losses.which(losses.PAIR_LOSSES, smoothed=True)))}
 
     def __post_init__(self):
         model.check_shared(self)
         check_losses(self)
+        model.check_methods(self)
 
 
 def parse_args(argv):
@@ -196,9 +185,9 @@ def check_losses(args):
     """Losses and options that do not go together, or that would change nothing, are a ValueError."""
     if not args.loss_type:
         raise ValueError("--loss_type names no loss")
-    unknown = [name for name in args.loss_type if name not in losses.PREFERENCE_LOSSES]
+    unknown = [name for name in args.loss_type if name not in (*losses.PAIR_LOSSES, "sft")]
     if unknown:
-        known = ", ".join(losses.PREFERENCE_LOSSES)
+        known = ", ".join([*losses.PAIR_LOSSES, "sft"])
         raise ValueError(f"unknown --loss_type {unknown[0]}; choose from {known}")
     args.loss_weights = args.loss_weights or [1.0] * len(args.loss_type)
     if len(args.loss_weights) != len(args.loss_type):
@@ -206,60 +195,54 @@ def check_losses(args):
     if len(set(args.loss_type)) < len(args.loss_type):
         raise ValueError(f"a --loss_type stands twice in {' '.join(args.loss_type)}; give it one weight")
     given, pairs = set(args.loss_type), set(args.loss_type) - {"sft"}
-    if args.label_smoothing and not given & losses.SMOOTHED_LOSSES:
+    smoothed, sorting = (losses.which(losses.PAIR_LOSSES, **{kind: True}) for kind in ("smoothed", "sorts"))
+    if args.label_smoothing and not given & smoothed:
         raise ValueError(f"--label_smoothing is not used by {', '.join(args.loss_type)}, only by "
-                         f"{', '.join(sorted(losses.SMOOTHED_LOSSES))}")
+                         f"{', '.join(sorted(smoothed))}")
     if "exo_pair" in given and args.label_smoothing == 0:
         raise ValueError("exo_pair needs --label_smoothing above 0 (1e-3, say): it takes its logarithm")
-    without = ", ".join(sorted(given - losses.F_DIVERGENCE_LOSSES - {"sft"}))
-    if args.f_divergence_type != "reverse_kl" and (without or not pairs):
-        raise ValueError(f"--f_divergence_type does nothing to {without or 'sft'}; it is for "
-                         f"{', '.join(sorted(losses.F_DIVERGENCE_LOSSES))}")
-    for flag in ("use_weighting", "weight_column"):
-        if getattr(args, flag) and (not pairs or given & losses.SORTING_LOSSES):
-            raise ValueError(f"--{flag} weighs pairs: not sft, nor aot and aot_unpaired, which sort them "
-                             "apart")
-    if args.ld_alpha != 1 and (not pairs or "tgdpo" in given):
-        raise ValueError("--ld_alpha compares the lengths of a pair: sft has none, tgdpo has its own weights")
+    if model.hooks(args, "pair_weights") and (not pairs or given & sorting):
+        raise ValueError(f"--algo {' '.join(args.algo)} weighs pairs: not sft, nor aot and aot_unpaired, "
+                         "which sort them apart")
     model.changes_nothing(args, {
         name: f"without {what}" for name, what, used in (
             ("beta", "a pair loss", pairs), ("simpo_gamma", "--loss_type simpo", "simpo" in given),
             ("bco_delta", "--loss_type bco_pair", "bco_pair" in given),
-            ("nll_normalization", "--loss_type sft", "sft" in given),
-            ("f_alpha_divergence_coef", "--f_divergence_type alpha_divergence",
-             args.f_divergence_type == "alpha_divergence")) if not used})
-    if ("tgdpo" in given) != (args.guide_model is not None):
-        raise ValueError("tgdpo needs --guide_model, a model trained by DPO, and nothing else takes it")
+            ("nll_normalization", "--loss_type sft", "sft" in given)) if not used})
+
+
+def columns_of(args, losses_only=False) -> dict[str, tuple[float, float]]:
+    """{column: (lowest, highest)} of the numbers that the losses and --algo's files take from the data."""
+    found = {}
+    for name in args.loss_type:
+        found |= losses.PAIR_LOSSES[name].columns if name != "sft" else {}
+    for columns in model.hooks(args, "columns") if not losses_only else ():
+        found |= columns(args)
+    return found
 
 
 def check_columns(args, train_rows, eval_rows):
-    """The numbers that losses, --weight_column and --sort_by take from the data, in every row of it."""
-    needs = {c: f"--loss_type {name}" for name in args.loss_type for c in losses.COLUMNS_OF.get(name, ())}
-    for column, why in needs.items():
-        data.check_numbers(itertools.chain(train_rows, eval_rows), column, *losses.COLUMNS[column], why)
-    if args.weight_column is not None:
-        rows = itertools.chain(train_rows, eval_rows)
-        data.check_numbers(rows, args.weight_column, 0, 1e6, "--weight_column")
+    """The numbers that losses, --algo's files and --sort_by take from the data, in every row of it."""
+    needs = columns_of(args)
+    for column, bounds in needs.items():
+        for rows in (train_rows, eval_rows):
+            data.check_numbers(rows, column, *bounds, f"--algo {' '.join(args.algo)}")
     if args.sort_by is not None:
         data.check_numbers(train_rows, args.sort_by, -1e300, 1e300, "--sort_by")
-    used = {*needs, args.weight_column, args.sort_by}
-    for column in sorted({*losses.COLUMNS, "weight"} & train_rows[0].keys() - used):
-        if args.dataset is not None and os.environ.get("RANK", "0") == "0":
-            print(f"warning: {train_rows[0]['_source']}: nothing uses the column {column}", file=sys.stderr)
+    known = {"margin", "chosen_probs", "chosen_probs_win", "chosen_probs_lose", "weight"}
+    first = next(data.readable(train_rows), {})
+    for column in sorted(known & first.keys() - {*needs, args.sort_by}):
+        if args.dataset is not None:
+            model.warn(f"{first['_source']}: nothing uses the column {column}")
 
 
 # --- reference log-probs, computed once and kept on disk
 
 
 def group_key(group) -> str:
-    """What a group's log-probs depend on besides the weights: prompt ids, pixels, completion ids."""
+    """What the reference's log-probs of a group are stored under, as in data.Size."""
     prompt, completions = group
-    digest = hashlib.sha256()
-    named = [("tokens", prompt.tokens), *sorted(prompt.pixels.items()), *(("", c) for c in completions)]
-    for name, tensor in named:
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.contiguous().numpy())
-    return digest.hexdigest()
+    return data.group_key(prompt.tokens, prompt.pixels, completions)
 
 
 class ReferenceCache:
@@ -276,13 +259,12 @@ class ReferenceCache:
             except SafetensorError as error:  # emptied by a power cut, perhaps
                 print(f"warning: {file} cannot be read ({error}): what it held is computed anew", flush=True)
 
-    def add(self, policy, groups_in_batches, share_prompt: bool, stop) -> tuple[int, int]:
-        """Compute and store what is missing. -> (distinct groups computed, distinct groups found)"""
-        before, found, new = set(self.known), set(), {}
+    def add(self, policy, groups_in_batches, share_prompt: bool, stop) -> int:
+        """Compute and store what is missing. -> how many distinct groups were computed"""
+        before, new = len(self.known), {}
         for groups in groups_in_batches:
             keyed = {group_key(g): g for g in groups}
             missing = {k: g for k, g in keyed.items() if k not in self.known and k not in new}
-            found |= keyed.keys() & before
             if missing:
                 batch = model.to_device(policy.pack(list(missing.values()), share_prompt), policy.device)
                 with torch.no_grad():
@@ -298,7 +280,14 @@ class ReferenceCache:
             if asked:
                 raise model.Interrupted
         self._store(new)
-        return len(self.known) - len(before), len(found)
+        return len(self.known) - before
+
+    def unknown(self, places, sizes, size: int) -> list[int]:
+        """The places, less the batches of `size` of which every row is known: those need not be encoded. The
+        other batches stay whole, since log-probs may depend on the batch in their last bit."""
+        places = list(places)
+        batches = [places[i:i + size] for i in range(0, len(places), size)]
+        return [i for batch in batches if any(sizes[i].key not in self.known for i in batch) for i in batch]
 
     def _store(self, new: dict) -> dict:
         if new:
@@ -321,318 +310,379 @@ class ReferenceCache:
 def score_groups(args, policy, groups, references, state):
     """One micro-batch -> ({loss: (sum, count)}, {metric: (sum, count)}). Chosen and rejected alternate.
 
-    references: the ReferenceCaches of reference and guide, as far as the losses take them."""
+    references: {"ref": ReferenceCache, ...}, of the reference and of further models, as the losses need."""
     batch = model.to_device(policy.pack(groups, args.share_prompt), policy.device)
-    logps, _, log_sum_sq_probs = policy(batch, entropies=False,
-                                        sums_of_squares=args.use_weighting)                     # (N, T)
+    squares = any(model.hooks(args, "SUMS_OF_SQUARES"))
+    logps, _, log_sum_sq_probs = policy(batch, entropies=False, sums_of_squares=squares)        # (N, T)
     mask = batch["completion_mask"]
-    options = dict(
-        beta=args.beta, delta=state["delta"], eta=state["eta"], label_smoothing=args.label_smoothing,
-        simpo_gamma=args.simpo_gamma, nll_normalization=args.nll_normalization, ld_alpha=args.ld_alpha,
-        f_divergence_type=args.f_divergence_type, f_alpha_divergence_coef=args.f_alpha_divergence_coef)
-    if len(groups[0][1]) == 1:  # sft alone: no rejected answers were read
-        return losses.preference_losses(args.loss_type, logps, mask, **options)
-    arguments = [logps[0::2], mask[0::2], logps[1::2], mask[1::2]]                              # (B, T) each
-    for reference in references:
-        ref_logps = reference.logps(groups, batch)                                              # (N, T)
-        arguments += [ref_logps[0::2], ref_logps[1::2]]
+    scores = {"logps": logps, "mask": mask}
+    scores |= {f"{name}_logps": cache.logps(groups, batch) for name, cache in references.items()}
+    scores |= {"log_sum_sq_probs": log_sum_sq_probs} if squares else {}
 
-    def column(name):
-        return torch.tensor([float(prompt.row[name]) for prompt, _ in groups], device=mask.device)  # (B,)
+    pairs = len(groups[0][1]) == 2  # else sft alone: no rejected answers were read
+    chosen = {name: x[0::2] if pairs else x for name, x in scores.items()}                      # (B, T) each
+    B, tokens = len(chosen["mask"]), chosen["mask"].sum()
+    nll = -losses.masked_sum(chosen["logps"].detach(), chosen["mask"]).sum()
+    terms, metrics = {}, {"nll": (nll, tokens), "logps/chosen": (-nll, B)}
+    if "sft" in args.loss_type:
+        terms["sft"] = losses.nll_loss(chosen["logps"], chosen["mask"], normalization=args.nll_normalization)
+    if not pairs:
+        return terms, metrics
 
-    options["columns"] = {c: column(c) for name in args.loss_type for c in losses.COLUMNS_OF.get(name, ())}
-    if args.weight_column is not None:
-        options["pair_weights"] = column(args.weight_column)
-    if args.use_weighting:
-        weights = losses.wpo_weights(logps, log_sum_sq_probs, mask)                             # (N,)
-        options["pair_weights"] = options.get("pair_weights", 1.0) * weights[0::2] * weights[1::2]
-    return losses.preference_losses(args.loss_type, *arguments, **options)
+    pair = losses.pair_of(chosen, {name: x[1::2] for name, x in scores.items()})
+    for log_ratios in model.hooks(args, "log_ratios"):
+        pair |= log_ratios(pair, args)
+    columns = {c: torch.tensor([float(prompt.row[c]) for prompt, _ in groups], device=mask.device)
+               for c in columns_of(args)}                                                       # (B,) each
+    weights = None
+    for pair_weights in model.hooks(args, "pair_weights"):
+        weights = pair_weights(pair, args, columns) * (1.0 if weights is None else weights)     # (B,)
+    options = vars(args) | state | {c: columns[c] for c in columns_of(args, losses_only=True)}
+    options.pop("loss_type")
+    pair_terms, pair_metrics = losses.preference_losses(
+        [name for name in args.loss_type if name != "sft"], pair, pair_weights=weights, **options)
+    for more in model.hooks(args, "metrics"):
+        pair_metrics |= more(pair, **options)
+    return terms | pair_terms, metrics | pair_metrics
 
 
-def load_guide(args, policy, processor, device):
-    """TGDPO's guide, to be scored once like the reference and then let go."""
-    guide, own = model.load_policy(args.guide_model, args.dtype, device, shard_size=args.shard_size)
+def load_scorer(args, path, policy, processor, device):
+    """A further model, to be scored once like the reference and then let go."""
+    scorer, own = model.load_policy(path, args.dtype, device, shard_size=args.shard_size)
     if own.tokenizer.get_vocab() != processor.tokenizer.get_vocab():
-        raise model.InputError(f"--guide_model {args.guide_model} has another vocabulary than the policy")
-    guide.filler = policy.filler
-    return guide
+        raise model.InputError(f"{path} has another vocabulary than the policy")
+    scorer.filler = policy.filler
+    return scorer
 
 
 def start_value(args, name: str) -> str:
     """What a loss must be before the first step: the policy is the reference, every log-ratio is 0."""
-    if name in losses.REFERENCE_FREE:
+    loss = losses.PAIR_LOSSES.get(name)
+    if loss is None or not loss.reference:
         return "the starting policy's own value"
-    if args.use_weighting or args.weight_column:
+    if model.hooks(args, "pair_weights"):
         return "weighted"
-    if name in losses.COLUMNS_OF:
+    if loss.columns:
         return "of the rows' columns"
-    zero, one = torch.zeros(1), torch.ones(1)
-    value = losses.PAIR_LOSSES[name](  # of any f-divergence, too: its score of a log-ratio of 0 is 0
-        zero, zero, beta=args.beta, delta=0.0, label_smoothing=args.label_smoothing, s_w=zero, s_l=zero,
-        n_w=one, n_l=one, discopop_tau=0.05, eta=0.9, guided_w=zero, guided_l=zero)
-    return f"{value.item():.4f}"
+    further = [f"{scorer}_logps" for scorers in model.hooks(args, "scorers") for scorer in scorers(args)]
+    side = dict.fromkeys(["logps", "ref_logps", *further], torch.zeros(1, 1))
+    pair = losses.pair_of(*[side | {"mask": torch.ones(1, 1, dtype=torch.bool)}] * 2)
+    state = model.with_states(args, {"bco_shift": 0.0})
+    return f"{loss.term(**pair, **vars(args), **state).item():.4f}"
 
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, world_size, device = model.init_distributed(args.device, args.deterministic)
-    output_dir, resumed = model.open_run(args, rank, world_size)
-    if resumed and model.is_done(args, output_dir, rank):
+    run = model.Run(args)
+    if run.done:
         return
-    report = model.Report(args, output_dir, rank)
-
-    # --- data
     pairs = any(name in losses.PAIR_LOSSES for name in args.loss_type)
     columns = ("chosen", "rejected") if pairs else ("chosen",)
     train_rows, eval_rows = data.rows_of_run(args, ("prompt", *columns))
     check_columns(args, train_rows, eval_rows)
-    rank_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    step_rows = rank_rows * world_size
-    steps = args.num_train_epochs * len(train_rows) / step_rows
-    max_steps = args.max_steps if args.max_steps > 0 else math.ceil(steps)
-
-    # --- held-out answers are scored by the `accuracy` of rewards/answers.py, where rows have a solution
-    rewards = None
-    if eval_rows and all(row.get("solution") is not None for row in eval_rows):
-        rewards = rollout.RewardRunner(["accuracy"], args.reward_timeout)
-    else:
-        why = "some held-out rows lack a solution" if eval_rows else "no --eval_dataset"
-        if args.stop_at_accuracy is not None:
-            raise model.InputError(f"--stop_at_accuracy needs eval/accuracy, and there is none: {why}")
-        if rank == 0:
-            print("no eval/accuracy:", why)
-
-    # --- policy, the rows that it will meet, reference, optimizer
-    source = model.start_model(args, output_dir, rank)
-    policy, processor = model.load_policy(source, args.dtype, device, args.gradient_checkpointing,
-                                          args.freeze_vision_tower, args.shard_size, lora=args)
-    for note in policy.notes if rank == 0 else []:
-        print(f"{policy.hf.config.model_type}: {note}", flush=True)
-    if world_size > 1 and hasattr(processor, "image_processor"):
-        policy.filler = data.encode_prompt(policy, processor, data.shapes_rows(1, 0, "train")[0])
-
-    def encode(row):
-        return data.encode_group(policy, processor, row, columns)
-
-    def tokens_of(group):
-        """In a micro-batch, where without share_prompt the prompt stands before each answer."""
-        prompt, answers = group
-        return len(prompt.tokens) * (1 if args.share_prompt else len(answers)) + sum(map(len, answers))
-
-    limit = data.length_limit(policy, args.max_length)
-    plan, longest = data.check_rows(train_rows, max_steps * step_rows, args.seed, args.overlong, limit, rank,
-                                    world_size, lambda row: data.group_length(encode(row)), args.sort_by,
-                                    args.dataloader_num_workers)
-    if rank == 0:
-        data.show_sample(processor, encode(train_rows[plan[0]]))
-
-    def held_out_length(row):
-        group = encode(row)
-        if rewards is not None:  # it is answered as well
-            answered = len(group[0].tokens) + args.max_completion_length
-            data.check_length([row], 0, answered, data.length_limit(policy, None))
-        return data.group_length(group)
-
-    eval_rows = data.check_eval_rows(eval_rows, limit, rank, world_size, held_out_length,
-                                     args.dataloader_num_workers)
-
-    def encoded(rows, places, size):
-        """Lists of `size` groups of the rows in these places, of which the next one is prepared meanwhile."""
-        groups = data.in_order(lambda i: encode(rows[i]), places, args.dataloader_num_workers, size)
-        return iter(lambda: list(itertools.islice(groups, size)), [])
-
-    def places_from(step):
-        """This rank's slices of the global batches from a step on, the same for any number of ranks."""
-        starts = range(step * step_rows + rank * rank_rows, max_steps * step_rows, step_rows)
-        return (i for start in starts for i in plan[start:start + rank_rows])
-
-    stop = model.Stop(args.max_hours)
-
-    def within_budget(batches):
-        """The same groups in smaller lists where a list is more than --max_tokens_per_batch holds."""
-        for groups in batches:
-            spans = [(0, len(groups))]
-            if args.max_tokens_per_batch is not None:
-                sizes = [tokens_of(group) for group in groups]
-                spans = model.spans_within(sizes, args.max_tokens_per_batch, alike=False)
-            yield from (groups[start:stop] for start, stop in spans)
-
-    def cached(scorer, name):
-        """Its log-probs of every row that the run will visit and of the held-out ones."""
-        cache = ReferenceCache(args.ref_cache, scorer)
-        batched = encoded(train_rows, dict.fromkeys(places_from(0)), args.per_device_train_batch_size)
-        with model.gathered(scorer), model.adapter_off(scorer), stop.passes():
-            computed, found = cache.add(scorer, within_budget(batched), args.share_prompt, stop)
-            batched = encoded(eval_rows, range(len(eval_rows)), args.per_device_eval_batch_size)
-            cache.add(scorer, within_budget(batched), args.share_prompt, stop)
-            if rank == 0:
-                print(f"{name} log-probs: {computed} pairs computed, {found} found in {cache.folder} "
-                      "(rank 0, training rows)", flush=True)
-        return cache
-
-    references = [cached(policy, "reference")] if set(args.loss_type) - losses.REFERENCE_FREE else []
-    asked = bool(references) and stop.agreed()
-    if args.guide_model is not None and not asked:
-        references.append(cached(load_guide(args, policy, processor, device), "guide"))
-        asked = stop.agreed()
-    if asked:  # what was computed is on disk, and there is nothing else to lose
-        return model.end_run(output_dir, rank, "stopped", None, rewards)
-    if args.preflight or args.preflight is None and device.type == "cuda":
-        size = args.per_device_train_batch_size
-        if args.max_tokens_per_batch is not None:
-            size = max(1, args.max_tokens_per_batch // tokens_of(encode(train_rows[longest[0]])))
-        largest = (longest * size)[:size]
-        groups = [encode(train_rows[i]) for i in largest]
-        model.preflight(policy, groups, 1.0, rank, args.share_prompt)
+    rewards = accuracy_of(args, run, eval_rows)
+    source = model.start_model(args, run.folder, run.rank)
+    policy, processor = load_policy(args, run, source)
+    groups_of = Groups(args, run, policy, processor, columns, train_rows, eval_rows, rewards is not None)
+    max_steps = groups_of.max_steps
+    run.listen()
+    references = reference_logps(args, run, policy, processor, groups_of)
+    if references is None:  # asked to stop: what was computed is on disk, and there is nothing else to lose
+        return run.stopped(None, rewards)
+    if args.preflight or args.preflight is None and run.device.type == "cuda":
+        model.preflight(policy, groups_of.largest_micro_batch(), 1.0, run.rank, args.share_prompt)
     optimizer, scheduler, parameters = model.make_optimizer(args, policy, max_steps)
     weighted = list(zip(args.loss_type, args.loss_weights))
 
-    def evaluate(step):
-        """Means over the held-out rows; None if the run is asked to stop meanwhile."""
-        if not eval_rows:
-            return {}
-        sums = {}
-
-        def scored():
-            """The held-out rows' prompts, each batch when its terms are added: no row is encoded twice."""
-            batched = encoded(eval_rows, range(len(eval_rows)), args.per_device_eval_batch_size)
-            for groups in within_budget(batched):
-                terms, metrics = score_groups(args, policy, groups, references, state)
-                model.add_sums(sums, terms, "eval/loss/")
-                model.add_sums(sums, metrics, "eval/")
-                if stop():
-                    raise model.Interrupted
-                yield from (prompt for prompt, _ in groups)
-
-        with torch.no_grad(), model.gathered(policy), stop.passes():
-            prompts = scored()
-            if rewards is not None:
-                texts, scores = rollout.evaluate(
-                    policy, processor, eval_rows, range(rank, rank + len(eval_rows) * world_size, world_size),
-                    prompts, rewards,
-                    temperature=args.eval_temperature, max_completion_length=args.max_completion_length,
-                    batch_size=args.per_device_eval_batch_size, seed=args.seed, step=step,
-                    num_generations=args.num_generations_eval, stop=stop)
-            for _ in prompts:  # without answers nobody else asks for them
-                pass
-        if stop.agreed():
-            return None
-        if rewards is not None:
-            known = ~scores[0].isnan()
-            model.add_sums(sums, {"accuracy": (scores[0][known].sum(), known.sum())}, "eval/")
-            model.add_sums(sums, rollout.pass_at_k(scores[0], args.num_generations_eval))
-            if rank == 0:
-                rollout.save_completions(output_dir / "completions" / f"eval_{step}.jsonl", eval_rows, texts,
-                                         {"accuracy": scores[0]})
-        means = {k: s / max(n, 1) for k, (s, n) in model.all_reduce_sums(sums, device).items()}
-        means["eval/loss"] = sum(weight * means[f"eval/loss/{name}"] for name, weight in weighted)
-        if rank == 0:
-            shown = ("eval/loss", "eval/rewards/margins", "eval/rewards/accuracies", "eval/accuracy")
-            line = ", ".join(f"{k} {means[k]:.4f}" for k in shown if k in means)
-            tqdm.write(f"held-out, step {step}: {line}")
-        return means
-
-    # --- what a checkpoint holds besides weights and optimizer. Data order and randomness follow from step.
-    #     pending: metrics of `step` that still wait for their evaluation
-    state = {"step": 0, "pending": {"step": 0}, "delta": 0.0, "eta": 0.9, "start": {}, "end": {},
-             "skipped": 0}
-    saver, _ = model.restore(args, output_dir, resumed, state, policy, optimizer, scheduler, rank)
-
-    def close_step(metrics) -> bool:
-        """Held-out rows, the log, a checkpoint, each when it is due. True if the run was asked to stop."""
-        step = metrics["step"]
-        if step == 0 or step % args.eval_steps == 0 or step == max_steps:
-            means = evaluate(step)
-            if means is None:
-                saver.save(state | {"pending": metrics}, {}, last=True)
-                return True
-            metrics |= means
-            state["end"], state["start"] = means, state["start"] or means
-        model.log_step(metrics, output_dir, rank, (
-            "loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "nll", "grad_norm",
-            "learning_rate", "step_time", "eval/accuracy"))
-        report(metrics)
-        stopping = stop.agreed()
-        if stopping or step % args.save_steps == 0 and step > 0:
-            saver.save(state | {"pending": None}, {}, last=stopping)
-        return stopping
-
-    def enough() -> bool:
-        goal = args.stop_at_accuracy
-        return goal is not None and state["end"].get("eval/accuracy", -1) >= goal
-
-    stopped = state["pending"] is not None and close_step(state["pending"])
-    progress = tqdm(total=max_steps, initial=state["step"], desc=args.algo,
-                    disable=None if rank == 0 else True)
-    model.set_status(output_dir, rank, "running", state["step"])
-    updates = encoded(train_rows, places_from(state["step"]), rank_rows)
+    # What a checkpoint holds besides weights and optimizer. Data order and randomness follow from step.
+    # pending: metrics of `step` that still wait for their evaluation
+    state = model.with_states(args, {"step": 0, "pending": {"step": 0}, "bco_shift": 0.0, "start": {},
+                                     "end": {}, "skipped": 0})
+    run.restore(state, policy, optimizer, scheduler)
+    held_out = functools.partial(evaluate, args, run, policy, processor, groups_of, references, rewards,
+                                 state)
+    stopped = state["pending"] is not None and end_step(args, run, max_steps, held_out, state,
+                                                        state["pending"])
+    progress = tqdm(total=max_steps, initial=state["step"], desc=" ".join(args.algo),
+                    disable=None if run.rank == 0 else True)
+    run.running(state["step"])
+    updates = groups_of.updates_from(state["step"])
 
     # ----------------------------------------------------------------------------------------------- the loop
-    while state["step"] < max_steps and not stopped and not enough():
-        step = state["step"]
-        began = time.perf_counter()
-        groups = next(updates)
-        size = args.per_device_train_batch_size
-        micro_batches = [groups[i:i + size] for i in range(0, len(groups), size)]
-        if args.max_tokens_per_batch is not None:
-            spans = model.spans_within([tokens_of(group) for group in groups], args.max_tokens_per_batch)
-            micro_batches = [groups[start:stop] for start, stop in spans]
+    while state["step"] < max_steps and not stopped and not good_enough(args, state):
+        # 1. the update's pairs, this rank's, and its micro-batches
+        began, step, groups = time.perf_counter(), state["step"] + 1, next(updates)
+        micro_batches = groups_of.micro_batches(groups)
 
-        # 1. what each loss is divided by, over all micro-batches and ranks
+        # 2. what each loss is divided by, over all micro-batches and ranks
         tokens = sum(len(completions[0]) for _, completions in groups)
         counts = {name: (tokens if name == "sft" and args.nll_normalization == "token" else len(groups), 0)
                   for name in args.loss_type}
-        counts = {name: count for name, (count, _) in model.all_reduce_sums(counts, device).items()}
+        counts = {name: n for name, (n, _) in model.all_reduce_sums(counts, run.device).items()}
 
-        # 2. gradients: each micro-batch adds its share of the step's weighted sum
+        # 3. gradients: each micro-batch adds its share of the step's weighted sum
         sums = {}
         for micro in micro_batches:
             terms, metrics = score_groups(args, policy, micro, references, state)
             loss = sum(weight * terms[name][0] / counts[name] for name, weight in weighted)
-            (loss * world_size).backward()
-            metrics |= {f"loss/{name}": (total.detach(), count) for name, (total, count) in terms.items()}
+            (loss * run.world_size).backward()  # FSDP averages gradients over the ranks
+            metrics |= {f"loss/{name}": (total.detach(), n) for name, (total, n) in terms.items()}
             model.add_sums(sums, metrics)
 
-        # 3. step; not on a gradient that is nan or infinite
+        # 4. step; not on a gradient that is nan or infinite
         grad_norm = model.clip_grad_norm_(parameters, args.max_grad_norm)
         learning_rate = scheduler.get_last_lr()[0]
         if math.isfinite(grad_norm):
             optimizer.step()
-        state["skipped"] = model.count_skipped(grad_norm, state["skipped"], output_dir, rank, step + 1,
-                                               [prompt.row for prompt, _ in groups])
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
+        state["step"] = step
+        state["skipped"] = model.count_skipped(grad_norm, state["skipped"], run.folder, run.rank, step,
+                                               [prompt.row for prompt, _ in groups])
 
-        # 4. everything below is diagnostics, except that BCO's shift and LCPO's share move by this step
-        means = {key: total / count for key, (total, count) in model.all_reduce_sums(sums, device).items()}
-        metrics = {"step": step + 1, "epoch": (step + 1) * step_rows / len(train_rows),
+        # 5. metrics; BCO's shift and the STATE of --algo's files move by them
+        means = {key: total / n for key, (total, n) in model.all_reduce_sums(sums, run.device).items()}
+        metrics = {"step": step, "epoch": step * groups_of.step_rows / len(train_rows),
                    "loss": sum(weight * means[f"loss/{name}"] for name, weight in weighted),
                    "grad_norm": grad_norm, "learning_rate": learning_rate,
                    "update_skipped": float(not math.isfinite(grad_norm)), **means}
         if "bco_pair" in args.loss_type:
-            metrics["bco_delta"] = state["delta"]  # the one that this step used
+            metrics["bco_delta"] = state["bco_shift"]  # the one that this step used
             mean_reward = (means["rewards/chosen"] + means["rewards/rejected"]) / 2
             if math.isfinite(mean_reward):
-                state["delta"] = losses.next_bco_delta(state["delta"], mean_reward, step, args.bco_delta)
-        if "lcpo" in args.loss_type:
-            metrics["lcpo_eta"] = state["eta"]
-            if math.isfinite(means["lcpo_posterior"]):
-                state["eta"] = losses.next_lcpo_eta(state["eta"], means["lcpo_posterior"])
-        if rank == 0 and step == 0:
-            tqdm.write("step 1 must start at: " + ", ".join(
+                state["bco_shift"] = losses.next_bco_delta(state["bco_shift"], mean_reward, step - 1,
+                                                           args.bco_delta)
+        for after_step in model.hooks(args, "after_step"):
+            after_step(state, metrics)
+        if step == 1:
+            run.say("step 1 must start at: " + ", ".join(
                 f"{name} {means[f'loss/{name}']:.4f} (expected {start_value(args, name)})"
                 for name in args.loss_type))
+
+        # 6. held-out rows, the log, a checkpoint
         metrics["step_time"] = time.perf_counter() - began
-        state["step"] = step + 1
-        stopped = close_step(metrics)
+        stopped = end_step(args, run, max_steps, held_out, state, metrics)
         progress.update()
 
     progress.close()
     if stopped:
-        return model.end_run(output_dir, rank, "stopped", state["step"], rewards)
-    if rank == 0 and enough():
-        print(f"stopped at step {state['step']}: eval/accuracy {state['end']['eval/accuracy']:.4f}")
-    model.finish_run(args, policy, processor, source, output_dir, rank, state, rewards)
+        return run.stopped(state["step"], rewards)
+    if good_enough(args, state):
+        run.say(f"stopped at step {state['step']}: eval/accuracy {state['end']['eval/accuracy']:.4f}")
+    run.finish(policy, processor, source, state, rewards)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Before the loop
+
+
+def accuracy_of(args, run, eval_rows):
+    """What scores held-out answers: the `accuracy` of rewards/answers.py, None where rows lack a solution."""
+    if eval_rows and all(row.get("solution") is not None for row in data.readable(eval_rows)):
+        return rollout.RewardRunner(["accuracy"], args.reward_timeout)
+    why = "some held-out rows lack a solution" if eval_rows else "no --eval_dataset"
+    if args.stop_at_accuracy is not None:
+        raise model.InputError(f"--stop_at_accuracy needs eval/accuracy, and there is none: {why}")
+    run.say(f"no eval/accuracy: {why}")
+    return None
+
+
+def load_policy(args, run, source: str):
+    """The policy, which is its own reference at the start, and its processor."""
+    policy, processor = model.load_policy(source, args.dtype, run.device, args.gradient_checkpointing,
+                                          args.freeze_vision_tower, args.shard_size, lora=args)
+    for note in policy.notes:
+        run.say(f"{policy.hf.config.model_type}: {note}")
+    if run.world_size > 1 and hasattr(processor, "image_processor"):
+        policy.filler = data.encode_prompt(policy, processor, data.shapes_rows(1, 0, "train")[0])
+    return policy, processor
+
+
+class Groups:
+    """The rows of a run as groups, (Prompt, [completion ids of each column]), checked before the first step.
+
+    `train` and `held_out` are rows, sizes and eval_sizes their data.Size; plan[draw] is the row of each draw,
+    longest the visited rows from the longest on. Of an update, rank_rows are this rank's, step_rows of all.
+    """
+
+    def __init__(self, args, run, policy, processor, columns, train, held_out, answered: bool):
+        """answered: held-out rows are answered as well, so their prompts must leave room."""
+        self.args, self.run, self.policy, self.processor, self.columns = args, run, policy, processor, columns
+        self.train = train
+        self.rank_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self.step_rows = self.rank_rows * run.world_size
+        steps = math.ceil(args.num_train_epochs * len(train) / self.step_rows)
+        self.max_steps = args.max_steps if args.max_steps > 0 else steps
+        context, limit = (data.length_limit(policy, length) for length in (None, args.max_length))
+        measured = data.RowCache(Path(args.ref_cache).with_name("row_cache"), policy, processor, columns)
+
+        def held_out_size(row):
+            size = measured(row)
+            if answered:
+                data.check_length(row, size.prompt + args.max_completion_length, context)
+            return size
+
+        with measured:
+            self.plan, self.longest, self.sizes = data.check_rows(
+                train, self.max_steps * self.step_rows, args.seed, args.overlong, limit, run.rank,
+                run.world_size, measured, args.sort_by, args.dataloader_num_workers)
+            self.held_out, self.eval_sizes = data.check_eval_rows(
+                held_out, limit, run.rank, run.world_size, held_out_size, args.dataloader_num_workers)
+        if run.rank == 0 and measured.computed:  # else an earlier run has shown it
+            data.show_sample(processor, self.encode(train[self.plan[0]]))
+
+    def encode(self, row: dict):
+        return data.encode_group(self.policy, self.processor, row, self.columns)
+
+    def tokens_of(self, group) -> int:
+        """In a micro-batch, where without share_prompt the prompt stands before each answer."""
+        prompt, answers = group
+        return len(prompt.tokens) * (1 if self.args.share_prompt else len(answers)) + sum(map(len, answers))
+
+    def batches(self, rows, places, size: int):
+        """Lists of `size` groups of the rows in these places, of which the next one is prepared meanwhile."""
+        groups = data.in_order(lambda i: self.encode(rows[i]), places, self.args.dataloader_num_workers, size)
+        return iter(lambda: list(itertools.islice(groups, size)), [])
+
+    def places_from(self, step: int):
+        """This rank's slices of the global batches from a step on, the same for any number of ranks."""
+        first = step * self.step_rows + self.run.rank * self.rank_rows
+        starts = range(first, self.max_steps * self.step_rows, self.step_rows)
+        return (i for start in starts for i in self.plan[start:start + self.rank_rows])
+
+    def updates_from(self, step: int):
+        """This rank's groups of each update from a step on."""
+        return self.batches(self.train, self.places_from(step), self.rank_rows)
+
+    def micro_batches(self, groups: list) -> list[list]:
+        """An update's, by number or by tokens. All ranks must call this: each needs as many of them."""
+        if self.args.max_tokens_per_batch is not None:
+            sizes = [self.tokens_of(group) for group in groups]
+            return [groups[a:b] for a, b in model.spans_within(sizes, self.args.max_tokens_per_batch)]
+        size = self.args.per_device_train_batch_size
+        return [groups[i:i + size] for i in range(0, len(groups), size)]
+
+    def within_budget(self, batches):
+        """The same groups in smaller lists where a list is more than --max_tokens_per_batch holds."""
+        for groups in batches:
+            spans = [(0, len(groups))]
+            if self.args.max_tokens_per_batch is not None:
+                sizes = [self.tokens_of(group) for group in groups]
+                spans = model.spans_within(sizes, self.args.max_tokens_per_batch, alike=False)
+            yield from (groups[a:b] for a, b in spans)
+
+    def eval_batches(self, places=None):
+        """The held-out rows (of these places), in batches as large as evaluation takes."""
+        places = range(len(self.held_out)) if places is None else places
+        return self.within_budget(self.batches(self.held_out, places, self.args.per_device_eval_batch_size))
+
+    def largest_micro_batch(self) -> list:
+        size = self.args.per_device_train_batch_size
+        if self.args.max_tokens_per_batch is not None:
+            longest = self.tokens_of(self.encode(self.train[self.longest[0]]))
+            size = max(1, self.args.max_tokens_per_batch // longest)
+        return [self.encode(self.train[i]) for i in (self.longest * size)[:size]]
+
+
+def reference_logps(args, run, policy, processor, groups_of: Groups) -> dict | None:
+    """{"ref": ReferenceCache, and one for each further model of --algo's files}: log-probs of every row that
+    the run will visit and of the held-out ones. None if the run is asked to stop meanwhile."""
+    def cached(scorer, name):
+        cache, size = ReferenceCache(args.ref_cache, scorer), args.per_device_train_batch_size
+        places = dict.fromkeys(groups_of.places_from(0))
+        found = len({groups_of.sizes[i].key for i in places} & cache.known.keys())
+        batches = groups_of.batches(groups_of.train, cache.unknown(places, groups_of.sizes, size), size)
+        with model.gathered(scorer), model.adapter_off(scorer), run.stop.passes():
+            computed = cache.add(scorer, groups_of.within_budget(batches), args.share_prompt, run.stop)
+            places = cache.unknown(range(len(groups_of.held_out)), groups_of.eval_sizes,
+                                   args.per_device_eval_batch_size)
+            cache.add(scorer, groups_of.eval_batches(places), args.share_prompt, run.stop)
+            run.say(f"{name} log-probs: {computed} pairs computed, {found} found in {cache.folder} "
+                    "(rank 0, training rows)")
+        return cache
+
+    references = {}
+    if any(losses.PAIR_LOSSES[name].reference for name in args.loss_type if name != "sft"):
+        references["ref"] = cached(policy, "reference")
+        if run.stopping():
+            return None
+    for name, path in (item for scorers in model.hooks(args, "scorers") for item in scorers(args).items()):
+        references[name] = cached(load_scorer(args, path, policy, processor, run.device), name)
+        if run.stopping():
+            return None
+    return references
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The parts of the loop
+
+
+def evaluate(args, run, policy, processor, groups_of: Groups, references, rewards, state, step: int):
+    """Means over the held-out rows; None if the run is asked to stop meanwhile."""
+    rows, sums = groups_of.held_out, {}
+    if not rows:
+        return {}
+
+    def scored():
+        """The held-out rows' prompts, each batch when its terms are added: no row is encoded twice."""
+        for groups in groups_of.eval_batches():
+            terms, metrics = score_groups(args, policy, groups, references, state)
+            model.add_sums(sums, terms, "eval/loss/")
+            model.add_sums(sums, metrics, "eval/")
+            if run.stop():
+                raise model.Interrupted
+            yield from (prompt for prompt, _ in groups)
+
+    with torch.no_grad(), model.gathered(policy), run.stop.passes():
+        prompts = scored()
+        if rewards is not None:
+            keys = range(run.rank, run.rank + len(rows) * run.world_size, run.world_size)
+            texts, scores = rollout.evaluate(
+                policy, processor, rows, keys, prompts, rewards, temperature=args.eval_temperature,
+                max_completion_length=args.max_completion_length,
+                batch_size=args.per_device_eval_batch_size, seed=args.seed, step=step,
+                num_generations=args.num_generations_eval, stop=run.stop)
+        for _ in prompts:  # without answers nobody else asks for them
+            pass
+    if run.stopping():
+        return None
+    if rewards is not None:
+        known = ~scores[0].isnan()
+        model.add_sums(sums, {"accuracy": (scores[0][known].sum(), known.sum())}, "eval/")
+        model.add_sums(sums, rollout.pass_at_k(scores[0], args.num_generations_eval))
+        if run.rank == 0:
+            rollout.save_completions(run.folder / "completions" / f"eval_{step}.jsonl", rows, texts,
+                                     {"accuracy": scores[0]})
+    means = {k: s / max(n, 1) for k, (s, n) in model.all_reduce_sums(sums, run.device).items()}
+    means["eval/loss"] = sum(weight * means[f"eval/loss/{name}"]
+                             for name, weight in zip(args.loss_type, args.loss_weights))
+    shown = ("eval/loss", "eval/rewards/margins", "eval/rewards/accuracies", "eval/accuracy")
+    run.say(f"held-out, step {step}: " + ", ".join(f"{k} {means[k]:.4f}" for k in shown if k in means))
+    return means
+
+
+def end_step(args, run, max_steps: int, held_out, state, metrics) -> bool:
+    """Held-out rows, the log, a checkpoint, each when it is due. True if the run was asked to stop."""
+    step = metrics["step"]
+    if step == 0 or step % args.eval_steps == 0 or step == max_steps:
+        means = held_out(step)
+        if means is None:
+            run.save(state | {"pending": metrics}, last=True)
+            return True
+        metrics |= means
+        state["end"], state["start"] = means, state["start"] or means
+    run.log(metrics, ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "nll", "grad_norm",
+                      "learning_rate", "step_time", "eval/accuracy"))
+    stopping = run.stopping()
+    if stopping or step % args.save_steps == 0 and step > 0:
+        run.save(state | {"pending": None}, last=stopping)
+    return stopping
+
+
+def good_enough(args, state) -> bool:
+    """Whether the held-out answers have reached --stop_at_accuracy."""
+    goal = args.stop_at_accuracy
+    return goal is not None and state["end"].get("eval/accuracy", -1) >= goal
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ Where this differs from the papers and from TRL:
  4. With one update per rollout, and no KL in the reward, old log-probs are the training pass's own, detached:
     the ratio is exactly 1 also in bf16; else one no-grad pass of the same function on the same rows. The
     sampler's own log-probs are compared with them (sampling/sampling_logp_difference/mean), and used for
-    nothing else but --importance_sampling_correction and --off_policy_mask_threshold.
+    nothing else but --importance_sampling_correction and papers/off_policy_mask.py.
  5. Ids that can never be an answer (image placeholders) are left out of the softmax, in sampler and trainer.
  6. --algo dapo is its loss, clip range and truncation mask; --dynamic_sampling N (candidates beyond the batch
     are not kept: the next rollout draws them anew) and --reward_funcs ... soft_overlong are to be asked for.
@@ -36,15 +36,15 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads ruin a shared machine
 
+import functools
 import math
 import sys
 import time
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -77,28 +77,19 @@ PRESETS = {
     "rloo": dict(loss_type="grpo", importance_sampling_level="sequence_sum", advantage_estimator="rloo",
                  kl_in_reward=True, kl_estimator="k1", beta=0.03),  # arXiv 2402.14740
     "gdpo": dict(loss_type="grpo", advantage_estimator="gdpo"),  # arXiv 2601.05242
-    "ngrpo": dict(loss_type="grpo", advantage_estimator="ngrpo", epsilon=0.16,
-                  epsilon_high=0.24),  # arXiv 2509.18851
-    "dgpo": dict(loss_type="dapo", advantage_estimator="dgpo"),  # arXiv 2601.20614
-    "gmpo": dict(loss_type="gmpo", epsilon=0.4),  # arXiv 2507.20673
-    "gtpo": dict(loss_type="gtpo", scale_rewards="none"),  # arXiv 2508.03772
     "online_dpo": dict(loss_type="sigmoid", advantage_estimator="none", beta=0.1),  # arXiv 2402.04792
-    "copg": dict(loss_type="copg", advantage_estimator="none", beta=0.1),  # arXiv 2406.19185, beta is ours
-    "trpa": dict(loss_type="trpa", advantage_estimator="none", beta=0.1),  # arXiv 2504.04524
-    "disco": dict(loss_type="disco", advantage_estimator="none"),  # arXiv 2505.12366
-    "reg_grpo": dict(loss_type="reg_grpo", advantage_estimator="none"),  # arXiv 2506.07464
 }
 # Updates that a rollout is cut into: GSPO's paper has four; what else corrects for old samples gets as many
-# here, the other presets take one.
-UPDATES_PER_ROLLOUT = dict.fromkeys(
-    ("gspo", "gspo_token", "sapo", "luspo", "vespo", "ngrpo", "gmpo", "disco", "reg_grpo"), 4)
+# here, the other presets take one. A file of papers/ says its own UPDATES.
+UPDATES_PER_ROLLOUT = dict.fromkeys(("gspo", "gspo_token", "sapo", "luspo", "vespo"), 4)
 # For the tiny model, used when no --model_name_or_path is given. At temperature 1 one seed of three ceased to
 # try one of the six answers, and stayed at 0.85; at 1.25 none did.
 TINY_DEFAULTS = dict(learning_rate=3e-4, temperature=1.25, per_device_train_batch_size=256, max_steps=75,
                      eval_steps=25, warmup_steps=5, adam_beta2=0.95, lr_scheduler_type="constant",
-                     max_completion_length=24, per_device_eval_batch_size=256)
-TINY_BY_ALGO = {algo: dict(learning_rate=2e-4, per_device_train_batch_size=64, max_steps=150)
-                for algo in UPDATES_PER_ROLLOUT}
+                     max_completion_length=24, per_device_eval_batch_size=256,
+                     dataloader_num_workers=0)  # its pictures cost nothing
+TINY_OF_FOUR = dict(learning_rate=2e-4, per_device_train_batch_size=64, max_steps=150)
+TINY_BY_ALGO = dict.fromkeys(UPDATES_PER_ROLLOUT, TINY_OF_FOUR)
 
 
 CORRECTIONS = "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
@@ -107,7 +98,9 @@ CORRECTIONS = "none", "token_truncate", "token_mask", "sequence_truncate", "sequ
 @dataclass
 class Args:
     # --- what
-    algo: Literal[*PRESETS] = "grpo"  # a preset of the loss flags; a flag given wins
+    algo: list[Name] = field(default_factory=lambda: ["grpo"])  # a preset of the loss flags, a file of
+    # papers/ or a path to your own; a flag given wins. Further files add what they bring. Presets: PRESETS;
+    # files: PAPERS
     model_name_or_path: str | None = None  # folder or hub id of a vision-language model; none: a tiny one is
     # built
     # --- data
@@ -126,14 +119,13 @@ class Args:
     # path/to/file.py:function; spaces or commas
     reward_weights: list[Finite] | None = None  # one per reward; default 1, 0.1 for format
     missing_eos_penalty: NonNegative = 0.0  # off the reward of answers cut at the limit
-    advantage_estimator: Literal["grpo", "rloo", "gdpo", "ngrpo", "dgpo", "none"] = "grpo"  # baseline: the
-    # group's mean (grpo), its other completions (rloo), per reward function (gdpo), with a virtual best
-    # (ngrpo), by difficulty (dgpo); none: the reward, for losses of a group
+    advantage_estimator: str = "grpo"  # baseline: the group's mean (grpo), its other completions (rloo), per
+    # reward function (gdpo); none: the reward, for losses of a group; or what --algo's files bring
     scale_rewards: Literal["group", "batch", "none"] | None = None  # whose std divides grpo's advantages;
     # default group
     # --- loss
-    loss_type: Literal[*dict.fromkeys([*losses.POLICY_LOSSES, *losses.GROUP_LOSSES])] = "grpo"  # the loss of
-    # a token, and the mean: POLICY_LOSSES; of a group: GROUP_LOSSES
+    loss_type: str = "grpo"  # the loss of a token, and the mean: POLICY_LOSSES; of a group: GROUP_LOSSES; or
+    # what --algo's files bring
     importance_sampling_level: Literal[losses.RATIO_LEVELS] = "token"  # the ratio: GRPO's, GSPO's,
     # GSPO-token's, RLOO's
     epsilon: NonNegative = 0.2  # ratio clipped below at 1 - epsilon
@@ -142,17 +134,11 @@ class Args:
     delta: Annotated[float, "(1, inf)"] | None = None  # upper bound of the ratio also for negative advantages
     beta: NonNegative = 0.0  # weight of the KL to the starting policy; 0: no reference
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of the KL per token
-    sync_ref_model: bool = False  # let the reference follow the policy
-    ref_model_mixup_alpha: Share = 0.6  # a sync: alpha * policy + rest * reference
-    ref_model_sync_steps: Size = 512  # optimizer steps between syncs
     use_bias_correction_kl: bool = True  # multiply the KL by the ratio: then k1's and k3's gradient is the
     # KL's, but for the ratio of level sequence
     kl_in_reward: bool = False  # take beta * KL off the rewards, as RLOO does
     entropy_coef: Finite = 0.0  # weight of the bonus for mean token entropy
-    top_entropy_quantile: Annotated[float, "(0, 1]"] = 1.0  # share of tokens, by entropy, trained
     mask_truncated_completions: bool = False  # no gradient from answers that met the length limit
-    off_policy_mask_threshold: NonNegative | None = None  # drop completions of negative advantage whose mean
-    # log-prob fell by more than this since they were sampled
     importance_sampling_correction: Literal[CORRECTIONS] | None = None  # weigh by trainer / sampler
     # probabilities; default none, with a server TRL's sequence_mask
     importance_sampling_clip_max: Positive = 3.0  # largest such weight: cut, or 0
@@ -161,8 +147,6 @@ class Args:
     # rollout.VLLMServer says, it must see --output_dir under the same path
     dynamic_sampling: Count = 0  # at most so many more rounds of prompts until each group of the batch has
     # rewards that differ (DAPO); costs a rollout a round
-    variance_sampling: Annotated[float, "[0, 1)"] = 0.0  # share of the prompts, drawn by how much their
-    # rewards varied when last sampled (MMR1: 0.5)
     num_generations: Annotated[int, "[2, inf)"] = 8  # G, completions per prompt
     max_completion_length: Size = 256  # tokens sampled at most
     temperature: Positive = 1.0  # of sampling; every log-prob is taken at it
@@ -225,12 +209,14 @@ class Args:
     # install it
     push_to_hub: str | None = None  # OWNER/NAME: upload final/ there at the end; made private if new
 
-    HELP = {"REWARDS": ", ".join(BUILT_IN), "POLICY_LOSSES": ", ".join(losses.POLICY_LOSSES),
+    HELP = {"PRESETS": ", ".join(PRESETS), "PAPERS": model.papers_for("train_grpo.py"),
+            "REWARDS": ", ".join(BUILT_IN), "POLICY_LOSSES": ", ".join(losses.POLICY_LOSSES),
             "GROUP_LOSSES": ", ".join(losses.GROUP_LOSSES), "FOUR_UPDATES": ", ".join(UPDATES_PER_ROLLOUT)}
 
     def __post_init__(self):
         model.check_shared(self)
         check_args(self)
+        model.check_methods(self)
 
 
 def parse_args(argv):
@@ -239,13 +225,13 @@ def parse_args(argv):
 
 def check_loss(args):
     """Combinations that contradict each other are refused; that change what is optimised, warned of."""
-    loss, level, preset = args.loss_type, args.importance_sampling_level, getattr(args, "preset", {})
-    reductions = losses.POLICY_LOSSES | dict.fromkeys(losses.GROUP_LOSSES, (None, "group"))
-
-    def warn(text):
-        if os.environ.get("RANK", "0") == "0":
-            print("warning:", text, file=sys.stderr)
-
+    loss, level, preset, warn = args.loss_type, args.importance_sampling_level, args.preset, model.warn
+    for flag, known in (("loss_type", [*losses.POLICY_LOSSES, *losses.GROUP_LOSSES]),
+                        ("advantage_estimator", list(losses.ADVANTAGES))):
+        if getattr(args, flag) not in known:
+            raise ValueError(f"unknown --{flag} {getattr(args, flag)!r}; choose from {', '.join(known)}")
+    of_group = losses.GROUP_LOSSES.get(loss)
+    term, mean, clips = losses.POLICY_LOSSES.get(loss, (None, None, None))
     if args.advantage_estimator == "grpo":
         args.scale_rewards = args.scale_rewards or "group"
     elif args.scale_rewards not in (None, preset.get("scale_rewards")):
@@ -253,7 +239,7 @@ def check_loss(args):
                      f"{args.advantage_estimator} has its own")
     else:
         args.scale_rewards = None
-    kl_in_loss = args.beta and loss in losses.POLICY_LOSSES and not args.kl_in_reward
+    kl_in_loss = args.beta and not of_group and not args.kl_in_reward
     if kl_in_loss and args.kl_estimator == "k1" and not args.use_bias_correction_kl:
         warn("the gradient of k1 without the ratio is 0 on average: --beta does nothing. k2 has the KL's")
     if kl_in_loss and args.kl_estimator == "k1" and args.use_bias_correction_kl and level == "sequence":
@@ -264,58 +250,45 @@ def check_loss(args):
     if args.kl_in_reward and not args.beta:
         raise ValueError("--kl_in_reward needs --beta above 0, its weight")
     for name in ("kl_in_reward", "missing_eos_penalty"):
-        if getattr(args, name) and args.advantage_estimator == "gdpo":
-            raise ValueError(f"--{name} cannot go with gdpo, which never sums the rewards it would be taken "
-                             "off")
-    if loss in losses.GROUP_LOSSES and args.advantage_estimator != "none":
+        if getattr(args, name) and not losses.ADVANTAGES[args.advantage_estimator].of_sums:
+            raise ValueError(f"--{name} cannot go with {args.advantage_estimator}, which never sums the "
+                             "rewards it would be taken off")
+    if of_group and args.advantage_estimator != "none":
         raise ValueError(f"--loss_type {loss} compares rewards: it needs --advantage_estimator none")
-    if loss not in losses.GROUP_LOSSES and args.advantage_estimator == "none":
+    if not of_group and args.advantage_estimator == "none":
         raise ValueError("--advantage_estimator none is for --loss_type "
                          f"{', '.join(losses.GROUP_LOSSES)}; got {loss}")
-    if loss in losses.GROUP_LOSSES:
+    if of_group:
         neutral = dict(importance_sampling_level="token", importance_sampling_correction="none",
-                       top_entropy_quantile=1, off_policy_mask_threshold=None,
                        mask_truncated_completions=False, kl_in_reward=False)
         for name, value in neutral.items():
             if getattr(args, name) != value:
                 raise ValueError(f"--loss_type {loss} compares whole completions: --{name} does not go with "
                                  "it")
-        if bool(args.beta) == (loss in ("disco", "reg_grpo")):
+        if bool(args.beta) != of_group.reference:
             why = "has no --beta" if args.beta else "needs --beta above 0"
             raise ValueError(f"--loss_type {loss} {why}")
-    if args.sync_ref_model and not args.beta:
-        raise ValueError("--sync_ref_model needs --beta above 0")
-    if args.delta is not None and (reductions[loss][0] is not losses.clipped_term
-                                   or args.delta <= 1 + args.epsilon_high):
-        clipped = ", ".join(n for n, (term, _) in reductions.items() if term is losses.clipped_term)
+    if args.delta is not None and (term is not losses.clipped_term or args.delta <= 1 + args.epsilon_high):
+        clipped = ", ".join(name for name, x in losses.POLICY_LOSSES.items() if x.term is losses.clipped_term)
         raise ValueError(f"--delta must be above 1 + epsilon_high, and is for --loss_type {clipped}")
-    if loss == "gmpo" and (level != "token" or args.top_entropy_quantile < 1):
-        raise ValueError("gmpo builds the ratio of the whole sequence itself: it takes "
-                         "--importance_sampling_level token, and no --top_entropy_quantile")
     if loss == "vespo" and (level != "token" or args.importance_sampling_correction.startswith("sequence")):
-        raise ValueError("vespo builds the ratio of the whole sequence itself: it takes --importance_sampling_"
-                         "level token, --importance_sampling_correction none or token_*")
-    if level in ("sequence", "sequence_sum") and reductions[loss][1] in ("token", "constant", "micro_batch"):
+        raise ValueError("vespo builds the ratio of the whole sequence itself: it takes "
+                         "--importance_sampling_level token and --importance_sampling_correction none or "
+                         "token_*")
+    if level in ("sequence", "sequence_sum") and mean in ("token", "constant", "micro_batch"):
         warn(f"{loss} sums over tokens, so with one ratio a sequence (--importance_sampling_level {level}) "
              "each completion weighs as much as it is long; GSPO is --loss_type grpo")
-    if args.top_entropy_quantile < 1 and level in ("sequence", "sequence_sum"):
-        warn(f"with one ratio a sequence (--importance_sampling_level {level}) a token's gradient is spread "
-             "over its completion: --top_entropy_quantile only weighs completions")
-    clips = {name for name, (term, _) in losses.POLICY_LOSSES.items()
-             if term in (losses.clipped_term, losses.gmpo_term)}
-    if loss in clips and args.epsilon_high >= 1:
+    if clips and args.epsilon_high >= 1:
         warn(f"--epsilon_high {args.epsilon_high:g} lets the ratio rise to {1 + args.epsilon_high:g}"
-             + (": it is cispo's" if args.algo == "cispo" else ""))
+             + (": it is cispo's" if args.algo[0] == "cispo" else ""))
     no_kl = "without --beta in a loss of tokens"
     model.changes_nothing(args, {
         name: why for name, why, used in (
-            ("epsilon", f"in --loss_type {loss}", loss in clips),
+            ("epsilon", f"in --loss_type {loss}", clips),
             ("epsilon_high", f"in --loss_type {loss}",
-             loss in clips or loss == "cispo" or args.epsilon_high == args.epsilon),
-            ("kl_estimator", no_kl, args.beta and loss in losses.POLICY_LOSSES),
+             clips or loss == "cispo" or args.epsilon_high == args.epsilon),
+            ("kl_estimator", no_kl, args.beta and not of_group),
             ("use_bias_correction_kl", f"{no_kl}, or with --kl_in_reward", kl_in_loss),
-            ("ref_model_sync_steps", "without --sync_ref_model", args.sync_ref_model),
-            ("ref_model_mixup_alpha", "without --sync_ref_model", args.sync_ref_model),
             ("importance_sampling_clip_max", "without --importance_sampling_correction",
              args.importance_sampling_correction != "none")) if not used})
     if loss == "luspo" and level != "sequence":
@@ -357,10 +330,9 @@ def check_args(args):
                      f"but {len(args.reward_weights)} --reward_weights")
     if not any(args.reward_weights):
         raise ValueError("--reward_weights are all 0: there is nothing to train on")
-    if args.advantage_estimator == "dgpo" and max(args.reward_weights) <= 0:
-        raise ValueError("dgpo measures difficulty by the highest reward: a --reward_weights must be above 0")
     ga, size, G = args.gradient_accumulation_steps, args.per_device_train_batch_size, args.num_generations
-    args.steps_per_generation = args.steps_per_generation or ga * UPDATES_PER_ROLLOUT.get(args.algo, 1)
+    updates = max([UPDATES_PER_ROLLOUT.get(args.algo[0], 1), *model.hooks(args, "UPDATES")])
+    args.steps_per_generation = args.steps_per_generation or ga * updates
     if args.steps_per_generation % ga:
         enough = ga * math.ceil(args.steps_per_generation / ga)
         raise ValueError(f"--steps_per_generation {args.steps_per_generation} must be a multiple of "
@@ -369,7 +341,7 @@ def check_args(args):
         raise ValueError(f"an update of {size} x {ga} completions (per_device_train_batch_size x "
                      f"gradient_accumulation_steps) must hold whole groups of --num_generations {G}; "
                      f"{math.ceil(size * ga / G) * G} completions would")
-    if args.loss_type in (*losses.GROUP_LOSSES, "gtpo") and size % G:
+    if (args.loss_type in losses.GROUP_LOSSES or any(model.hooks(args, "WHOLE_GROUPS"))) and size % G:
         raise ValueError(f"--loss_type {args.loss_type} compares the completions of a group: "
                      f"--per_device_train_batch_size {size} must be a multiple of --num_generations {G}")
 
@@ -386,379 +358,491 @@ def check_solution(row, reward_funcs):
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, world_size, device = model.init_distributed(args.device, args.deterministic)
-    output_dir, resumed = model.open_run(args, rank, world_size)
-    if resumed and model.is_done(args, output_dir, rank):
+    run = model.Run(args)
+    if run.done:
         return
-    report = model.Report(args, output_dir, rank)
-    names = [name.rpartition(":")[2] for name in args.reward_funcs]
     rewards = rollout.RewardRunner(args.reward_funcs, args.reward_timeout)  # starts while the model loads
-
-    # --- sizes. A rollout serves `updates` optimizer steps, num_iterations times over
-    G = args.num_generations
-    updates = args.steps_per_generation // args.gradient_accumulation_steps
-    completions_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps  # per rank
-    prompts_per_rank = completions_per_update * updates // G
-    prompts_per_rollout = prompts_per_rank * world_size
-    steps_per_rollout = updates * args.num_iterations
-    share = completions_per_update // G  # prompts of an update, per rank
-    copies = 1 if args.share_prompt else G  # of a prompt in a micro-batch of whole groups
-
-    # --- data
     need = ("prompt", "solution") if NEED_SOLUTION & set(args.reward_funcs) else ("prompt",)
     train_rows, eval_rows = data.rows_of_run(args, need)
-    if args.sort_by is not None:
-        data.check_numbers(train_rows, args.sort_by, -1e300, 1e300, "--sort_by")
-    rollouts = args.num_train_epochs * len(train_rows) / prompts_per_rollout
-    max_steps = args.max_steps if args.max_steps > 0 else math.ceil(rollouts) * steps_per_rollout
-    rollouts = math.ceil(max_steps / steps_per_rollout)
-    if rank == 0:
-        print(f"rollout: {prompts_per_rollout} prompts x {G} completions, {steps_per_rollout} updates each; "
-              f"{rollouts} rollouts, {max_steps} steps", flush=True)
-        if args.variance_sampling:
-            print("variance sampling: no rollout more, but an epoch leaves out "
-                  f"{args.variance_sampling:.0%} of its rows, for rows whose last rewards varied")
-
-    # --- policy, the prompts that it will meet, reference, optimizer
-    source = model.start_model(args, output_dir, rank)
-    policy, processor = model.load_policy(source, args.dtype, device, args.gradient_checkpointing,
-                                          args.freeze_vision_tower, args.shard_size, lora=args)
-    for note in policy.notes if rank == 0 else []:
-        print(f"{policy.hf.config.model_type}: {note}", flush=True)
-    ref = None
-    if args.beta and args.lora_r:
-        ref = policy  # with its adapter off
-    elif args.beta:
-        ref, _ = model.load_policy(source, args.dtype, device, shard_size=args.shard_size)
-        ref.requires_grad_(False)
-    if world_size > 1 and hasattr(processor, "image_processor"):
-        filler = data.encode_prompt(policy, processor, data.shapes_rows(1, 0, "train")[0])
-        policy.filler = policy.see([filler])[0]
-
-    def encode(row):
-        return data.encode_prompt(policy, processor, row)
-
-    def length_of(row):
-        check_solution(row, args.reward_funcs)
-        return len(encode(row).tokens)
-
-    limit = data.length_limit(policy, None) - args.max_completion_length
-    if limit < 1:
-        raise model.InputError(f"--max_completion_length {args.max_completion_length} leaves no room for a "
-                               f"prompt in the model's context of {data.length_limit(policy, None)} tokens")
-    limit = limit if args.max_prompt_length is None else min(limit, args.max_prompt_length)
-    most_draws = rollouts * prompts_per_rollout * (1 + args.dynamic_sampling)
-    plan, longest = data.check_rows(train_rows, most_draws, args.seed, args.overlong, limit, rank, world_size,
-                                    length_of, args.sort_by, args.dataloader_num_workers)
-    if rank == 0:
-        data.show_sample(processor, (encode(train_rows[plan[0]]), []))
-    eval_rows = data.check_eval_rows(eval_rows, limit, rank, world_size, length_of,
-                                     args.dataloader_num_workers)
-    if args.preflight or args.preflight is None and device.type == "cuda":
-        answer = torch.full((args.max_completion_length,), policy.pad_id)
-        size, count = args.per_device_train_batch_size, math.ceil(args.per_device_train_batch_size / G)
-        if args.max_tokens_per_batch is not None:
-            group = copies * len(encode(train_rows[longest[0]]).tokens) + G * args.max_completion_length
-            size, count = G, max(1, args.max_tokens_per_batch // group)
-        largest = [encode(train_rows[i]) for i in (longest * count)[:count]]
-        groups = [(prompt, [answer] * min(G, size - k * G if args.max_tokens_per_batch is None else G))
-                  for k, prompt in enumerate(largest)]
-        model.preflight(policy, groups, args.temperature, rank, args.share_prompt)
-    optimizer, scheduler, parameters = model.make_optimizer(args, policy, max_steps)
+    sizes = sizes_of(args, run.world_size, len(train_rows))
+    run.say(f"rollout: {sizes.prompts_per_rollout} prompts x {args.num_generations} completions, "
+            f"{sizes.steps_per_rollout} updates each; {sizes.rollouts} rollouts, {sizes.max_steps} steps")
+    source, policy, processor, ref = load_models(args, run)
+    prompts = Prompts(args, run, sizes, policy, processor, train_rows, eval_rows)
+    if args.preflight or args.preflight is None and run.device.type == "cuda":
+        preflight(args, run, policy, prompts)
+    optimizer, scheduler, parameters = model.make_optimizer(args, policy, sizes.max_steps)
     rewards.wait_until_ready()
-    weights = torch.tensor(args.reward_weights, dtype=torch.float64)                          # (functions,)
-    policy_loss = partial(
-        losses.policy_loss, loss_type=args.loss_type, epsilon=args.epsilon, epsilon_high=args.epsilon_high,
-        importance_sampling_level=args.importance_sampling_level, delta=args.delta,
-        beta=0.0 if args.kl_in_reward else args.beta, kl_estimator=args.kl_estimator,
-        use_bias_correction_kl=args.use_bias_correction_kl)
-    if args.loss_type in losses.GROUP_LOSSES:
-        policy_loss = partial(losses.group_loss, loss_type=args.loss_type, num_generations=G, beta=args.beta,
-                              kl_estimator=args.kl_estimator)
+    server = start_server(args, run)
+    policy_loss = losses.group_loss if args.loss_type in losses.GROUP_LOSSES else losses.policy_loss
+    flags = vars(args) | {"beta": 0.0 if args.kl_in_reward else args.beta}  # what losses take by name
 
-    server, sample = None, rollout.sample
-    if args.vllm_server_base_url is not None:
-        server = rollout.VLLMServer(args.vllm_server_base_url, output_dir / "vllm_weights", data.chat_request)
-        sample = server.sample
-        if rank == 0:
-            print(f"rollouts by vLLM {server.version}, --importance_sampling_correction "
-                  f"{args.importance_sampling_correction}; held-out answers by the own sampler", flush=True)
-
-    def evaluate(step):
-        """Means over the held-out rows; None if the run is asked to stop meanwhile."""
-        if not eval_rows:
-            return {}
-        prompts = data.in_order(lambda i: encode(eval_rows[i]), range(len(eval_rows)),
-                                args.dataloader_num_workers, args.per_device_eval_batch_size)
-        with model.gathered(policy), stop.passes():
-            texts, scores = rollout.evaluate(
-                policy, processor, eval_rows, range(rank, rank + len(eval_rows) * world_size, world_size),
-                prompts, rewards, temperature=args.eval_temperature,
-                max_completion_length=args.max_completion_length, batch_size=args.per_device_eval_batch_size,
-                seed=args.seed, step=step, num_generations=args.num_generations_eval,
-                rollout_tokens=args.rollout_tokens, stop=stop)
-        if stop.agreed():
-            return None
-        total = losses.weighted_rewards(scores, weights)
-        sums = {"eval/reward": (total.nansum(), (~total.isnan()).sum())}
-        for name, row in zip(names, scores):
-            key = "eval/accuracy" if name == "accuracy" else f"eval/rewards/{name}/mean"
-            sums[key] = (row.nansum(), (~row.isnan()).sum())
-            if name == "accuracy":
-                sums |= rollout.pass_at_k(row, args.num_generations_eval)
-        means = {k: s / n for k, (s, n) in model.all_reduce_sums(sums, device).items() if n}
-        if rank == 0:
-            rollout.save_completions(output_dir / "completions" / f"eval_{step}.jsonl", eval_rows, texts,
-                                     dict(zip(names, scores)))
-            tqdm.write(f"held-out, step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
-        return means
-
-    # --- what a checkpoint holds besides weights and optimizer. Data order and randomness follow from step.
-    #     pending: metrics of `step` that still wait for their evaluation; rows: the rollout being used;
-    #     draws: its prompts' draw numbers, of all ranks; next_draw: the first of the next rollout;
-    #     variance, measured: {row: variance of its rewards} as known before this rollout, and in it
-    state = {"step": 0, "pending": {"step": 0}, "start": {}, "end": {}, "skipped": 0,
-             "draws": [], "next_draw": 0, "variance": {}, "measured": {}, "initial_entropy": None,
-             "rollout_sums": {}}
-    stop, rows = model.Stop(args.max_hours), {}
-    saver, parts = model.restore(args, output_dir, resumed, state, policy, optimizer, scheduler, rank,
-                                 ref if args.sync_ref_model else None)
-
-    def close_step(metrics) -> bool:
-        """Held-out rows, the log, a checkpoint, each when it is due. True if the run was asked to stop."""
-        step = metrics["step"]
-        unfinished = rows if step % steps_per_rollout else {}
-        if step == 0 or step % args.eval_steps == 0 or step == max_steps:
-            means = evaluate(step)
-            if means is None:
-                saver.save(state | {"pending": metrics}, unfinished, last=True)
-                return True
-            metrics |= means
-            state["end"], state["start"] = means, state["start"] or means
-        model.log_step(metrics, output_dir, rank, (
-            "reward", *(f"rewards/{name}/mean" for name in names), "reward_std", "frac_reward_zero_std",
-            "loss", "grad_norm", "entropy", "kl", "clip_ratio/region_mean", "completions/mean_length",
-            "completions/clipped_ratio", "step_time", "eval/accuracy"))
-        report(metrics)
-        stopping = stop.agreed()
-        if stopping or step % args.save_steps == 0 and step > 0:
-            saver.save(state | {"pending": None}, unfinished, last=stopping)
-        return stopping
-
-    def rows_drawn(draws):
-        return data.draw_by_variance(plan, draws, args.seed, args.variance_sampling, state["variance"])
-
-    def share_of(draws):
-        """This rank's among a rollout's draw numbers: its slice of every update, so that the ranks together
-        make the updates of one rank."""
-        return [draws[(update * world_size + rank) * share + i]
-                for update in range(updates) for i in range(share)]
-
-    def prompts_of(draws):
-        """The prompts of these draws, one by one; a rollout's are prepared ahead."""
-        return data.in_order(lambda i: encode(train_rows[i]), rows_drawn(draws), args.dataloader_num_workers,
-                             prompts_per_rank)
-
-    def cut(prompts, rows):
-        """For each update its micro-batches of packed rows; one smaller than G holds slices of a group."""
-        lengths = rows["completion_mask"].sum(-1).view(-1, G).sum(-1)                             # (P,)
-        sizes = [copies * len(p.tokens) + int(n) for p, n in zip(prompts, lengths)]
-        size, found = args.per_device_train_batch_size, []
-        for i in range(0, len(prompts), share):
-            whole = range(i * G, (i + share) * G)
-            parts = [whole[k:k + size] for k in range(0, len(whole), size)]
-            if args.max_tokens_per_batch is not None:
-                spans = model.spans_within(sizes[i:i + share], args.max_tokens_per_batch)
-                parts = [whole[start * G:stop * G] for start, stop in spans]
-            found.append([make_micro_batch(args, policy, prompts, rows, part) for part in parts])
-        return found
-
-    if state["step"] % steps_per_rollout and not parts:
-        raise model.InputError(f"the checkpoint of step {state['step']} holds no rollout, but must here; "
-                               "it is of another algorithm, or of other --steps_per_generation")
-    if parts:  # in the middle of a rollout
-        draws = share_of(state["draws"])
-        prompts = policy.see(list(prompts_of(draws)))
-        rows = rows_of_draws(parts, draws, G)
-        updates_of_rollout = cut(prompts, rows)
-    coming, due = None, None  # the prompts from the draw `due` on
-    candidates = []  # dynamic sampling: the groups drawn so far for this rollout, of all ranks
-    stopped = state["pending"] is not None and close_step(state["pending"])
+    # What a checkpoint holds besides weights, optimizer and the rollout in use. Data order and randomness
+    # follow from step.  pending: metrics of `step` that still wait for their evaluation;
+    # draws: the rollout's draw numbers, of all ranks; next_draw: the first of the next rollout
+    state = model.with_states(args, {"step": 0, "pending": {"step": 0}, "start": {}, "end": {}, "skipped": 0,
+                                     "draws": [], "next_draw": 0, "rollout_sums": {}})
+    run.listen()
+    moving = ref if any(model.hooks(args, "MOVES_REFERENCE")) else None
+    parts = run.restore(state, policy, optimizer, scheduler, moving)
+    batch = resume_rollout(args, prompts, policy, state, parts, sizes)
+    held_out = functools.partial(evaluate, args, run, policy, processor, prompts, rewards)
+    stopped = state["pending"] is not None and end_step(args, run, sizes, held_out, state, state["pending"],
+                                                        batch)
+    run.running(state["step"])
     recent, silent_until = deque(maxlen=20), {}  # metrics of the latest steps; no warning twice in 100 steps
-    progress = tqdm(total=max_steps, initial=state["step"], desc=args.algo,
-                    disable=None if rank == 0 else True)
-    model.set_status(output_dir, rank, "running", state["step"])
+    progress = tqdm(total=sizes.max_steps, initial=state["step"], desc=" ".join(args.algo),
+                    disable=None if run.rank == 0 else True)
 
     # ----------------------------------------------------------------------------------------------- the loop
-    while state["step"] < max_steps and not stopped:
-        number, update = divmod(state["step"], steps_per_rollout)
-        if not candidates:
-            began, rollout_time, failed, scored = time.perf_counter(), 0.0, 0, 0
-        if update == 0:
-            # 1. sample G completions for each of this rank's P prompts of the rollout, N = P * G in all
-            #    and score them
-            state["variance"] |= state["measured"]
-            first = state["next_draw"] + sum(len(part["draws"]) for part in candidates)
-            following = first + prompts_per_rollout
-            drawn = range(first, following)
-            if first != due or args.variance_sampling:  # what is measured here says which rows come next
-                last = first if args.variance_sampling else len(plan) - prompts_per_rollout
-                starts = range(first, last + 1, prompts_per_rollout)
-                coming = prompts_of(d for i in starts for d in share_of(range(i, i + prompts_per_rollout)))
-            draws, due = share_of(drawn), following
-            prompts = policy.see(list(islice(coming, len(draws))))
-            if server is not None and not candidates:
-                server.push(policy, processor, source, rank)
-            with stop.passes():
-                with model.gathered(policy) if server is None else nullcontext():
-                    sampled = sample(
-                        policy, prompts, draws, num_generations=G, temperature=args.temperature,
-                        max_completion_length=args.max_completion_length, seed=args.seed, top_k=args.top_k,
-                        top_p=args.top_p, min_p=args.min_p, rollout_tokens=args.rollout_tokens, stop=stop)
-                texts = rollout.decode(processor, sampled)
-                rollout_time = time.perf_counter() - began
-                scores = rewards.score(
-                    texts, [p.row for p in prompts for _ in range(G)], state["step"] + 1,
-                    completion_ids=rollout.id_lists(sampled),
-                    max_completion_length=[args.max_completion_length] * len(texts))      # (functions, N)
-                failed, scored = failed + rewards.failed, scored + scores.numel()
-            if stop.agreed():  # the rollout is dropped: drawn again, it will be the same
-                saver.save(state | {"pending": None}, {}, last=True)
+    while state["step"] < sizes.max_steps and not stopped:
+        began, update = time.perf_counter(), state["step"] % sizes.steps_per_rollout
+        first_update = update == 0
+        if first_update:
+            # 1. a rollout: G completions for each of this rank's P prompts, N = P * G, and their rewards
+            batch = collect(args, run, sizes, policy, processor, source, prompts, rewards, server, state)
+            if batch is None:  # asked to stop: the rollout is dropped, and drawn again it will be the same
+                run.save(state | {"pending": None}, last=True)
                 stopped = True
                 break
 
-            rows = sampled._asdict() | {"draws": torch.tensor(draws)}
-            if args.dynamic_sampling or args.variance_sampling:
-                columns = rows | {f"score {k}": row for k, row in enumerate(scores)}
-                candidates += model.all_gather_object(columns)
-                drawn, accepted, following, found = choose_groups(candidates, weights, G, prompts_per_rollout,
-                                                                 args.advantage_estimator)
-                if accepted < prompts_per_rollout and len(candidates) <= args.dynamic_sampling * world_size:
-                    continue  # another round
-                if args.variance_sampling:
-                    state["measured"] = dict(zip(map(str, rows_drawn(found)), found.values()))
-                draws, tried = share_of(drawn), following - state["next_draw"]
-                prompts = policy.see(list(prompts_of(draws)))
-                rows, candidates = rows_of_draws(candidates, draws, G), []
-                scores = torch.stack([rows.pop(f"score {k}") for k in range(len(names))])
-                sampled = rollout.Rollout(*(rows[field] for field in rollout.Rollout._fields))
-                texts = rollout.decode(processor, sampled)
-            state |= {"draws": list(drawn), "next_draw": following}
-
-            # 2. group rows, and the log-probs that the loss compares with, (N, T), 0 where nothing is trained
-            updates_of_rollout, passes = cut(prompts, rows), {}
-            if steps_per_rollout > 1 or args.kl_in_reward:  # else `old` is the training pass's
-                passes["old_logps"] = policy
+            # 2. the log-probs that the loss compares with, (N, T), 0 where nothing is trained
+            if sizes.steps_per_rollout > 1 or args.kl_in_reward:  # else `old` is the training pass's own
+                batch["old_logps"] = logps_of(args, policy, batch, run.device)
             if ref is not None:
-                passes["ref_logps"] = ref
-            rows |= {name: torch.zeros(rows["sampling_logps"].shape) for name in passes}
-            scored_rows = []  # on the device, until all passes are under way
-            with torch.no_grad():
-                for micro in (micro for update in updates_of_rollout for micro in update):
-                    batch = model.to_device(micro, device)
-                    for name, scorer in passes.items():
-                        with model.adapter_off(scorer) if name == "ref_logps" else nullcontext():
-                            logps, *_ = scorer(batch, args.temperature, entropies=False)          # (n, T')
-                        scored_rows.append((name, micro["rows"], logps))
-            for name, indices, logps in scored_rows:
-                rows[name][indices, :logps.shape[1]] = logps.cpu()
-            if ref is not None and world_size > 1:
-                ref.reshard()  # after a pass without backward FSDP leaves the root unit whole
+                with model.adapter_off(ref):
+                    batch["ref_logps"] = logps_of(args, ref, batch, run.device)
+                if run.world_size > 1:
+                    ref.reshard()  # after a pass without backward FSDP leaves the root unit whole
 
-            # 3. advantages come from the whole rollout, that of all ranks
-            sums = rollout_metrics(names, scores, weights, sampled, G) | {"rewards/failed": (failed, scored)}
-            minus = args.missing_eos_penalty * sampled.truncated.double()                         # (N,)
-            if args.kl_in_reward:
-                kl = losses.kl_penalty(rows["old_logps"], rows["ref_logps"], args.kl_estimator)   # (N, T)
-                minus += args.beta * kl.sum(-1)
-                sums["kl"] = kl.sum(), sum(m["completion_mask"].sum() for u in updates_of_rollout for m in u)
-            everyone = model.all_gather(torch.cat([scores, minus[None]]), device)    # (functions+1, ranks*N)
-            advantages = losses.advantages(args.advantage_estimator, everyone[:-1], weights, G,
-                                           scale_rewards=args.scale_rewards, penalty=everyone[-1])
-            rows["advantages"] = advantages[rank * len(texts):][:len(texts)].float()      # (N,)
-            state["rollout_sums"] = model.all_reduce_sums(sums, device)
-            if args.dynamic_sampling or args.variance_sampling:
-                state["rollout_sums"]["frac_groups_accepted"] = accepted, tried
-            if rank == 0:  # the first rollout after held-out rows is also shown
-                show = state["step"] % args.eval_steps < steps_per_rollout
-                rollout.save_completions(
-                    output_dir / "completions" / f"step_{state['step'] + 1}.jsonl",
-                    [p.row for p in prompts], texts,
-                    dict(zip(names, scores)) | {"advantage": rows["advantages"]},
-                    f"step {state['step'] + 1}, best and worst" if show else None)
-
-        mine = [with_rows(micro, rows) for micro in updates_of_rollout[update % updates]]
+            # 3. advantages (N,), from the rollout of all ranks
+            batch["advantages"] = advantages_of(args, run, batch, flags, state)
+            save_completions(args, run, sizes, batch, state)
 
         # 4. what the loss, and the entropy bonus, are divided by, over all micro-batches and ranks
+        mine = [with_rows(micro, batch) for micro in batch["micro_batches"][update % sizes.updates]]
         counts = (sum(losses.policy_loss_count(args.loss_type, m["completion_mask"],
-                                               args.max_completion_length, m["advantages"], G) for m in mine),
+                                               args.max_completion_length, m["advantages"],
+                                               args.num_generations) for m in mine),
                   sum(int(m["completion_mask"].sum()) for m in mine))
-        count, tokens = (max(n, 1) for n in model.all_reduce_sums({"n": counts}, device)["n"])
+        count, tokens = (max(n, 1) for n in model.all_reduce_sums({"n": counts}, run.device)["n"])
 
-        # 5. gradients, step
+        # 5. gradients of the update's micro-batches, one step
         sums = {}
         for micro in mine:
-            micro = model.to_device(micro, device)
+            micro = model.to_device(micro, run.device)
             logps, entropies, _ = policy(micro, args.temperature)                         # (n, T), (n, T)
             mask, old_logps = micro["completion_mask"], micro.get("old_logps", logps.detach())
-            loss, metrics = policy_loss(
-                logps, old_logps, micro["advantages"], mask, ref_logps=micro.get("ref_logps"),
-                entropies=entropies, initial_entropy=state["initial_entropy"] or math.inf,
-                **weigh_tokens(args, logps, old_logps, entropies, micro))
+            weights = weigh_tokens(args, logps, old_logps, entropies, micro)
+            loss, metrics = policy_loss(logps, old_logps, micro["advantages"], mask,
+                                        ref_logps=micro.get("ref_logps"), entropies=entropies,
+                                        **flags | state | weights)
             loss = loss / count
             if args.entropy_coef:
                 loss = loss - args.entropy_coef * losses.masked_sum(entropies, mask).sum() / tokens
-            (loss * world_size).backward()
-            metrics["loss"] = (loss.detach(), 0)
-            metrics["entropy"] = (entropies.detach().sum(), mask.sum())
-            gap = (old_logps - micro["sampling_logps"]).abs()                             # (n, T)
-            metrics["sampling/sampling_logp_difference/mean"] = losses.masked_sum(gap, mask).sum(), mask.sum()
-            metrics["sampling/sampling_logp_difference/tail"] = (mask & (gap > 0.2)).sum(), mask.sum()
+            (loss * run.world_size).backward()  # FSDP averages gradients over the ranks
+            metrics |= {"loss": (loss.detach(), 0), "entropy": (entropies.detach().sum(), mask.sum())}
+            metrics |= sampler_gap(old_logps, micro["sampling_logps"], mask)
             model.add_sums(sums, metrics)
         grad_norm = model.clip_grad_norm_(parameters, args.max_grad_norm)
         learning_rate = scheduler.get_last_lr()[0]
         if math.isfinite(grad_norm):  # else skipped, on all ranks
             optimizer.step()
-        state["step"] = step = state["step"] + 1
-        if args.sync_ref_model and step % args.ref_model_sync_steps == 0:
-            alpha = args.ref_model_mixup_alpha
-            with torch.no_grad():
-                for theirs, ours in zip(ref.parameters(), policy.parameters(), strict=True):
-                    theirs.mul_(1 - alpha).add_(ours, alpha=alpha)
-        state["skipped"] = model.count_skipped(grad_norm, state["skipped"], output_dir, rank, step,
-                                               [p.row for p in prompts[update % updates * share:][:share]])
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
+        state["step"] = step = state["step"] + 1
+        for after_update in model.hooks(args, "after_update"):
+            after_update(args, policy, ref, step)
+        state["skipped"] = model.count_skipped(grad_norm, state["skipped"], run.folder, run.rank, step,
+                                               rows_of_update(batch, update % sizes.updates, sizes))
 
-        # 6. everything below is diagnostics
-        sums = state["rollout_sums"] | model.all_reduce_sums(sums, device)
+        # 6. metrics of the step, held-out rows, the log, a checkpoint
+        sums = state["rollout_sums"] | model.all_reduce_sums(sums, run.device)
         loss = sums.pop("loss")[0]
-        metrics = {"step": step, "epoch": state["next_draw"] / len(train_rows),
-                   "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate,
+        metrics = {"step": step, "epoch": state["next_draw"] / len(train_rows), "loss": loss,
+                   "grad_norm": grad_norm, "learning_rate": learning_rate,
                    "update_skipped": float(not math.isfinite(grad_norm)),
                    **{k: s / n for k, (s, n) in sums.items() if n}}
-        state["initial_entropy"] = state["initial_entropy"] or metrics.get("entropy")
-        gap = metrics.get("sampling/sampling_logp_difference/mean", 0.0)  # none where all tokens are masked
-        if server is not None and update == 0 and gap > 0.2:
-            raise server.error(f"its log-probs differ from the trainer's by {gap:.3g} a token: its weights "
-                               "are not those it was given, or it computes another model")
-        if rank == 0 and update == 0 and number == 0:
-            expected = {"ratio": "1", "clip_ratio/region_mean": "0", "grad_norm": "> 0"}
-            tqdm.write("step 1 must start at: " + ", ".join(
-                f"{k} {metrics[k]:.6g} (expected {e})" for k, e in expected.items() if k in metrics))
-        metrics |= {"rollout_time": rollout_time, "step_time": time.perf_counter() - began}
+        for after_step in model.hooks(args, "after_step"):
+            after_step(state, metrics)
+        check_start(run, server, metrics, first_update)
+        metrics |= {"rollout_time": batch["rollout_time"] if first_update else 0.0,
+                    "step_time": time.perf_counter() - began}
         recent.append(metrics)
-        for sign, text in signs_of_collapse(recent).items():
-            if rank == 0 and step >= silent_until.get(sign, 0):
-                tqdm.write(f"warning, step {step}: {text}")
-                silent_until[sign] = step + 100
-        stopped = close_step(metrics)
+        warn_of_collapse(run, recent, silent_until, step)
+        stopped = end_step(args, run, sizes, held_out, state, metrics, batch)
         progress.update()
 
     progress.close()
     if stopped:
-        return model.end_run(output_dir, rank, "stopped", state["step"], rewards)
-    model.finish_run(args, policy, processor, source, output_dir, rank, state, rewards)
+        return run.stopped(state["step"], rewards)
+    run.finish(policy, processor, source, state, rewards)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Before the loop
+
+
+class Sizes(NamedTuple):
+    """How a run is cut. Of this rank: completions and prompts of an update, prompts of a rollout."""
+
+    completions_per_update: int
+    prompts_per_update: int
+    prompts_per_rank: int
+    prompts_per_rollout: int  # of all ranks
+    updates: int              # that share a rollout out
+    steps_per_rollout: int    # updates, num_iterations times over
+    max_steps: int
+    rollouts: int
+
+
+def sizes_of(args, world_size: int, rows: int) -> Sizes:
+    """From the flags, the ranks and the rows of the dataset."""
+    updates = args.steps_per_generation // args.gradient_accumulation_steps
+    completions = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    prompts_per_rank = completions * updates // args.num_generations
+    prompts_per_rollout, steps_per_rollout = prompts_per_rank * world_size, updates * args.num_iterations
+    epochs = math.ceil(args.num_train_epochs * rows / prompts_per_rollout)  # in rollouts
+    max_steps = args.max_steps if args.max_steps > 0 else epochs * steps_per_rollout
+    return Sizes(completions, completions // args.num_generations, prompts_per_rank, prompts_per_rollout,
+                 updates, steps_per_rollout, max_steps, math.ceil(max_steps / steps_per_rollout))
+
+
+def load_models(args, run):
+    """-> where the policy starts from, the policy, its processor, and the reference: None without --beta, the
+    policy itself with LoRA, whose adapter is off then."""
+    source = model.start_model(args, run.folder, run.rank)
+    policy, processor = model.load_policy(source, args.dtype, run.device, args.gradient_checkpointing,
+                                          args.freeze_vision_tower, args.shard_size, lora=args)
+    for note in policy.notes:
+        run.say(f"{policy.hf.config.model_type}: {note}")
+    ref = policy if args.beta and args.lora_r else None
+    if args.beta and not args.lora_r:
+        ref, _ = model.load_policy(source, args.dtype, run.device, shard_size=args.shard_size)
+        ref.requires_grad_(False)
+    if run.world_size > 1 and hasattr(processor, "image_processor"):
+        filler = data.encode_prompt(policy, processor, data.shapes_rows(1, 0, "train")[0])
+        policy.filler = policy.see([filler])[0]
+    return source, policy, processor, ref
+
+
+class Prompts:
+    """The prompts of a run: which rows its draws take, checked before the first step, and encoded ahead.
+
+    A draw number counts every prompt that is ever drawn, by all ranks. `train` and `held_out` are rows; plan
+    [draw] is the row of each draw, longest the visited rows from the longest on.
+    """
+
+    def __init__(self, args, run, sizes: Sizes, policy, processor, train, held_out):
+        self.args, self.run, self.sizes, self.policy, self.processor = args, run, sizes, policy, processor
+        self.train, self.coming, self.due = train, None, None  # the prompts from the draw `due` on
+        self.row_of = next(iter(model.hooks(args, "row_of")), None)  # --algo's, if not the plan's
+        if args.sort_by is not None:
+            data.check_numbers(train, args.sort_by, -1e300, 1e300, "--sort_by")
+        context = data.length_limit(policy, None)
+        limit = context - args.max_completion_length
+        if limit < 1:
+            raise model.InputError(f"--max_completion_length {args.max_completion_length} leaves no room for "
+                                   f"a prompt in the model's context of {context} tokens")
+        limit = limit if args.max_prompt_length is None else min(limit, args.max_prompt_length)
+        most_draws = sizes.rollouts * sizes.prompts_per_rollout * (1 + args.dynamic_sampling)
+        self.measured = data.RowCache("runs/row_cache", policy, processor, ())
+        with self.measured:
+            self.plan, self.longest, _ = data.check_rows(
+                train, most_draws, args.seed, args.overlong, limit, run.rank, run.world_size, self.size_of,
+                args.sort_by, args.dataloader_num_workers)
+            self.held_out, _ = data.check_eval_rows(held_out, limit, run.rank, run.world_size, self.size_of,
+                                                    args.dataloader_num_workers)
+        if run.rank == 0 and self.measured.computed:  # else an earlier run has shown it
+            data.show_sample(processor, (self.encode(train[self.plan[0]]), []))
+
+    def encode(self, row: dict):
+        return data.encode_prompt(self.policy, self.processor, row)
+
+    def size_of(self, row: dict):
+        """In tokens; RowError for a row that a reward cannot use."""
+        check_solution(row, self.args.reward_funcs)
+        return self.measured(row)
+
+    def rows_of(self, draws, state: dict):
+        """The index of the row of each draw."""
+        if self.row_of is not None:
+            return self.row_of(self.args, self.plan, draws, state)
+        return (self.plan[draw] for draw in draws)
+
+    def share_of(self, draws) -> list[int]:
+        """This rank's among a rollout's draw numbers: its slice of every update, so that the ranks together
+        make the updates of one rank."""
+        P, ranks = self.sizes.prompts_per_update, self.run.world_size
+        return [draws[(update * ranks + self.run.rank) * P + i]
+                for update in range(self.sizes.updates) for i in range(P)]
+
+    def of(self, draws, state: dict):
+        """The prompts of these draws, one by one; a rollout's are prepared ahead."""
+        return data.in_order(lambda i: self.encode(self.train[i]), self.rows_of(draws, state),
+                             self.args.dataloader_num_workers, self.sizes.prompts_per_rank)
+
+    def rollout_from(self, first: int, state: dict):
+        """The rollout whose draws begin with `first`: this rank's (draw numbers, prompts)."""
+        size = self.sizes.prompts_per_rollout
+        if first != self.due or self.row_of is not None:  # what is measured now says which rows come next
+            last = first if self.row_of is not None else len(self.plan) - size
+            starts = range(first, last + 1, size)
+            self.coming = self.of((d for i in starts for d in self.share_of(range(i, i + size))), state)
+        draws, self.due = self.share_of(range(first, first + size)), first + size
+        return draws, self.policy.see(list(islice(self.coming, len(draws))))
+
+
+def preflight(args, run, policy, prompts: Prompts):
+    """The largest micro-batch of the run, forward and backward, before its first step."""
+    G, size = args.num_generations, args.per_device_train_batch_size
+    answer, count = torch.full((args.max_completion_length,), policy.pad_id), math.ceil(size / G)
+    if args.max_tokens_per_batch is not None:
+        copies = 1 if args.share_prompt else G  # of a prompt in a micro-batch of whole groups
+        longest = len(prompts.encode(prompts.train[prompts.longest[0]]).tokens)
+        size, count = G, max(1, args.max_tokens_per_batch // (copies * longest + G * len(answer)))
+    largest = [prompts.encode(prompts.train[i]) for i in (prompts.longest * count)[:count]]
+    groups = [(prompt, [answer] * min(G, size - k * G if args.max_tokens_per_batch is None else G))
+              for k, prompt in enumerate(largest)]
+    model.preflight(policy, groups, args.temperature, run.rank, args.share_prompt)
+
+
+def start_server(args, run):
+    """The vLLM server that samples, None without one."""
+    if args.vllm_server_base_url is None:
+        return None
+    server = rollout.VLLMServer(args.vllm_server_base_url, run.folder / "vllm_weights", data.chat_request)
+    run.say(f"rollouts by vLLM {server.version}, --importance_sampling_correction "
+            f"{args.importance_sampling_correction}; held-out answers by the own sampler")
+    return server
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The parts of the loop
+
+
+def names_of(args) -> list[str]:
+    """The reward functions' names in metrics and completions/."""
+    return [name.rpartition(":")[2] for name in args.reward_funcs]
+
+
+def weights_of(args) -> torch.Tensor:
+    """--reward_weights, (functions,)"""
+    return torch.tensor(args.reward_weights, dtype=torch.float64)
+
+
+def collect(args, run, sizes: Sizes, policy, processor, source, prompts: Prompts, rewards, server, state):
+    """Sample and score one rollout; None if the run is asked to stop meanwhile.
+
+    -> {prompts: this rank's P, texts: N, scores (functions, N), micro_batches of each update, rollout_time,
+        and by row (N, ...): completion_ids, completion_mask, sampling_logps, truncated}; draws (P,)
+    With --dynamic_sampling more rounds of prompts are drawn until the groups have rewards that differ. Fills
+    the state's draws, next_draw and rollout_sums.
+    """
+    G, began, candidates, failed, scored = args.num_generations, time.perf_counter(), [], 0, 0
+    for before_rollout in model.hooks(args, "before_rollout"):
+        before_rollout(state)
+    while True:
+        first = state["next_draw"] + sum(len(part["draws"]) for part in candidates)
+        draws, groups = prompts.rollout_from(first, state)
+        if server is not None and not candidates:
+            server.push(policy, processor, source, run.rank)
+        with run.stop.passes():
+            with model.gathered(policy) if server is None else nullcontext():
+                sampled = (rollout.sample if server is None else server.sample)(
+                    policy, groups, draws, num_generations=G, temperature=args.temperature,
+                    max_completion_length=args.max_completion_length, seed=args.seed, top_k=args.top_k,
+                    top_p=args.top_p, min_p=args.min_p, rollout_tokens=args.rollout_tokens, stop=run.stop)
+            texts = rollout.decode(processor, sampled)
+            rollout_time = time.perf_counter() - began
+            scores = rewards.score(
+                texts, [p.row for p in groups for _ in range(G)], state["step"] + 1,
+                completion_ids=rollout.id_lists(sampled),
+                max_completion_length=[args.max_completion_length] * len(texts))          # (functions, N)
+            failed, scored = failed + rewards.failed, scored + scores.numel()
+        if run.stopping():
+            return None
+        rows = sampled._asdict() | {"draws": torch.tensor(draws)}
+        drawn, following = range(first, first + sizes.prompts_per_rollout), first + sizes.prompts_per_rollout
+        if not args.dynamic_sampling and prompts.row_of is None:
+            accepted = tried = None
+            break
+        candidates += model.all_gather_object(rows | {f"score {k}": row for k, row in enumerate(scores)})
+        drawn, accepted, following, found = choose_groups(
+            candidates, weights_of(args), G, sizes.prompts_per_rollout, args.advantage_estimator)
+        enough = accepted == sizes.prompts_per_rollout
+        if enough or len(candidates) > args.dynamic_sampling * run.world_size:
+            for after_rollout in model.hooks(args, "after_rollout"):
+                after_rollout(state, dict(zip(prompts.rows_of(found, state), found.values())))
+            draws, tried = prompts.share_of(drawn), following - state["next_draw"]
+            groups = policy.see(list(prompts.of(draws, state)))
+            rows = rows_of_draws(candidates, draws, G)
+            scores = torch.stack([rows.pop(f"score {k}") for k in range(len(scores))])
+            texts = rollout.decode(processor, rollout.Rollout(*(rows[f] for f in rollout.Rollout._fields)))
+            break
+    state |= {"draws": list(drawn), "next_draw": following}
+    sums = rollout_metrics(args, scores, rows) | {"rewards/failed": (failed, scored)}
+    state["rollout_sums"] = sums  # of this rank, until `advantages_of` adds up those of all
+    if accepted is not None:
+        state["rollout_sums"]["frac_groups_accepted"] = accepted, tried
+    return rows | {"prompts": groups, "texts": texts, "scores": scores, "rollout_time": rollout_time,
+                   "micro_batches": cut(args, policy, groups, rows, sizes)}
+
+
+def resume_rollout(args, prompts: Prompts, policy, state: dict, parts: list[dict], sizes: Sizes) -> dict:
+    """The rollout in use of a run that was stopped inside one, from the rows of each rank that wrote them."""
+    if not parts:
+        if state["step"] % sizes.steps_per_rollout:
+            raise model.InputError(f"the checkpoint of step {state['step']} holds no rollout, but must here; "
+                                   "it is of another algorithm, or of other --steps_per_generation")
+        return {}
+    draws = prompts.share_of(state["draws"])
+    groups = policy.see(list(prompts.of(draws, state)))
+    rows = rows_of_draws(parts, draws, args.num_generations)
+    return rows | {"prompts": groups, "micro_batches": cut(args, policy, groups, rows, sizes)}
+
+
+def cut(args, policy, prompts, rows, sizes: Sizes) -> list[list[dict]]:
+    """For each update its micro-batches of packed rows; one smaller than G holds slices of a group."""
+    G, copies = args.num_generations, 1 if args.share_prompt else args.num_generations
+    lengths = rows["completion_mask"].sum(-1).view(-1, G).sum(-1)                             # (P,)
+    tokens = [copies * len(p.tokens) + int(n) for p, n in zip(prompts, lengths)]
+    size, P, found = args.per_device_train_batch_size, sizes.prompts_per_update, []
+    for i in range(0, len(prompts), P):
+        whole = range(i * G, (i + P) * G)
+        parts = [whole[k:k + size] for k in range(0, len(whole), size)]
+        if args.max_tokens_per_batch is not None:
+            spans = model.spans_within(tokens[i:i + P], args.max_tokens_per_batch)
+            parts = [whole[start * G:stop * G] for start, stop in spans]
+        found.append([make_micro_batch(args, policy, prompts, rows, part) for part in parts])
+    return found
+
+
+@torch.no_grad()
+def logps_of(args, scorer, batch, device) -> torch.Tensor:
+    """(N, T) log-probs of the rollout's completions, by the same function on the same rows as the update."""
+    found, scored = torch.zeros(batch["sampling_logps"].shape), []
+    for micro in (micro for update in batch["micro_batches"] for micro in update):
+        logps, *_ = scorer(model.to_device(micro, device), args.temperature, entropies=False)  # (n, T')
+        scored.append((micro["rows"], logps))  # on the device, until all passes are under way
+    for rows, logps in scored:
+        found[rows, :logps.shape[1]] = logps.cpu()
+    return found
+
+
+def advantages_of(args, run, batch, flags, state) -> torch.Tensor:
+    """(N,) of this rank; adds the rollout's sums of all ranks up in the state."""
+    sums, scores = state["rollout_sums"], batch["scores"]
+    minus = args.missing_eos_penalty * batch["truncated"].double()                            # (N,)
+    if args.kl_in_reward:
+        kl = losses.kl_penalty(batch["old_logps"], batch["ref_logps"], args.kl_estimator)     # (N, T)
+        minus += args.beta * kl.sum(-1)
+        sums["kl"] = kl.sum(), sum(m["completion_mask"].sum() for u in batch["micro_batches"] for m in u)
+    accepted = sums.pop("frac_groups_accepted", None)  # the same on all ranks
+    everyone = model.all_gather(torch.cat([scores, minus[None]]), run.device)     # (functions + 1, ranks * N)
+    A = losses.advantages(args.advantage_estimator, everyone[:-1], weights_of(args), args.num_generations,
+                          penalty=everyone[-1], **flags | state)
+    state["rollout_sums"] = model.all_reduce_sums(sums, run.device)
+    if accepted is not None:
+        state["rollout_sums"]["frac_groups_accepted"] = accepted
+    return A[run.rank * scores.shape[1]:][:scores.shape[1]].float()
+
+
+def save_completions(args, run, sizes: Sizes, batch, state):
+    """completions/step_N.jsonl; the first rollout after held-out rows is also shown."""
+    if run.rank == 0:
+        step = state["step"] + 1
+        show = state["step"] % args.eval_steps < sizes.steps_per_rollout
+        rollout.save_completions(
+            run.folder / "completions" / f"step_{step}.jsonl", [p.row for p in batch["prompts"]],
+            batch["texts"], dict(zip(names_of(args), batch["scores"])) | {"advantage": batch["advantages"]},
+            f"step {step}, best and worst" if show else None)
+
+
+def sampler_gap(old_logps, sampling_logps, mask) -> dict:
+    """How far sampler and trainer differ, (sum, count): the mean, and the share above 0.2."""
+    gap, n = (old_logps - sampling_logps).abs(), mask.sum()                                   # (n, T)
+    return {"sampling/sampling_logp_difference/mean": (losses.masked_sum(gap, mask).sum(), n),
+            "sampling/sampling_logp_difference/tail": ((mask & (gap > 0.2)).sum(), n)}
+
+
+def rows_of_update(batch, update: int, sizes: Sizes) -> list[dict]:
+    """The dataset rows of this rank's prompts in an update."""
+    P = sizes.prompts_per_update
+    return [prompt.row for prompt in batch["prompts"][update * P:(update + 1) * P]]
+
+
+def check_start(run, server, metrics, first_update: bool):
+    """What the first update must start at, said once; a server that computes another model ends the run."""
+    gap = metrics.get("sampling/sampling_logp_difference/mean", 0.0)  # none where all tokens are masked
+    if server is not None and first_update and gap > 0.2:
+        raise server.error(f"its log-probs differ from the trainer's by {gap:.3g} a token: its weights "
+                           "are not those it was given, or it computes another model")
+    if metrics["step"] == 1:
+        expected = {"ratio": "1", "clip_ratio/region_mean": "0", "grad_norm": "> 0"}
+        run.say("step 1 must start at: " + ", ".join(
+            f"{k} {metrics[k]:.6g} (expected {e})" for k, e in expected.items() if k in metrics))
+
+
+def evaluate(args, run, policy, processor, prompts: Prompts, rewards, step: int):
+    """Means over the held-out rows; None if the run is asked to stop meanwhile."""
+    rows = prompts.held_out
+    if not rows:
+        return {}
+    encoded = data.in_order(lambda i: prompts.encode(rows[i]), range(len(rows)),
+                            args.dataloader_num_workers, args.per_device_eval_batch_size)
+    with model.gathered(policy), run.stop.passes():
+        texts, scores = rollout.evaluate(
+            policy, processor, rows, range(run.rank, run.rank + len(rows) * run.world_size, run.world_size),
+            encoded, rewards, temperature=args.eval_temperature,
+            max_completion_length=args.max_completion_length, batch_size=args.per_device_eval_batch_size,
+            seed=args.seed, step=step, num_generations=args.num_generations_eval,
+            rollout_tokens=args.rollout_tokens, stop=run.stop)
+    if run.stopping():
+        return None
+    total = losses.weighted_rewards(scores, weights_of(args))
+    sums = {"eval/reward": (total.nansum(), (~total.isnan()).sum())}
+    for name, row in zip(names_of(args), scores):
+        key = "eval/accuracy" if name == "accuracy" else f"eval/rewards/{name}/mean"
+        sums[key] = (row.nansum(), (~row.isnan()).sum())
+        if name == "accuracy":
+            sums |= rollout.pass_at_k(row, args.num_generations_eval)
+    means = {k: s / n for k, (s, n) in model.all_reduce_sums(sums, run.device).items() if n}
+    if run.rank == 0:
+        rollout.save_completions(run.folder / "completions" / f"eval_{step}.jsonl", rows, texts,
+                                 dict(zip(names_of(args), scores)))
+    run.say(f"held-out, step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
+    return means
+
+
+def end_step(args, run, sizes: Sizes, held_out, state, metrics, batch) -> bool:
+    """Held-out rows, the log, a checkpoint, each when it is due. True if the run was asked to stop."""
+    step = metrics["step"]
+    in_use = {} if step % sizes.steps_per_rollout == 0 else {
+        name: x for name, x in batch.items() if isinstance(x, torch.Tensor) and name != "scores"}
+    if step == 0 or step % args.eval_steps == 0 or step == sizes.max_steps:
+        means = held_out(step)
+        if means is None:
+            run.save(state | {"pending": metrics}, in_use, last=True)
+            return True
+        metrics |= means
+        state["end"], state["start"] = means, state["start"] or means
+    run.log(metrics, (
+        "reward", *(f"rewards/{name}/mean" for name in names_of(args)), "reward_std", "frac_reward_zero_std",
+        "loss", "grad_norm", "entropy", "kl", "clip_ratio/region_mean", "completions/mean_length",
+        "completions/clipped_ratio", "step_time", "eval/accuracy"))
+    stopping = run.stopping()
+    if stopping or step % args.save_steps == 0 and step > 0:
+        run.save(state | {"pending": None}, in_use, last=stopping)
+    return stopping
+
+
+def warn_of_collapse(run, recent, silent_until: dict, step: int):
+    """`signs_of_collapse`, each at most once in 100 steps."""
+    for sign, text in signs_of_collapse(recent).items():
+        if step >= silent_until.get(sign, 0):
+            run.say(f"warning, step {step}: {text}")
+            silent_until[sign] = step + 100
 
 
 LOSS_ROWS = ("advantages", "sampling_logps", "old_logps", "ref_logps")
@@ -806,14 +890,14 @@ def choose_groups(parts, weights, G, count, estimator="grpo"):
     """Dynamic sampling: (draw numbers of the `count` groups to train on, how many of them have weighted
     rewards that differ, the next rollout's first draw). The first that differ, in the order of draws,
     whichever rank drew them; if they are too few, the first of the others fill up. And {draw: variance of its
-    group's rewards}: p (1 - p) for rewards of 0 and 1, 0 if they do not differ. NGRPO learns from groups that
-    are all wrong, too: there they count as well."""
+    group's rewards}: p (1 - p) for rewards of 0 and 1, 0 if they do not differ. An estimator that learns from
+    groups whose rewards are all alike (NGRPO) says which of them count as well."""
     variance, useful = {}, {}
     for part in parts:
         scores = torch.stack([part[name] for name in part if name.startswith("score ")])
         deviations, _ = losses.centred(losses.weighted_rewards(scores, weights), G)               # (P, G)
-        signal = (losses.advantages("ngrpo", scores, weights, G).view(-1, G) if estimator == "ngrpo"
-                  else deviations)                                                                # (P, G)
+        signal = (losses.advantages(estimator, scores, weights, G).view(-1, G)                    # (P, G)
+                  if losses.ADVANTAGES[estimator].flat_groups else deviations)
         variance |= zip(part["draws"].tolist(), deviations.square().mean(-1).tolist())
         useful |= zip(part["draws"].tolist(), signal.ne(0).any(-1).tolist())
     variance = dict(sorted(variance.items()))
@@ -830,29 +914,23 @@ def weigh_tokens(args, logps, old_logps, entropies, micro) -> dict:
         weighing["correction"] = losses.sampler_correction(
             old_logps, micro["sampling_logps"], mask, args.importance_sampling_correction,
             args.importance_sampling_clip_max)
-    if args.top_entropy_quantile < 1:
-        weighing["keep"] = losses.top_entropy_mask(entropies, mask, args.top_entropy_quantile)
-    if args.off_policy_mask_threshold is not None:
-        ours = losses.off_policy_mask(logps, micro["sampling_logps"], micro["advantages"], mask,
-                                      args.off_policy_mask_threshold)
-        weighing["keep"] = ours & weighing.get("keep", mask)
-    if args.loss_type == "gtpo":
-        ids, A, G = micro["completion_ids"], micro["advantages"], args.num_generations
-        weighing["keep"] = losses.gtpo_weights(ids, A, mask, G) * weighing.get("keep", mask)
+    for weigh in model.hooks(args, "weigh"):
+        weights = weigh(args, micro, logps, old_logps, entropies)
+        weighing["keep"] = weights if "keep" not in weighing else weights * weighing["keep"]
     return weighing
 
 
-def rollout_metrics(names, scores, weights, sampled, G) -> dict[str, tuple[float, float]]:
+def rollout_metrics(args, scores, rows) -> dict[str, tuple[float, float]]:
     """TRL's keys for one rollout of this rank, as (sum, count). scores (functions, N)."""
-    total = losses.weighted_rewards(scores, weights)                                          # (N,)
-    groups, lengths = total.view(-1, G), sampled.completion_mask.sum(-1)                      # (P, G), (N,)
+    total = losses.weighted_rewards(scores, weights_of(args))                                 # (N,)
+    groups, lengths = total.view(-1, args.num_generations), rows["completion_mask"].sum(-1)   # (P, G), (N,)
     known = groups[~groups.isnan().any(-1)]
     std = known.std(-1)                                                                       # (P',)
     sums = {"reward": (total.nansum(), (~total.isnan()).sum()), "reward_std": (std.sum(), len(std)),
             "frac_reward_zero_std": ((std < 1e-8).sum(), len(std)),
             "completions/mean_length": (lengths.sum(), len(lengths)),
-            "completions/clipped_ratio": (sampled.truncated.sum(), len(lengths))}
-    for name, row in zip(names, scores):
+            "completions/clipped_ratio": (rows["truncated"].sum(), len(lengths))}
+    for name, row in zip(names_of(args), scores):
         sums[f"rewards/{name}/mean"] = (row.nansum(), (~row.isnan()).sum())
     return {key: (float(value), float(n)) for key, (value, n) in sums.items()}
 

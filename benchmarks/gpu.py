@@ -163,7 +163,7 @@ def grpo_pass(policy, groups):
 def mpo_pass(policy, groups):
     """The same as in train_dpo.py, with a reference's log-probs as if its cache had them."""
     zeros = SimpleNamespace(logps=lambda _, batch: torch.zeros(batch["logit_index"].shape, device=DEVICE))
-    terms, _ = train_dpo.score_groups(MPO, policy, groups, [zeros], {"delta": 0.0, "eta": 0.9})
+    terms, _ = train_dpo.score_groups(MPO, policy, groups, {"ref": zeros}, {"bco_shift": 0.0})
     loss = sum(weight * terms[name][0] for name, weight in zip(MPO.loss_type, MPO.loss_weights))
     (loss / 256).backward()
 

@@ -1,4 +1,4 @@
-"""Does every --algo learn? Each preset of both scripts, from one cold-started tiny model per seed, on `shapes`.
+"""Does every --algo learn? Each preset of both scripts and each file of papers/ that has one, from one cold-started tiny model per seed, on `shapes`.
 
     python benchmarks/learning.py runs/learning                       # every preset, seeds 0 1 2: an hour or so
     python benchmarks/learning.py runs/learning --algos rloo simpo    # some
@@ -18,8 +18,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import model  # noqa: E402
 import train_dpo  # noqa: E402
 import train_grpo  # noqa: E402
+
+METHODS = {name: model.load_method(name, f"{module.__name__}.py") for module in (train_dpo, train_grpo)
+           for name in model.papers_for(f"{module.__name__}.py").split(", ")}
+LEADS = {name: method for name, method in METHODS.items() if hasattr(method, "PRESET")}
 
 
 def run(script: str, folder: Path, *flags) -> list[dict]:
@@ -37,7 +42,7 @@ def run(script: str, folder: Path, *flags) -> list[dict]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the runs go here")
-    parser.add_argument("--algos", nargs="+", default=[*train_dpo.PRESETS, *train_grpo.PRESETS], help="default: all")
+    parser.add_argument("--algos", nargs="+", default=[*train_dpo.PRESETS, *train_grpo.PRESETS, *LEADS], help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each")
     args = parser.parse_args()
@@ -48,8 +53,10 @@ def main():
 
     def learn(job):
         algo, seed = job
-        module = train_dpo if algo in train_dpo.PRESETS else train_grpo
+        offline = algo in train_dpo.PRESETS or algo in LEADS and LEADS[algo].SCRIPT == "train_dpo.py"
+        module = train_dpo if offline else train_grpo
         tiny = module.TINY_DEFAULTS | module.TINY_BY_ALGO.get(algo, {})  # what a run without a model path gets
+        tiny |= getattr(LEADS.get(algo), "TINY", {})
         flags = [part for name, value in tiny.items() for part in (f"--{name}", value)]
         if module is train_dpo:
             flags += ["--ref_cache", args.folder / "ref_cache"]

@@ -165,7 +165,7 @@ def report(run: Path, steps: list[int] | None, count: int) -> str:
     held_out = [(n, curves[n][0][1], curves[n][-1][1]) for n in names if n.startswith("eval/")]
 
     body = [f"<h1>{escape(run.resolve().name)}</h1>",
-            f"<p>{escape(args['algo'])}: {escape(status['status'])} at step {status['step']}</p>",
+            f"<p>{escape(' '.join(args['algo']))}: {escape(status['status'])} at step {status['step']}</p>",
             f"<pre>{escape(' '.join(args['command']))}</pre>"]
     if held_out:
         body += ["<h2>Held-out rows</h2><table><tr><th></th><th>before</th><th>after</th></tr>",

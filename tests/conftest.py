@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data
+import losses
 import model
 import rollout
 from rewards import process
+
+# {name: module} of every file of papers/: tests that go over the tables of losses.py cover its methods, too.
+METHODS = {name: model.load_method(name, script) for script in ("train_dpo.py", "train_grpo.py")
+           for name in model.papers_for(script).split(", ")}
 
 torch.set_num_threads(1)  # two threads on shared cores are slower, and sums then depend on the load
 
@@ -311,6 +317,31 @@ class InProcess(rollout.RewardRunner):
 
     def close(self):
         pass
+
+
+def preference_losses(loss_types, chosen, chosen_mask, rejected, rejected_mask, ref_chosen=None, ref_rejected=None,
+                      guide_chosen=None, guide_rejected=None, *, nll_normalization="sequence", ld_alpha=None,
+                      f_divergence_type=None, f_alpha_divergence_coef=0.5, **options):
+    """A mix from two sides' tensors, put together as train_dpo.score_groups does; f-divergences for losses that have one."""
+    sides = [dict(logps=chosen, mask=chosen_mask), dict(logps=rejected, mask=rejected_mask)]
+    for name, both in ("ref_logps", (ref_chosen, ref_rejected)), ("guide_logps", (guide_chosen, guide_rejected)):
+        if both[0] is not None:
+            sides = [side | {name: x} for side, x in zip(sides, both)]
+    pair, plain = losses.pair_of(*sides), dict(bco_shift=0.0, eta=0.9, label_smoothing=0.0, simpo_gamma=0.5)
+    options = plain | options
+    if ld_alpha is not None:
+        pair |= METHODS["ld_dpo"].log_ratios(pair, Namespace(ld_alpha=ld_alpha))
+    scored = pair if f_divergence_type is None else pair | METHODS["f_dpo"].log_ratios(pair, Namespace(
+        f_divergence_type=f_divergence_type, f_alpha_divergence_coef=f_alpha_divergence_coef))
+    able = losses.which(losses.PAIR_LOSSES, of_ratios=True)
+    terms, (_, metrics) = {}, losses.preference_losses([], pair, **options)
+    for name in loss_types:
+        terms |= ({"sft": losses.nll_loss(chosen, chosen_mask, normalization=nll_normalization)} if name == "sft" else
+                  losses.preference_losses([name], scored if name in able else pair, **options)[0])
+    metrics["nll"] = -losses.masked_sum(chosen, chosen_mask).detach().sum(), chosen_mask.sum()
+    if "lcpo" in loss_types:
+        metrics |= METHODS["lcpo"].metrics(pair, **options)
+    return terms, metrics
 
 
 def close_to_scale(actual, expected, share=4e-6, at_least=0.0, name="values"):

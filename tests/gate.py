@@ -34,7 +34,8 @@ from safetensors.torch import load_file
 
 # Flags of CASES that NEW spells in another way, each with the arguments that NEW takes instead of it.
 # {"--a": ["--b"]} renames a flag and keeps its values; {"--a 1": ["--b", "2"]} replaces flag and value.
-MOVED = {}
+MOVED = {"--sync_ref_model": ["--algo", "grpo", "moving_reference"],  # a later --algo wins
+         "--variance_sampling": ["--algo", "grpo", "variance_sampling", "--variance_sampling"]}
 
 # WORK in a flag stands for the folder that holds the start model, the data and the reward functions.
 DATA = ("--dataset WORK/rows.jsonl --eval_dataset WORK/held_out.jsonl --image_root WORK --device cpu "

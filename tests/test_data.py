@@ -262,17 +262,17 @@ def test_overlong_is_refused_or_skipped_never_cut(loaded, capsys):
     policy, processor = loaded("qwen2_5_vl")
     rows = [make_row(1 + 3 * (i == 2), i) | {"_source": f"f:{i}"} for i in range(4)]
 
-    def length_of(row):
-        return len(data.encode_prompt(policy, processor, row).tokens)
+    def size_of(row):
+        return data.Size(len(data.encode_prompt(policy, processor, row).tokens), 0)
 
-    limit = max(length_of(rows[i]) for i in (0, 1, 3))
-    with pytest.raises(data.RowError, match=rf"f:2: {length_of(rows[2])} tokens with the images"):
-        data.check_rows(rows, 4, 0, "error", limit, 0, 1, length_of)
-    plan, longest = data.check_rows(rows, 8, 0, "skip", limit, 0, 1, length_of)
+    limit = max(size_of(rows[i]).prompt for i in (0, 1, 3))
+    with pytest.raises(data.RowError, match=rf"f:2: {size_of(rows[2]).prompt} tokens with the images"):
+        data.check_rows(rows, 4, 0, "error", limit, 0, 1, size_of)
+    plan, longest, _ = data.check_rows(rows, 8, 0, "skip", limit, 0, 1, size_of)
     assert len(plan) == 8 and set(plan) == {0, 1, 3}
     assert "1 skipped as longer than" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no row is left"):
-        data.check_rows(rows, 4, 0, "skip", 3, 0, 1, length_of)
+        data.check_rows(rows, 4, 0, "skip", 3, 0, 1, size_of)
     assert data.length_limit(policy, 10**9) == policy.hf.config.text_config.max_position_embeddings
 
 
@@ -328,24 +328,6 @@ def test_draw_plan_by_a_column():
     orders = {tuple(data.draw_plan(7, 7, seed=seed, keys=keys)) for seed in range(20)}
     assert len(orders) == 6  # three rows of the same key
     assert Counter(data.draw_plan(7, 10, seed=3, dropped={2, 5}, keys=keys)) == Counter([0, 1, 3, 4, 6] * 2)
-
-
-def test_draw_by_variance():
-    """MMR1: the share of the draws that go by variance is as asked, each row's chance among them its variance's share, a
-    row of 0 has none; a draw depends on its number alone, and without an estimate it is the plan's."""
-    def drawn(*args):
-        return list(data.draw_by_variance(*args))
-
-    plan, draws = list(range(100, 1100)), range(1000)
-    assert drawn(plan, draws, 0, 0.5, {}) == drawn(plan, draws, 0, 0.5, {"3": 0.0}) == plan
-    variance = {"7": 0.0, "5": 0.1, "6": 0.3, "9": 0.0}
-    assert drawn(plan, draws, 0, 0.0, variance) == plan
-    rows = drawn(plan, draws, 0, 0.5, variance)
-    counts = Counter(row for row in rows if row < 100)
-    assert counts.keys() == {5, 6} and abs(counts.total() - 500) < 50 and abs(counts[6] / counts.total() - 0.75) < 0.06
-    assert all(row in (5, 6, planned) for row, planned in zip(rows, plan))
-    assert drawn(plan, range(30, 40), 0, 0.5, variance) == rows[30:40]
-    assert drawn(plan, draws, 1, 0.5, variance) != rows
 
 
 def test_shapes_task():

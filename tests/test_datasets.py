@@ -313,9 +313,9 @@ def test_each_row_is_encoded_as_often_as_it_is_needed(launch, monkeypatch, tmp_p
     whose loss and answers share it. The reference pass once kept every row of every epoch in memory, and encoded it as
     often: rows of files are new objects at each reading."""
     rows = [json.loads(line) for line in open(task / "pairs.jsonl")]
-    write_jsonl(tmp_path / "held_out.jsonl", [row | {"solution": "1"} for row in rows[:5]])
-    sources, encode = Counter(), data.encode_prompt
-    monkeypatch.setattr(data, "encode_prompt", lambda *a: sources.update([a[2]["_source"]]) or encode(*a))
+    write_jsonl(tmp_path / "held_out.jsonl", [row | {"solution": "1", "prompt": "how many?"} for row in rows[:5]])
+    sources, encode = Counter(), data.tokenize_prompt
+    monkeypatch.setattr(data, "tokenize_prompt", lambda *a: sources.update([a[1]["_source"]]) or encode(*a))
     monkeypatch.setattr(rollout, "RewardRunner", InProcess)
     metrics, _ = launch("train_dpo", "--max_steps", "9", "--per_device_train_batch_size", "4", "--dataloader_num_workers", workers,
                         "--eval_dataset", tmp_path / "held_out.jsonl", "--eval_steps", "9", "--per_device_eval_batch_size", "2",
@@ -345,7 +345,7 @@ def test_mixtures(root):
     assert not {6, 7} & set(data.draw_shares(rows.sizes, rows.shares, 64, 3, dropped={6, 7}))
     keys = [-i for i in range(12)]
     assert [i for i in data.draw_shares(rows.sizes, rows.shares, 16, 3, keys=keys) if 6 <= i < 10] == [9, 8, 7, 6] * 2
-    checked, _ = data.check_rows(rows, 64, 3, "error", 9, 0, 1, lambda row: 5)
+    checked, *_ = data.check_rows(rows, 64, 3, "error", 9, 0, 1, lambda row: data.Size(5, 0))
     assert checked == plan
     view = rows[1::2]
     assert [row["prompt"] for row in view] == ["a1", "a3", "a5", "b1", "b3", "c1"] and view[1:3][1]["prompt"] == "a5"

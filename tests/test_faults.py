@@ -1,7 +1,7 @@
 """What happens when something is wrong, fault by fault. Injected here is what the other files do not inject.
 
 F1   killed at a random point     goes on bit-equal                    test_killed_again_and_again
-F2   killed in a later epoch      the same (there are no workers)       test_killed_again_and_again
+F2   killed in a later epoch      the same (with workers, too)       test_killed_again_and_again
 F3   SIGTERM in any phase         a checkpoint and a good end          test_sigterm_is_a_checkpoint
 F4   SIGTERM to one rank          all stop at one step                 test_resume_on_other_numbers_of_ranks
 F5   a second signal              ends at once                         test_a_second_signal_ends_at_once
@@ -427,7 +427,7 @@ def test_few_rows():
     assert sorted(data.draw_plan(3, 9, seed=0)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     with pytest.raises(model.InputError, match="2 held-out rows for 4 ranks"):
         data.check_eval_rows([{}, {}], 100, 3, 4, lambda row: 1)
-    assert data.check_eval_rows([], 100, 3, 4, lambda row: 1) == []
+    assert data.check_eval_rows([], 100, 3, 4, lambda row: 1) == ([], [])
 
 
 # --- models
@@ -466,12 +466,12 @@ def test_models_that_are_not_loaded(folders, tmp_path):
 def test_every_import_is_known():
     """Nothing can be unpickled, fetched or executed without an import for it: what the program imports is this. The one
     thing that speaks HTTP by itself is rollout.VLLMServer, to the address of its flag."""
-    known = {"PIL", "argparse", "base64", "bitsandbytes", "collections", "concurrent", "contextlib", "ctypes",
+    known = {"PIL", "argparse", "base64", "bitsandbytes", "collections", "concurrent", "contextlib", "copy", "ctypes",
              "data", "dataclasses", "datetime", "difflib", "functools", "hashlib", "huggingface_hub", "importlib", "inspect", "io", "itertools",
              "answers", "asyncio", "json", "losses", "math", "math_verify",
              "model", "multiprocessing", "numpy", "operator", "os", "pathlib", "pyarrow", "random", "re", "resource",
-             "rewards", "rollout", "safetensors", "shlex", "shutil", "signal", "socket", "struct", "subprocess", "sys", "threading",
-             "time",
+             "rewards", "rollout", "safetensors", "shlex", "shutil", "signal", "socket", "struct", "subprocess", "sys", "tempfile",
+             "threading", "time",
              "tokenizers", "torch", "tqdm", "traceback", "transformers", "types", "typing",
              "unicodedata", "warnings", "weakref", "zlib"}
     for file in [*ROOT.glob("*.py"), *ROOT.glob("rewards/*.py")]:

@@ -329,7 +329,7 @@ def test_pictures_are_read_ahead_by_default():
     import train_dpo
     import train_grpo
     for script in (train_dpo, train_grpo):
-        assert script.parse_args([]).dataloader_num_workers == 2
+        assert script.parse_args(["--model_name_or_path", "x"]).dataloader_num_workers == 2
 
 
 @pytest.mark.parametrize("make, shape", [

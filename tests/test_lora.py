@@ -181,13 +181,6 @@ def test_wrong_flags(module, arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_sync_ref_model_is_refused(capsys):
-    """There are no reference weights to move: the reference is the model without its adapter."""
-    with pytest.raises(SystemExit):
-        train_grpo.parse_args(["--lora_r", "8", "--sync_ref_model", "--beta", "0.1"])
-    assert "--sync_ref_model cannot go with --lora_r" in capsys.readouterr().err
-
-
 # --- training
 
 

@@ -129,10 +129,10 @@ def own_keys_win(original, value, *args):
     return original(value, *args) | {key: x for key, x in value.items() if key.startswith("_")}
 
 
-def cut_at_eos(original, policy, processor, row, column):
+def cut_at_eos(original, policy, processor, row, column, *begun):
     """What stands behind an end-of-turn token in the answer is lost without a word."""
     answer = row[column].split(processor.tokenizer.eos_token)[0]
-    return original(policy, processor, row | {column: answer}, column)
+    return original(policy, processor, row | {column: answer}, column, *begun)
 
 
 def any_role(original, row):
@@ -304,7 +304,7 @@ def unclamped(monkeypatch, _):
         mu = (m / discopop_tau).sigmoid()
         return -(1 - mu) * torch.nn.functional.logsigmoid(m) + mu * (-m).exp()
 
-    monkeypatch.setitem(losses.PAIR_LOSSES, "discopop", discopop_loss)
+    monkeypatch.setitem(losses.PAIR_LOSSES, "discopop", losses.PAIR_LOSSES["discopop"]._replace(term=discopop_loss))
 
 
 def slope_of_temperature_1(original, ctx, grad_logps, *others):

@@ -65,8 +65,8 @@ def cases(world: int):
             "--gradient_accumulation_steps", 4 // world])
     if world < 4:  # groups without spread among the candidates, prompts by their variance; a reference that moves
         yield (f"online_dpo-{world}x4", "train_grpo",
-               [*common, *online, "--reward_funcs", "rewards.py:rare", "--algo", "online_dpo", "--dynamic_sampling", 2,
-                "--variance_sampling", "0.5", "--sync_ref_model", "--ref_model_sync_steps", 2, "--per_device_train_batch_size", 4,
+               [*common, *online, "--reward_funcs", "rewards.py:rare", "--algo", "online_dpo", "variance_sampling",
+                "moving_reference", "--dynamic_sampling", 2, "--ref_model_sync_steps", 2, "--per_device_train_batch_size", 4,
                 "--gradient_accumulation_steps", 4 // world])
     if world == 1:
         yield ("grpo-1x16", "train_grpo", [*common, *online, "--beta", "0.1", "--per_device_train_batch_size", 16])

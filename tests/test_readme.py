@@ -1,4 +1,4 @@
-"""The README's commands are run, and what it says of their results is checked."""
+"""The commands of the pages are run, or their flags checked, and so is what the pages say of results, tests and methods."""
 
 import dataclasses
 import inspect
@@ -10,7 +10,7 @@ import types
 import pytest
 import train_dpo
 import train_grpo
-from conftest import ROOT, run, script
+from conftest import METHODS, ROOT, run, script
 from PIL import Image
 
 import data
@@ -19,37 +19,64 @@ import model
 import rollout
 from rewards import answers
 
-README, GUIDE = (ROOT / "README.md").read_text(), (ROOT / "GUIDE.md").read_text()
-COMMANDS, GUIDE_COMMANDS = ([line for block in re.findall(r"```bash\n(.*?)```", page, re.S) for line in block.splitlines()
-                             if line.strip()] for page in (README, GUIDE))
+PAGES = {name: (ROOT / name).read_text() for name in (
+    "README.md", "GUIDE.md", "METHODS.md", "benchmarks/README.md", "tests/README.md")}
+README, GUIDE = PAGES["README.md"], PAGES["GUIDE.md"]
 INSTALL = "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt"
+
+
+def commands_of(page):
+    """Each command of a page as one line, where the page breaks it with a backslash."""
+    blocks = re.findall(r"```bash\n(.*?)```", page, re.S)
+    return [line for block in blocks for line in re.sub(r" \\\n +", " ", block).splitlines() if line.strip()]
+
+
+COMMANDS = list(dict.fromkeys(line for page in PAGES.values() for line in commands_of(page)))
 PARSERS = {"train_dpo.py": train_dpo.parse_args, "train_grpo.py": train_grpo.parse_args}
 
 
 def command(start, *contains):
-    """The one README command that begins so and holds all of `contains`."""
+    """The one command of the pages that begins so and holds all of `contains`."""
     found = [c for c in COMMANDS if c.startswith(start) and all(part in c for part in contains)]
     assert len(found) == 1, found
     return found[0]
 
 
 def test_every_command_is_known():
-    """A new command of the README or the guide must get a test: each is one of these."""
+    """A new command of a page must get a test: each is one of these."""
     known = [INSTALL, ". .venv/bin/activate && pip install -q scikit-learn && python benchmarks/digits.py digits",
              "python train_dpo.py", "python train_grpo.py", "python benchmarks/", "torchrun --nproc_per_node=", "srun --ntasks-per-node=1 bash -c"]
-    for c in COMMANDS + GUIDE_COMMANDS:
+    for c in COMMANDS:
         assert any(c.startswith(k) for k in known), c
+
+
+def test_the_readme_is_short():
+    """A reader sees it whole in a terminal or a browser: 200 lines, 100 columns."""
+    lines = README.splitlines()
+    assert len(lines) <= 200
+    assert not [line for line in lines if len(line) > 100]
+
+
+def test_pages_point_at_files_that_exist():
+    """A link, and a file named in backticks, must not outlive the file."""
+    for name, page in PAGES.items():
+        folder = (ROOT / name).parent
+        for link in re.findall(r"\]\(([^)#]+)\)", page):
+            assert "://" in link or (folder / link).exists(), (name, link)
+        for file in re.findall(r"`((?:tests|benchmarks|papers|rewards)/\w+\.\w+)[` ]", page):
+            assert (ROOT / file).exists(), (name, file)
 
 
 def test_ci_runs_the_readmes_test_command():
     """CI proves the command that a reader copies, install step included."""
+    assert set(commands_of(README)) >= {command(INSTALL, "pytest"), command(INSTALL, "train_grpo.py")}
     assert command(INSTALL, "pytest") in (ROOT / ".ci" / "run").read_text().splitlines()
     assert command(INSTALL, "train_grpo.py") == f"{INSTALL} && .venv/bin/python train_grpo.py"
 
 
 def test_every_promise_has_its_test():
     """A promise whose test was renamed or removed is held by nothing: each row names tests, or files of them, that exist."""
-    rows = README.split("| promise | held by |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
+    rows = PAGES["tests/README.md"].split("| promise | held by |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
     files = {file.name: file.read_text() for file in (ROOT / "tests").glob("test_*.py")}
     assert len(rows) > 15
     for row in rows:
@@ -57,20 +84,29 @@ def test_every_promise_has_its_test():
         assert named, row
         for name in named:
             assert name in files or any(f"\ndef {name}(" in text for text in files.values()), name
-    for name in re.findall(r"tests/(\w+\.py)", README):
-        assert name in files, name
+    for page in PAGES.values():
+        for name in re.findall(r"`(test_\w+(?:\.py)?)`", page):
+            assert name in files or any(f"\ndef {name}(" in text for text in files.values()), name
+
+
+def known_flags():
+    """Those of both scripts and of all files of papers/."""
+    parsers = [model.parser_of(module.Args) for module in (train_dpo, train_grpo)]
+    return {flag for parser in parsers for flag in parser._option_string_actions} | {*model.flags_of_methods()}
 
 
 def test_methods_page_is_complete():
-    """METHODS.md names every loss, level, estimator, preset and function of losses.py, and each function and test that
-    it names exists, under the name it gives."""
-    page = (ROOT / "METHODS.md").read_text()
+    """METHODS.md names every loss, level, estimator, preset, file of papers/ and function of losses.py and papers/, and each
+    function and test that it names exists, under the name it gives."""
+    page = PAGES["METHODS.md"]
     named = {word for code in re.findall(r"`([^`]+)`", page) for word in code.split()}
-    assert {*losses.PREFERENCE_LOSSES, *losses.POLICY_LOSSES, *losses.RATIO_LEVELS, *train_dpo.PRESETS,
-            *train_grpo.PRESETS} <= named
-    public = {name for name, value in vars(losses).items() if inspect.isfunction(value) and value.__module__ == "losses"}
+    assert {*losses.PAIR_LOSSES, "sft", *losses.POLICY_LOSSES, *losses.GROUP_LOSSES, *losses.ADVANTAGES, *losses.RATIO_LEVELS,
+            *train_dpo.PRESETS, *train_grpo.PRESETS, *METHODS} <= named
+    hooks = {"check", "columns", "scorers", "metrics", "after_step", "weigh", "before_rollout", "after_rollout"}
+    public = {name for module in (losses, *METHODS.values()) for name, value in vars(module).items()
+              if inspect.isfunction(value) and value.__module__ == module.__name__} - hooks
     unlisted = {"masked_sum", "weighted_rewards", "centred", "unbiased_std", "log_ratios", "preference_losses",
-                "better", "has_spread"}
+                "better", "has_spread", "which", "pair_of", "log_ratios_of"}
     assert public - named == unlisted, (public - named) ^ unlisted
     tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
     for name in named:
@@ -78,37 +114,41 @@ def test_methods_page_is_complete():
             assert f"def {name}(" in tests or (ROOT / "tests" / name).is_file(), name
         elif name.endswith(("_loss", "_term", "_mask", "_advantages", "_mean")):
             assert name in public | {"sequence_mask", "token_mask"}, name
-    flags = {f for parse in (train_dpo, train_grpo) for a in model.parser_of(parse.Args)._actions for f in a.option_strings}
-    assert {f for f in re.findall(r"--\w+", page)} <= flags | {"--algo"}
-    for module in (train_dpo, train_grpo):
-        for algo, preset in module.PRESETS.items():  # the table's --algo column follows the presets
-            kinds = preset["loss_type"]
-            for kind in [kinds] if isinstance(kinds, str) else kinds:
-                row = next(line for line in page.splitlines() if line.startswith(f"| `{kind}` |"))
-                assert f"`{algo}`" in row or f"--algo {algo}" in page, (algo, kind)
+    assert flags_of(page) <= known_flags(), flags_of(page) - known_flags()
+    of_papers = {name: method.PRESET for name, method in METHODS.items() if hasattr(method, "PRESET")}
+    for algo, preset in (train_dpo.PRESETS | train_grpo.PRESETS | of_papers).items():  # the --algo column follows the presets
+        kinds = preset.get("loss_type", [])
+        for kind in [kinds] if isinstance(kinds, str) else kinds:
+            rows = [line for line in page.splitlines() if line.startswith(f"| `{kind}` |")]
+            assert any(f"`{algo}`" in row for row in rows) or f"--algo {algo}" in page or f"file `{algo}`" in page, (algo, kind)
 
 
-@pytest.mark.parametrize("line", [c for c in COMMANDS + GUIDE_COMMANDS if not c.startswith((INSTALL, ". .venv"))])
+@pytest.mark.parametrize("line", [c for c in COMMANDS if not c.startswith((INSTALL, ". .venv"))])
 def test_flags_of_every_command_exist(line):
-    """A renamed flag must not live on in the README or the guide."""
+    """A renamed flag must not live on in a page's command."""
     if "benchmarks/" in line:
         _, file, *parts = shlex.split(line)
         for part in parts:
-            assert not part.startswith("--") or f'add("{part}"' in (ROOT / file).read_text(), part
+            assert not part.startswith("--") or f'("{part}"' in (ROOT / file).read_text(), part
         return
     name, *flags = shlex.split(re.search(r"train_\w+\.py[^']*", line)[0])
     PARSERS[name](flags)
 
 
 def flags_of(text):
-    return set(re.findall(r"--\w+", text))
+    return set(re.findall(r"--\w+(?:-\w+)*", text))
 
 
-def test_guide_names_flags_that_exist():
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_name_flags_that_exist(name):
     """Troubleshooting by a flag that is gone is worse than none."""
-    parsers = [action for module in (train_dpo, train_grpo) for action in model.parser_of(module.Args)._actions]
-    known = {flag for action in parsers for flag in action.option_strings}
-    assert flags_of(GUIDE) - known <= {"--rows", "--output", "--nproc_per_node"}, flags_of(GUIDE) - known
+    scripts = [*ROOT.glob("benchmarks/*.py"), ROOT / "tests" / "gate.py"]
+    known = known_flags() | {flag for file in scripts for flag in re.findall(r'\("(--\w+)"', file.read_text())}
+    known |= {"--target_scale"}  # of the guide's own file
+    others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--shutdown-timeout",  # torchrun
+              "--ntasks-per-node", "--dist",  # srun, pytest
+              "--logprobs-mode", "--generation-config", "--enable-lora", "--max-lora-rank"}  # vllm
+    assert flags_of(PAGES[name]) - known <= others, flags_of(PAGES[name]) - known
 
 
 def test_trl_table():
@@ -116,8 +156,7 @@ def test_trl_table():
     both have is missing from the table."""
     rows = [line.split("|")[1:4] for line in GUIDE.split("| TRL setting | flatpo flag |")[1].split("\n\n")[0].splitlines()[2:]]
     theirs = {name for left, _, _ in rows for name in re.findall(r"`(\w+)`", left)}
-    parsers = [action for module in (train_dpo, train_grpo) for action in model.parser_of(module.Args)._actions]
-    ours = {flag for action in parsers for flag in action.option_strings}
+    ours = known_flags()
     assert len(rows) > 35 and all(left.strip() for left, _, _ in rows)
     for _, flags, note in rows:
         assert flags_of(flags + note) <= ours, flags
@@ -133,7 +172,7 @@ def test_trl_table():
 
 def test_guide_snippets(tmp_path, monkeypatch):
     """The code that a reader copies: the writer of published data, with rows in the form of both data sets, and the reward."""
-    writer, reward = re.findall(r"```python\n(.*?)```", GUIDE, re.S)
+    writer, reward, _ = re.findall(r"```python\n(.*?)```", GUIDE, re.S)  # the third: test_the_guides_file_trains
     picture = Image.new("RGBA", (40, 30), "red")
     text = [{"type": "image", "text": None}, {"type": "text", "text": "what?"}]
     sets = {"HuggingFaceH4/rlaif-v_formatted": dict(

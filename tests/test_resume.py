@@ -236,11 +236,11 @@ def test_sigterm_is_a_checkpoint(trained, whole_here, monkeypatch, tmp_path, nam
 
 @pytest.mark.slow
 def test_dynamic_sampling_and_a_moving_reference_resume(trained, monkeypatch, tmp_path):
-    """Dynamic sampling's draw numbers, the variances that prompts are drawn by and --sync_ref_model's reference belong to
+    """Dynamic sampling's draw numbers, the variances that prompts are drawn by and moving_reference's weights belong to
     the state: dead inside the rollout of step 5, after a sync, and started again, the numbers are those of a run that was
     left alone: also the prompts of the rollout that is gone on with, drawn by the variances from before it."""
     extra = ["--reward_funcs", tmp_path / "rare.py:rare", "--dynamic_sampling", 3, "--variance_sampling", "0.7",
-             "--sync_ref_model", "--ref_model_sync_steps", 3, "--save_steps", 4]
+             "--algo", "grpo", "variance_sampling", "moving_reference", "--ref_model_sync_steps", 3, "--save_steps", 4]
     (tmp_path / "rare.py").write_text(REWARD)
     trained("train_grpo", *extra)
     (tmp_path / "r").rename(tmp_path / "whole")
@@ -591,3 +591,18 @@ def test_a_second_signal_ends_at_once(monkeypatch):
     finally:
         for number, handler in zip(handlers, (model.signal.SIG_DFL, model.signal.default_int_handler)):
             model.signal.signal(number, handler)
+
+
+def test_a_checkpoint_of_other_code_is_refused(tmp_path, monkeypatch):
+    """BCO's shift was saved under another name once: a run that went on from such a checkpoint began with a shift of 0,
+    without a word. What a state lacks is named."""
+    (tmp_path / "metrics.jsonl").write_text("")
+    old = {"step": 3, "pending": None, "delta": 0.7}
+    monkeypatch.setattr(model, "load_checkpoint", lambda *_: (dict(old), []))
+    args = train_dpo.parse_args([])
+    state = {"step": 0, "pending": {"step": 0}, "bco_shift": 0.0}
+    with pytest.raises(model.InputError, match="step 3 lacks bco_shift: other code"):
+        model.restore(args, tmp_path, True, state, None, None, None, 0)
+    old["bco_shift"] = 0.7
+    model.restore(args, tmp_path, True, state, None, None, None, 0)
+    assert state["bco_shift"] == 0.7

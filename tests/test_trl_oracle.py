@@ -9,6 +9,7 @@ import math
 import make_trl_goldens
 import pytest
 import torch
+from conftest import METHODS, preference_losses
 
 import losses
 
@@ -92,19 +93,19 @@ def assert_equals_golden(case, result):
 
 
 @in_dtype
-def our_preference(case, *, delta=0.0, nll_normalization="token", **overrides):
+def our_preference(case, *, bco_shift=0.0, nll_normalization="token", **overrides):
     o, inputs = options(case) | overrides, INPUTS[case["inputs"]]
     chosen, chosen_mask = leaf(inputs["chosen"])
     rejected, rejected_mask = leaf(inputs["rejected"])
     weights = None
     if o["use_weighting"]:
-        weights = (losses.wpo_weights(chosen, padded(inputs["log_sum_sq_chosen"])[0], chosen_mask)
-                   * losses.wpo_weights(rejected, padded(inputs["log_sum_sq_rejected"])[0], rejected_mask))
+        weights = (METHODS["wpo"].wpo_weights(chosen, padded(inputs["log_sum_sq_chosen"])[0], chosen_mask)
+                   * METHODS["wpo"].wpo_weights(rejected, padded(inputs["log_sum_sq_rejected"])[0], rejected_mask))
     loss_types = [o["loss_type"]] if isinstance(o["loss_type"], str) else o["loss_type"]
     passed = ("beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "discopop_tau")
-    terms, metrics = losses.preference_losses(
+    terms, metrics = preference_losses(
         loss_types, chosen, chosen_mask, rejected, rejected_mask, padded(inputs["ref_chosen"])[0],
-        padded(inputs["ref_rejected"])[0], pair_weights=weights, delta=delta, nll_normalization=nll_normalization,
+        padded(inputs["ref_rejected"])[0], pair_weights=weights, bco_shift=bco_shift, nll_normalization=nll_normalization,
         **{name: o[name] for name in passed if o[name] is not None})
     mean = {name: total / count for name, (total, count) in terms.items()}
     loss = sum(weight * mean[name] for name, weight in zip(loss_types, o["loss_weights"] or [1.0] * len(loss_types)))
@@ -131,10 +132,10 @@ def our_policy(case, **overrides):
     for at in o["micro_batches"] or [list(range(len(mask)))]:
         weighing = {}
         if o["off_policy_mask_threshold"] is not None:
-            weighing["keep"] = losses.off_policy_mask(logps[at], sampling[at], A[at], mask[at],
-                                                      o["off_policy_mask_threshold"])
+            weighing["keep"] = METHODS["off_policy_mask"].off_policy_mask(logps[at], sampling[at], A[at], mask[at],
+                                                                          o["off_policy_mask_threshold"])
         if o["top_entropy_quantile"] < 1:
-            top = losses.top_entropy_mask(entropies[at], mask[at], o["top_entropy_quantile"])
+            top = METHODS["high_entropy"].top_entropy_mask(entropies[at], mask[at], o["top_entropy_quantile"])
             weighing["keep"] = top & weighing.get("keep", top)
         if o["importance_sampling_correction"]:
             weighing["correction"] = losses.sampler_correction(
@@ -183,9 +184,9 @@ def our_function(case):
     old, sampling, entropies = (padded(inputs[name])[0] for name in ("old", "sampling", "entropies"))
     A, function = torch.tensor(inputs["advantages"]), o.pop("function")
     if function == "off_policy_mask":
-        return losses.off_policy_mask(logps, sampling, A, mask, o["threshold"]), torch.ones(len(mask), 1).bool()
+        return METHODS["off_policy_mask"].off_policy_mask(logps, sampling, A, mask, o["threshold"]), torch.ones(len(mask), 1).bool()
     if function == "top_entropy_mask":
-        return losses.top_entropy_mask(entropies, mask, o["quantile"]), mask
+        return METHODS["high_entropy"].top_entropy_mask(entropies, mask, o["quantile"]), mask
     if function == "correction":
         return losses.sampler_correction(old, sampling, mask, **o), mask
     if function == "gamma_weights":  # the loss of a token of log-prob -1 and advantage +-1
@@ -297,8 +298,8 @@ def test_bco_shift_is_ours():
     give what TRL gives for log-ratios moved by delta / beta."""
     case, shifted = (find("differs", inputs, loss_type="bco_pair", beta=0.3)
                      for inputs in ("pairs_one", "pairs_shifted"))
-    assert_equals_golden(case, our_preference(case, delta=0.0))
-    ours = our_preference(case, delta=-0.9)
+    assert_equals_golden(case, our_preference(case, bco_shift=0.0))
+    ours = our_preference(case, bco_shift=-0.9)
     assert differ(ours["value"], case["value"]) and differ(ours["grad"], case["grad"])
     assert_equals_golden(shifted, ours)
 

@@ -314,7 +314,7 @@ def test_card_names_the_ranks_and_a_hub_base(tmp_path, monkeypatch):
     (tmp_path / "final").mkdir()
     (tmp_path / "args.json").write_text(json.dumps(dict(world_size=16, command=["t.py"], data=None, weights=None, code="c")))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    args = Namespace(model_name_or_path="Qwen/Qwen2.5-VL-3B-Instruct", algo="mpo", dataset="d.jsonl", eval_dataset=None)
+    args = Namespace(model_name_or_path="Qwen/Qwen2.5-VL-3B-Instruct", algo=["mpo"], dataset="d.jsonl", eval_dataset=None)
     model.write_card(args, tmp_path, 0, {"eval/x": 1.0}, {"eval/x": 2.0})
     assert "| `eval/x` | 1.0000 | 2.0000 |" in (tmp_path / "final" / "README.md").read_text()
     model.write_card(args, tmp_path, 0, {}, {})
@@ -359,7 +359,7 @@ def write_run(folder, task):
     """A run's files with what is awkward: nan in the metrics, markup and control characters in the texts."""
     (folder / "completions").mkdir(parents=True)
     (folder / "args.json").write_text(json.dumps(dict(
-        algo="grpo", command=["train_grpo.py", "--x", "<y>"], seed=3, dataset=str(task / "pairs.jsonl"), eval_dataset=None,
+        algo=["grpo"], command=["train_grpo.py", "--x", "<y>"], seed=3, dataset=str(task / "pairs.jsonl"), eval_dataset=None,
         image_root=str(task))))
     (folder / "status.json").write_text(json.dumps(dict(status="done", step=3)))
     with open(folder / "metrics.jsonl", "w") as file:

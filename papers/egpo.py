@@ -1,0 +1,22 @@
+"""EGPO's regression, offline. Its on-policy answers and extragradient steps, which restore weights and
+moments, would need another loop and are not here.
+
+    python train_dpo.py --algo egpo --dataset rows.jsonl        # columns chosen_probs_win, chosen_probs_lose
+
+Source: arXiv 2503.08942.
+"""
+
+from losses import PairLoss
+
+SCRIPT = "train_dpo.py"
+PRESET = dict(loss_type=["ipo_soft"], beta=0.1)
+
+
+def ipo_soft_loss(r_w, r_l, *, beta, chosen_probs_win, chosen_probs_lose, **_):
+    """EGPO's regression (arXiv 2503.08942), offline: (r_w - r_l - (P_w - P_l) / beta)^2, P the probability to
+    beat one and the same third answer. Its on-policy answers and extragradient steps are not here."""
+    return (r_w - r_l - (chosen_probs_win - chosen_probs_lose) / beta) ** 2
+
+
+PAIR_LOSSES = {"ipo_soft": PairLoss(
+    ipo_soft_loss, columns={"chosen_probs_win": (0, 1), "chosen_probs_lose": (0, 1)})}
