@@ -217,7 +217,7 @@ def to_device(batch, device):
     host does not wait for what the GPU is doing."""
     def move(x):
         if torch.device(device).type == "cuda" and not x.is_cuda:
-            return x.pin_memory().to(device, non_blocking=True)
+            return x.contiguous().pin_memory().to(device, non_blocking=True)
         return x.to(device)
 
     return tree_map_only(torch.Tensor, move, batch)
@@ -1962,17 +1962,21 @@ def push_to_hub(args, output_dir: Path, rank: int):
         print(f"uploaded {output_dir / 'final'} to {args.push_to_hub}")
 
 
-def preflight(policy: Policy, groups, temperature: float, rank: int, share_prompt: bool):
+def preflight(policy: Policy, groups, temperature: float, rank: int, share_prompt: bool,
+              entropies: bool = False):
     """One forward and backward of a micro-batch of the run's longest rows, before its first step: what does
-    not fit into memory shows now. AdamW's moments, which the first step makes, are reserved meanwhile.
-    Weights, gradients and randomness stay as they are."""
+    not fit into memory shows now. Meanwhile there is what stands beside a later micro-batch: the gradients of
+    those before it, and AdamW's moments. entropies: the loss has a term of them. Nothing of it is left."""
     batch = to_device(policy.pack(groups, share_prompt), policy.device)
     shape = f"{len(batch['completion_ids'])} completions in rows of {batch['input_ids'].shape[1]} tokens"
     moments = []
     try:
-        moments = [torch.empty_like(p) for p in policy.parameters() if p.requires_grad for _ in range(2)]
-        logps, *_ = policy(batch, temperature)
-        (0.0 * logps.sum()).backward()
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        moments = [torch.empty_like(p) for p in trained for _ in range(2)]
+        for p in trained:
+            p.grad = torch.zeros_like(p)
+        logps, entropy, _ = policy(batch, temperature, entropies=entropies)
+        (0.0 * (logps + entropy if entropies else logps).sum()).backward()
     except torch.OutOfMemoryError as error:
         raise InputError(f"the largest micro-batch of this run, {shape}, does not fit into memory; lower "
                          f"--per_device_train_batch_size (or --max_tokens_per_batch), or add "

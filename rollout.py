@@ -269,7 +269,10 @@ class Steps:
             torch.zeros(rows, dtype=torch.long, device=device) for _ in range(4))
         self.running = torch.zeros(rows, dtype=torch.bool, device=device)
         self.graphs, self.weights = {}, None
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        # A stream of its own: cuBLAS keeps one workspace a stream, in the pool of who captured there first.
+        cuda = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if cuda else None
+        self.pool = torch.cuda.graph_pool_handle() if cuda else None
 
     def tensors(self) -> list[torch.Tensor]:
         caches = [x for pair in (*self.cache.prefix.values(), *self.cache.own.values()) for x in pair]
@@ -284,6 +287,7 @@ class Steps:
         weights = [x.data_ptr() for x in self.policy.parameters()]
         if weights != self.weights:
             self.graphs, self.weights = {}, weights
+            self.pool = torch.cuda.graph_pool_handle() if self.t.is_cuda else None  # the old one is closed
 
     def draw(self, hidden: torch.Tensor, at: slice):
         """The next token of the n rows `at`, from the hidden states (n, H) of their last."""
@@ -319,7 +323,7 @@ class Steps:
             return self.step(size, width)
         if self.graphs[key] is None:
             self.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[key], pool=self.pool):
+            with torch.cuda.graph(self.graphs[key], pool=self.pool, stream=self.stream):
                 self.step(size, width)
         self.graphs[key].replay()
 
@@ -392,7 +396,9 @@ def can_be_graphed(policy: Policy) -> bool:
     waits = device.type == "cuda" and experts and (
         policy.dtype != torch.bfloat16 or torch.cuda.get_device_capability(device)[0] not in (9, 10))
     waits |= isinstance(policy, FSDPModule) and not policy.whole
-    waits |= any(getattr(m, "rope_type", None) in ("dynamic", "longrope") for m in policy.modules())
+    ropes = [getattr(module, "rope_type", None) for module in policy.modules()]
+    kinds = [kind for rope in ropes for kind in (rope.values() if isinstance(rope, dict) else [rope])]
+    waits |= any(kind in ("dynamic", "longrope") for kind in kinds)
     return CUDA_GRAPHS and device.type in BUCKETS and not waits
 
 
@@ -418,7 +424,7 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
     slots, rows = min(P, 2 * groups), groups * G
     keep = device.type in BUCKETS  # on a GPU
     steps = steps_for(policy, (slots, rows, wide_S, P * G), T, wide_T, G, (temperature, top_k, top_p, min_p),
-                      len(prompts[0].positions), keep)
+                      len(prompts[0].positions), keep, rollout_tokens)
     uniforms = None
     if temperature:
         uniforms = keyed_uniform(seed, to_device(torch.tensor(draws), device).repeat_interleave(G)[:, None],
@@ -461,14 +467,22 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
 
 
 def steps_for(policy: Policy, sizes: tuple, T: int, wide_T: int, G: int, settings: tuple, R: int,
-              keep: bool) -> Steps:
-    """`Steps` of these sizes (slots, rows, prefix tokens, completions) or larger ones that were kept."""
+              keep: bool, rollout_tokens: int) -> Steps:
+    """`Steps` of these sizes (slots, rows, prefix tokens, completions) or larger ones that were kept. What is
+    kept holds keys and values of at most rollout_tokens in all, or else only what is needed now."""
+    def tokens(slots, rows, S, _, wide_T=wide_T):
+        return slots * S + rows * wide_T
+
     key = T, G, settings, R
     kept = policy.kept.get(key) if keep else None
     if kept is None or any(have < need for have, need in zip(kept.sizes, sizes)):
         if kept is not None:  # grow, so that the sizes settle; the old memory goes first
-            sizes = tuple(map(max, kept.sizes, sizes))
+            grown = tuple(map(max, kept.sizes, sizes))
+            sizes = grown if tokens(*grown) <= rollout_tokens else sizes
             del policy.kept[key], kept
+        others = sum(tokens(*x.sizes, x.cache.sizes[3]) for x in policy.kept.values())
+        if others + tokens(*sizes) > rollout_tokens:
+            policy.kept.clear()
         slots, rows, S, completions = sizes
         kept = Steps(policy, slots, rows, S, T, wide_T, completions, settings, R)
         if keep:

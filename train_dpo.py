@@ -332,7 +332,7 @@ def score_groups(args, policy, groups, references, state):
     pair = losses.pair_of(chosen, {name: x[1::2] for name, x in scores.items()})
     for log_ratios in model.hooks(args, "log_ratios"):
         pair |= log_ratios(pair, args)
-    columns = {c: torch.tensor([float(prompt.row[c]) for prompt, _ in groups], device=mask.device)
+    columns = {c: model.to_device(torch.tensor([float(prompt.row[c]) for prompt, _ in groups]), mask.device)
                for c in columns_of(args)}                                                       # (B,) each
     weights = None
     for pair_weights in model.hooks(args, "pair_weights"):

@@ -604,7 +604,7 @@ def preflight(args, run, policy, prompts: Prompts):
     largest = [prompts.encode(prompts.train[i]) for i in (prompts.longest * count)[:count]]
     groups = [(prompt, [answer] * min(G, size - k * G if args.max_tokens_per_batch is None else G))
               for k, prompt in enumerate(largest)]
-    model.preflight(policy, groups, args.temperature, run.rank, args.share_prompt)
+    model.preflight(policy, groups, args.temperature, run.rank, args.share_prompt, args.entropy_coef != 0)
 
 
 def start_server(args, run):

@@ -6,7 +6,7 @@ import traceback
 import pytest
 import torch
 from conftest import FAMILIES, VISION, close_to_scale, few, make_group, make_row
-from test_sampler import Graph, mixed_prompts
+from test_sampler import Graph, encode, mixed_prompts
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -201,7 +201,8 @@ def test_sums_of_metrics_are_exact():
 
 
 def test_preflight_reserves_the_moments(loaded, monkeypatch):
-    """Preflight ran before AdamW's moments existed, 30 GB for 3B: it passed, and step 1 ran out of memory."""
+    """Preflight ran before AdamW's moments existed, 30 GB for 3B, and before the gradients that a second micro-batch finds:
+    it passed, and step 1 ran out of memory."""
     policy, processor = copy.deepcopy(loaded("qwen2_5_vl")[0]), loaded("qwen2_5_vl")[1]
     policy.hf.get_encoder(modality="image").requires_grad_(False)
     reserved, empty_like, alive = [], torch.empty_like, []
@@ -211,6 +212,7 @@ def test_preflight_reserves_the_moments(loaded, monkeypatch):
 
     def during(*args):
         alive.append([weakref.ref(x) for x in reserved])
+        assert all(p.grad is not None for p in policy.parameters() if p.requires_grad), "of an earlier micro-batch"
         del reserved[:]
         return forward(*args)
 
@@ -229,7 +231,7 @@ def replayed(monkeypatch):
     """CUDA graphs with their rules on a CPU; -> (the list of captures, of replays)"""
     captures, replays, replay = [], [], Graph.replay
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: (captures.append(graph), graph)[1])
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: (captures.append(graph), graph)[1])
     monkeypatch.setattr(Graph, "replay", lambda graph: (replays.append(graph), replay(graph)))
     return captures, replays
 
@@ -266,6 +268,10 @@ def test_graphs_are_kept_between_calls(loaded, monkeypatch):
             policy.hf.get_output_embeddings().weight.mul_(1.5)
     assert counts[0] > 2 and counts[2] == counts[1] and counts[5] == counts[4], counts  # new sizes alone are captured
     assert len(policy.kept) == 1
+    head = policy.hf.get_output_embeddings().weight
+    head.data = head.detach() / 1.5  # the weights stand elsewhere now, as after FSDP has gathered them anew
+    found = rollout.sample(policy, prompts, [0, 1, 2], **kwargs)
+    assert torch.equal(found.completion_ids, plain["a", 1].completion_ids), "graphs must not read where they stood"
     greedy = rollout.sample(policy, prompts, [0, 1, 2], **kwargs | dict(temperature=0.0))
     assert len(policy.kept) == 2 and len(greedy.completion_ids) == 9, "evaluation has its own"
     policy.spare_memory = 1 << 30
@@ -312,11 +318,13 @@ def test_a_step_reads_the_slots_in_use(loaded, monkeypatch, family):
     monkeypatch.setitem(rollout.BUCKETS, "cpu", (2, 8, 1))
     shapes, moves, place = [], [], rollout.GroupCache.place_rows
     move = rollout.GroupCache.move_slots
-    monkeypatch.setattr(rollout.GroupCache, "place_rows", lambda cache, *x: (place(cache, *x), shapes.append(len(cache.places)))[0])
+    monkeypatch.setattr(rollout.GroupCache, "place_rows", lambda cache, slot_of, *x: (
+        place(cache, slot_of, *x), shapes.append((len(cache.places), len(set(slot_of)))))[0])
     monkeypatch.setattr(rollout.GroupCache, "move_slots", lambda cache, a, b: (moves.append((a.tolist(), b.tolist())), move(cache, a, b))[1])
     replayed(monkeypatch)
     found = rollout.sample(policy, prompts, list(range(9)), **kwargs)
-    assert shapes[0] == 9 and shapes[-1] <= 5 and sorted(shapes, reverse=True) == shapes
+    assert shapes[0] == (9, 9) and shapes[-1][0] <= 5
+    assert all(seen == rollout.bucketed(used, 1, 9) for seen, used in shapes), shapes
     assert moves and all(min(a) > max(b) for a, b in moves)
     for name in ("completion_ids", "completion_mask", "truncated"):
         assert torch.equal(getattr(found, name), getattr(plain, name)), name
@@ -376,3 +384,24 @@ def test_the_sampler_keeps_the_product(in_bf16):
     with policy.compute_weights():
         assert conv.forward.func is model.embed_patches
     assert conv.forward is before
+
+
+def test_what_is_kept_stays_within_the_budget(loaded, monkeypatch):
+    """Kept sizes grew to the largest of each, slots of the short prompts times the tokens of the long ones: four times
+    --rollout_tokens. Together, and with what evaluation keeps, they hold no more, or what is needed now alone."""
+    policy, processor = copy.deepcopy(loaded("qwen2_5_vl")[0]), loaded("qwen2_5_vl")[1]
+    monkeypatch.setitem(rollout.BUCKETS, "cpu", (2, 8, 2))
+    monkeypatch.setitem(rollout.PREFIX, "cpu", 8)
+    monkeypatch.setattr(rollout, "CUDA_GRAPHS", False)
+    short = encode(policy, processor, *[make_row(0, i) for i in range(8)])
+    long = encode(policy, processor, *[make_row(1, i, "how many shapes are there? " * 8) for i in range(8)])
+    S, budget = (max(len(p.tokens) for p in prompts) for prompts in (short, long)), 600
+    assert 2 * min(S) < max(len(p.tokens) for p in long)
+    kwargs = dict(num_generations=2, max_completion_length=8, seed=0, rollout_tokens=budget)
+    for prompts, temperature in ((short, 1.0), (long, 1.0), (short, 1.0), (short, 0.0), (long, 0.0)):
+        plain = rollout.sample(loaded("qwen2_5_vl")[0], prompts, list(range(8)), temperature=temperature, **kwargs)
+        found = rollout.sample(policy, prompts, list(range(8)), temperature=temperature, **kwargs)
+        assert torch.equal(found.completion_ids, plain.completion_ids)
+        held = sum(slots * S + rows * T for slots, rows, S, T in (x.cache.sizes for x in policy.kept.values()))
+        assert 0 < held <= budget, held
+    loaded("qwen2_5_vl")[0].kept.clear()

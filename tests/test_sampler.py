@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import FAMILIES, VISION, build_tiny_text, close_to_scale, few, make_row
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import data
 import model
@@ -246,8 +246,11 @@ class Graph(TorchDispatchMode):
         for value, about in zip(args, func._schema.arguments):
             if about.alias_info is not None and about.alias_info.is_write:
                 self.undo.append((value, value.clone()))
-        self.calls.append((func, args, kwargs or {}, func(*args, **(kwargs or {}))))
-        return self.calls[-1][-1]
+        out = func(*args, **(kwargs or {}))
+        # Aliases: a graph knows memory, and not the parameter whose `.data` may stand elsewhere later.
+        stored = tree_map_only(torch.Tensor, lambda x: x.detach(), (args, kwargs or {}))
+        self.calls.append((func, *stored, out))
+        return out
 
     def __exit__(self, *error):
         super().__exit__(*error)
@@ -275,7 +278,7 @@ def test_replayed_steps_change_nothing(loaded, monkeypatch, family):
     monkeypatch.setitem(rollout.BUCKETS, "cpu", (2, 8, 8))
     monkeypatch.setitem(rollout.CHECK_EVERY, "cpu", 3)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph)
     monkeypatch.setattr(Graph, "replay", lambda graph: (replays.append(graph), replay(graph)))
     replayed = rollout.sample(policy, prompts, list(range(6)), **kwargs)
     assert len(replays) > 10 and any(a is not b and a in replays[i + 2:] for i, (a, b) in enumerate(zip(replays, replays[1:])))
@@ -296,7 +299,7 @@ def test_frequencies_that_wait_are_not_captured(tmp_path, monkeypatch, kind):
     plain = rollout.sample(policy, prompts, [0, 1, 2], **kwargs)
     monkeypatch.setitem(rollout.BUCKETS, "cpu", (2, 8, 8))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph)
     assert torch.equal(rollout.sample(policy, prompts, [0, 1, 2], **kwargs).completion_ids, plain.completion_ids)
 
 
