@@ -155,3 +155,19 @@ def test_export_from_shards_is_the_same_folder(results, folder):
         torch.testing.assert_close(adapters[1][name], adapters[0][name], rtol=0, atol=2e-6)
     loaded = AutoModelForImageTextToText.from_pretrained(folder / "mpo-4x1" / "final")
     assert loaded.lm_head.weight.data_ptr() == loaded.model.language_model.embed_tokens.weight.data_ptr()
+
+
+@pytest.mark.slow
+def test_bf16_is_one_program_on_ranks(folder):
+    """On one rank autocast kept the residual stream in fp32, under FSDP it was bf16: one and two ranks trained by different
+    numbers. Now hidden states and log-probs are the same bits alone, sharded, and gathered as the sampler has them."""
+    driver, results = ROOT / "tests" / "bf16_ranks.py", []
+    for name, launch in (("alone", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]),
+                         ("sharded", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])):
+        run(sys.executable, *launch, driver, folder / "start", folder / f"{name}.safetensors", cwd=folder)
+        results.append(load_file(folder / f"{name}.safetensors"))
+    alone, sharded = results
+    assert alone["trained"].dtype == torch.bfloat16 and alone["trained"].float().std() > 0.1
+    for one in (alone["gathered"], sharded["trained"], sharded["gathered"]):
+        assert torch.equal(alone["trained"], one)
+    assert torch.equal(alone["logps"], sharded["logps"])
