@@ -288,6 +288,7 @@ def loaded(folders):
         if family not in cache:
             cache[family] = model.load_policy(str(folders[family]))
         cache[family][0].zero_grad()
+        cache[family][0].kept.clear()  # what a sampler that was made to believe in a GPU has kept
         return cache[family]
 
     return get
