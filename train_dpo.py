@@ -184,7 +184,8 @@ def parse_args(argv):
 def check_losses(args):
     """Losses and options that do not go together, or that would change nothing, are a ValueError."""
     if not args.loss_type:
-        raise ValueError("--loss_type names no loss")
+        raise ValueError(f"--loss_type names no loss, and --algo {' '.join(args.algo)} brings none: a preset "
+                         "may stand before it, as in --algo dpo f_dpo")
     unknown = [name for name in args.loss_type if name not in (*losses.PAIR_LOSSES, "sft")]
     if unknown:
         known = ", ".join([*losses.PAIR_LOSSES, "sft"])

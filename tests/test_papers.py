@@ -915,3 +915,10 @@ def test_the_guides_file_trains(launch, tmp_path):
     other, _ = launch("train_dpo", *extra, "--target_scale", 9)
     assert other[0]["loss"] == metrics[0]["loss"] and other[1]["loss"] > metrics[1]["loss"]
     losses.PAIR_LOSSES.pop("margin_dpo")
+
+
+def test_a_file_without_a_loss_says_what_may_stand_before_it(capsys):
+    """f_dpo changes another loss's log-ratios and brings none: alone it was told only that `--loss_type names no loss`."""
+    with pytest.raises(SystemExit):
+        train_dpo.parse_args(["--algo", "f_dpo", "--f_divergence_type", "forward_kl"])
+    assert "--algo f_dpo brings none: a preset may stand before it, as in --algo dpo f_dpo" in capsys.readouterr().err
