@@ -1177,78 +1177,7 @@ def weights_fingerprint(policy: Policy) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The built-in default: a tiny model of the real Qwen2.5-VL classes, and its supervised cold start
-
-CHAT_TEMPLATE = """\
-{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}\
-{% if m['content'] is string %}{{ m['content'] }}\
-{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
-{% elif c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}\
-{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-
-TINY_CORPUS = [  # the words the tiny tokenizer knows
-    "how many shapes are there?", "<think>i see shapes</think><answer></answer>", "user", "assistant",
-    "which digit is this?", "this is a", "0 1 2 3 4 5 6 7 8 9"]
-
-
-def build_tokenizer(corpus: list[str], specials: list[str], eos: str, pad: str):
-    """A byte-level BPE tokenizer with the corpus's words as tokens; any other text encodes as bytes."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    words = Regex(r"</?[a-z]+>|\s?[A-Za-z]+|\d|\s+|[^\sA-Za-z\d]")  # a tag, a word, a digit: one token each
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(words, "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=600, min_frequency=1, special_tokens=specials, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=pad,
-                                   padding_side="left")
-
-
-def build_tiny_vlm(folder: str | Path, seed: int = 0):
-    """Write a random Qwen2.5-VL of half a million parameters, its tokenizer and processor (save_pretrained).
-
-    Images up to 48 x 48 (patch 8, merge 2: nine image tokens). initializer_range 0.08 rather than 0.02: at
-    this width it learns to look at the image about twice as fast.
-    """
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
-                "<|image_pad|>", "<|video_pad|>"]
-    tokenizer = build_tokenizer(TINY_CORPUS, specials, eos="<|im_end|>", pad="<|endoftext|>")
-    ids = dict(zip(specials, tokenizer.convert_tokens_to_ids(specials)))
-    config = Qwen2_5_VLConfig(
-        text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256,
-                         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                         max_position_embeddings=2048, initializer_range=0.08, bos_token_id=None,
-                         eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
-                         rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 6, 6])),
-        vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=8,
-                           spatial_merge_size=2, temporal_patch_size=2, window_size=96, out_hidden_size=128,
-                           fullatt_block_indexes=[0, 1], initializer_range=0.08),
-        tie_word_embeddings=True, image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"])
-    image_processor = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2,
-                                               size={"shortest_edge": 16 * 16, "longest_edge": 48 * 48})
-    processor = without_video(Qwen2_5_VLProcessor)(image_processor=image_processor, tokenizer=tokenizer,
-                                                   chat_template=CHAT_TEMPLATE)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        hf = Qwen2_5_VLForConditionalGeneration(config)
-    hf.generation_config.eos_token_id = ids["<|im_end|>"]
-    hf.generation_config.pad_token_id = ids["<|endoftext|>"]
-    hf.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    # Where torchvision is installed, AutoProcessor insists on this file.
-    (Path(folder) / "video_preprocessor_config.json").write_text(json.dumps(dict(
-        video_processor_type="Qwen2VLVideoProcessor", patch_size=8, merge_size=2, temporal_patch_size=2,
-        size={"shortest_edge": 16 * 16, "longest_edge": 48 * 48})) + "\n")
-
+# The model that the run starts from: the built-in one is trained a little first
 
 def cold_start(args, output_dir: Path, accuracy: float = 0.4):
     """Supervised training of the tiny model on `shapes`, until its sampled held-out answers pass `accuracy`.
@@ -1279,6 +1208,8 @@ def start_model(args, output_dir: Path, rank: int) -> str:
     trains it a little (--cold_start_steps); then all is as if --model_name_or_path had named that folder."""
     if args.model_name_or_path is not None:
         return args.model_name_or_path
+    from data import build_tiny_vlm  # data.py imports this file
+
     path = output_dir / "tiny_vlm"
     on_rank_0(path, lambda: cold_start(args, output_dir) if args.cold_start_steps  # done at once if resumed
               else build_tiny_vlm(path, args.seed))

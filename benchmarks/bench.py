@@ -77,7 +77,7 @@ def build_model(folder: Path, vocab: int = 32_000, tower=(), **text) -> Path:
 
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
                 "<|image_pad|>", "<|video_pad|>"]
-    small = model.build_tokenizer(model.TINY_CORPUS, specials, eos="<|im_end|>", pad="<|endoftext|>")
+    small = data.build_tokenizer(data.TINY_CORPUS, specials, eos="<|im_end|>", pad="<|endoftext|>")
     spec = json.loads(small._tokenizer.to_str())
     for i in range(len(small), vocab):  # words that no text contains: a vocabulary of the real size
         spec["model"]["vocab"][f"filler{i}"] = i
@@ -99,7 +99,7 @@ def build_model(folder: Path, vocab: int = 32_000, tower=(), **text) -> Path:
     processor = model.without_video(Qwen2_5_VLProcessor)(
         image_processor=Qwen2VLImageProcessorPil(patch_size=14, merge_size=2,
                                                  size={"shortest_edge": 28 * 28, "longest_edge": 1344 * 1344}),
-        tokenizer=tokenizer, chat_template=model.CHAT_TEMPLATE)
+        tokenizer=tokenizer, chat_template=data.CHAT_TEMPLATE)
     torch.manual_seed(0)
     hf = Qwen2_5_VLForConditionalGeneration(config)
     hf.generation_config.eos_token_id, hf.generation_config.pad_token_id = ids["<|im_end|>"], ids["<|endoftext|>"]

@@ -18,6 +18,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import data
 import model
 import rollout
 import train_grpo
@@ -276,7 +277,7 @@ def resume():
     """train_grpo.py from a checkpoint against the run that was not stopped, weights bit for bit."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        model.build_tiny_vlm(work / "tiny")
+        data.build_tiny_vlm(work / "tiny")
         with open(work / "rows.jsonl", "w") as file:
             for row in bench.make_rows(16, 48, 0, work):
                 file.write(json.dumps({key: row[key] for key in ("prompt", "images", "solution")}) + "\n")

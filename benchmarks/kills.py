@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import model  # noqa: E402
+import data  # noqa: E402
 
 
 def start(folder: Path, name: str):
@@ -48,7 +48,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.folder.mkdir(parents=True)
-    model.build_tiny_vlm(args.folder / "start")
+    data.build_tiny_vlm(args.folder / "start")
     if start(args.folder, "whole").wait():
         sys.exit(f"the uninterrupted run failed; see {args.folder / 'whole.log'}")
     whole, rng, kills, at = results(args.folder / "whole"), random.Random(args.seed), 0, []

@@ -39,7 +39,7 @@ def build_tiny_idefics3(folder):
 
     specials = ["<pad>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>",
                 *(f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4))]
-    tokenizer = model.build_tokenizer(model.TINY_CORPUS, specials, eos="<end_of_utterance>", pad="<pad>")
+    tokenizer = data.build_tokenizer(data.TINY_CORPUS, specials, eos="<end_of_utterance>", pad="<pad>")
     vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=48,
                   patch_size=8)
     config = Idefics3Config(
@@ -51,7 +51,7 @@ def build_tiny_idefics3(folder):
         pad_token_id=0, tie_word_embeddings=False)
     image_processor = Idefics3ImageProcessorPil(size={"longest_edge": 48}, max_image_size={"longest_edge": 48},
                                                 do_image_splitting=False)
-    template = model.CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
+    template = data.CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
     template = template.replace("<|im_start|>", "").replace("<|im_end|>", "<end_of_utterance>")
     processor = Idefics3Processor(image_processor=image_processor, tokenizer=tokenizer, image_seq_len=9,
                                   chat_template=template)
@@ -71,7 +71,7 @@ def build_tiny_llava(folder):
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     specials = ["<s>", "</s>", "<image>", "<|end|>"]
-    tokenizer = model.build_tokenizer(model.TINY_CORPUS, specials, eos="</s>", pad="</s>")
+    tokenizer = data.build_tokenizer(data.TINY_CORPUS, specials, eos="</s>", pad="</s>")
     tokenizer.bos_token = "<s>"
     tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     vision = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -121,10 +121,10 @@ def text_config(tokenizer, **more):
 def tokenizer_with(image: str, **named):
     """A tokenizer whose `named` special tokens are its attributes, and a chat template that writes `image`."""
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *named.values()]
-    tokenizer = model.build_tokenizer(model.TINY_CORPUS, specials, eos="<|im_end|>", pad="<|endoftext|>")
+    tokenizer = data.build_tokenizer(data.TINY_CORPUS, specials, eos="<|im_end|>", pad="<|endoftext|>")
     if named:
         tokenizer._set_model_specific_special_tokens(named)
-    return tokenizer, model.CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", image)
+    return tokenizer, data.CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", image)
 
 
 def build_tiny_qwen(folder, family: str):
@@ -246,7 +246,7 @@ def build_tiny_text(folder, family: str, **more):
 
 
 BUILDERS = {
-    "qwen2_5_vl": lambda folder: model.build_tiny_vlm(folder), "idefics3": build_tiny_idefics3, "llava": build_tiny_llava,
+    "qwen2_5_vl": lambda folder: data.build_tiny_vlm(folder), "idefics3": build_tiny_idefics3, "llava": build_tiny_llava,
     "qwen2_vl": lambda folder: build_tiny_qwen(folder, "Qwen2VL"),
     "qwen3_vl": lambda folder: build_tiny_qwen(folder, "Qwen3VL"),
     "qwen3_vl_moe": lambda folder: build_tiny_qwen(folder, "Qwen3VLMoe"), "llava_next": build_tiny_llava_next,

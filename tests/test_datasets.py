@@ -371,7 +371,7 @@ def test_both_scripts_take_a_mixture(task, monkeypatch, tmp_path, capsys):  # no
                         chosen="<answer>3</answer>", rejected="<answer>4</answer>")] * 5)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rollout, "RewardRunner", InProcess)
-    model.build_tiny_vlm(tmp_path / "tiny")
+    data.build_tiny_vlm(tmp_path / "tiny")
     flags = ["--model_name_or_path", "tiny", "--dataset", str(task / "pairs.jsonl"), "set", "--dataset_weights", "1", "3",
              "--image_root", str(task), "--max_steps", "1", "--max_completion_length", "4"]
     for name, extra in (("train_dpo", ["--per_device_train_batch_size", "8"]),

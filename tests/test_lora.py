@@ -239,7 +239,7 @@ def test_resume_is_bit_equal_and_saves_adapters_only(launch, task, monkeypatch, 
     """A checkpoint holds adapters and their optimizer state, nothing of the frozen model; a run that goes on from it
     ends with the same bits, also in the middle of a rollout."""
     start = tmp_path / "start"
-    model.build_tiny_vlm(start)
+    data.build_tiny_vlm(start)
     extra = ["--model_name_or_path", start, "--lora_r", 4, "--use_dora", "--max_steps", 4, "--save_steps", 3,
              "--learning_rate", 0.01, "--per_device_train_batch_size", 4]
     extra += ["--ref_cache", tmp_path / "cache"] if name == "train_dpo" else []

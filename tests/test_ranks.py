@@ -9,6 +9,8 @@ from conftest import ROOT, build_tiny_gemma3, build_tiny_qwen, build_tiny_text, 
 from safetensors.torch import load_file
 from test_runs import write_task
 
+import data
+
 pytestmark = pytest.mark.xdist_group("ranks")
 DRIVER = ROOT / "tests" / "rank_cases.py"
 
@@ -18,9 +20,7 @@ def folder(tmp_path_factory):
     """The rows of test_runs.py (0, 1 and 2 images, answers of uneven length), and a start model."""
     folder = tmp_path_factory.mktemp("ranks")
     write_task(folder)
-    import model
-
-    model.build_tiny_vlm(folder / "start")
+    data.build_tiny_vlm(folder / "start")
     build_tiny_qwen(folder / "experts", "Qwen3VLMoe")
     build_tiny_gemma3(folder / "gemma")
     build_tiny_text(folder / "text", "Llama")

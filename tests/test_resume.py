@@ -13,6 +13,7 @@ from conftest import ROOT, InProcess, run
 from safetensors.torch import load_file
 from test_runs import REWARD, SCRIPTS, grpo, write_task
 
+import data
 import losses
 import model
 import rollout
@@ -26,7 +27,7 @@ WORKERS = ["--dataloader_num_workers", "2"]  # of runs that die; those that they
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
     write_task(folder)
-    model.build_tiny_vlm(folder / "start")
+    data.build_tiny_vlm(folder / "start")
     return folder
 
 

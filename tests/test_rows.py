@@ -267,7 +267,7 @@ def test_a_processor_that_adds_to_a_prompt_is_asked(loaded):
 def test_two_ranks(task, tmp_path):  # noqa: F811
     """The ranks share the work: all bad rows are in one list, whoever read them; and what one rank alone has learned
     serves two, and the other way round."""
-    model.build_tiny_vlm(tmp_path / "start")
+    data.build_tiny_vlm(tmp_path / "start")
     (tmp_path / "driver.py").write_text(DRIVER.format(root=str(ROOT)))
 
     def start(ranks, *more, ok=True):

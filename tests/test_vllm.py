@@ -62,7 +62,7 @@ def untie(folder):
 
 
 def start(folder):
-    model.build_tiny_vlm(folder)
+    data.build_tiny_vlm(folder)
     untie(folder)
     policy, processor = model.load_policy(str(folder))
     rows = [*data.shapes_rows(2, 0, "train"),
@@ -294,7 +294,7 @@ def test_a_tied_head_on_a_cpu_is_refused(tmp_path):
     """Guards against sampling from an old head: vLLM's CPU build packs it, and reloads it only where it has its own
     weights. Measured: log-probs 2.1 off after a push, 2e-6 with a head of its own."""
     server = rollout.VLLMServer(Replay().url, tmp_path / "vllm_weights", data.chat_request)
-    model.build_tiny_vlm(tmp_path / "tied")
+    data.build_tiny_vlm(tmp_path / "tied")
     policy, processor = model.load_policy(str(tmp_path / "tied"))
     with pytest.raises(model.InputError, match="--vllm_server_base_url.*tied to the embeddings"):
         server.push(policy, processor, str(tmp_path / "tied"), 0)
