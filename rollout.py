@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 import weakref
@@ -23,6 +24,7 @@ from contextlib import suppress
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from urllib.error import HTTPError
 
@@ -33,6 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from data import ALIASES
 from model import (InputError, Interrupted, Policy, Prompt, attention_mask_of, export, on_rank_0, pack_groups,
                    to_device)
 from rewards import BUILT_IN
@@ -620,21 +623,23 @@ class RewardRunner:
     none here.
 
     specs: names of built-in rewards, or "file.py:function". A function is called as in TRL,
-    f(prompts=, completions=, **columns), each a list over the completions, and returns one finite number a
-    completion, or None to abstain. It is not a sandbox: the function runs with this user's rights.
+    f(prompts=, completions=, **columns, trainer_state=): lists over the completions, and a state with
+    global_step and max_steps. It gets what its signature takes, images only where that names them. It returns
+    one finite number a completion, or None to abstain. No sandbox: it runs with this user's rights.
 
     A call that takes more than `timeout` seconds, or ends its process (a crash, exit, too much memory), is
     made again in a new one, completion by completion, each within a quarter of the limit. For those that hang
     or crash it alone the function abstains: they are named and counted (`failed`). Beyond MOST of the latest
     256, or MOST times the limit for a batch's completions, the run ends, before the other ranks would give up
     waiting. An exception, a wrong count or a number that is not finite is a fault of the function, and ends
-    the run at once.
+    the run at once, in one line; a traceback is written to folder/reward_error.txt.
     """
 
     MOST = 12
 
-    def __init__(self, specs: list[str], timeout: float = 60.0):
-        self.specs, self.timeout = specs, timeout
+    def __init__(self, specs: list[str], timeout: float = 60.0, folder: str | Path = tempfile.gettempdir()):
+        self.specs, self.timeout, self.folder = specs, timeout, Path(folder)
+        self.max_steps = 0  # of the run, for functions that ask for trainer_state
         folder = Path(__file__).resolve().with_name("rewards")
         self.paths = [str(folder / BUILT_IN[spec]) if spec in BUILT_IN else spec for spec in specs]
         self.failed = 0  # completions of the latest `score` that a function hung or crashed on
@@ -678,25 +683,41 @@ class RewardRunner:
         if self.connection.closed:
             self._start()
         if not self.ready:
+            what = f"loading rewards {', '.join(self.specs)}"
             try:
-                status, text = self._ask(f"loading rewards {', '.join(self.specs)}", None, 300)
+                status, *answer = self._ask(what, None, 300)
             except RewardProcessLost as error:  # of no completion's making
-                status, text = "error", str(error)
+                raise RewardError(str(error)) from None
             if status == "error":
-                raise RewardError(text.strip())
-            self.ready = True
+                raise RewardError(f"{what}: {self._explained(*answer)}")
+            self.takes, self.ready = answer[0], True
 
-    def score(self, completions: list[str], rows: list[dict], step: int, **more) -> torch.Tensor:
+    def _explained(self, line: str, traceback: str) -> str:
+        """The line, and the name of the file that has the traceback from now on."""
+        if not traceback:
+            return line
+        file = self.folder / "reward_error.txt"
+        file.write_text(traceback, encoding="utf-8", errors="backslashreplace")
+        return f"{line}; traceback: {file}"
+
+    def score(self, completions: list[str], rows: list[dict], step: int, global_step: int | None = None,
+              **more) -> torch.Tensor:
         """(functions, N) fp64, nan where a function abstained. rows: the dataset row of each completion;
-        more: further columns, such as TRL's completion_ids."""
-        hidden = {"images", "chosen", "rejected"}  # pixels stay out of the pipe; answers are not prompts
-        names = [k for k in dict.fromkeys(k for row in rows for k in row)
-                 if k not in hidden and not k.startswith("_")]
-        columns = {name: [row.get(name) for row in rows] for name in names}
-        columns["prompts"], columns["completions"] = columns.pop("prompt"), completions
-        columns |= more
+        more: further columns, such as TRL's completion_ids. global_step: steps done, if they are not `step`.
+        """
+        columns = {k: [row.get(k) for row in rows] for row in rows for k in row if not k.startswith("_")}
+        columns |= more | {"prompts": columns.pop("prompt"), "completions": completions}
+        self.state = SimpleNamespace(global_step=step if global_step is None else global_step,
+                                     max_steps=self.max_steps)
         self.failed = 0
         return torch.stack([self._score_one(i, columns, rows, step) for i in range(len(self.specs))])
+
+    def question(self, index: int, columns: dict) -> tuple[int, dict, dict]:
+        """What the function is called with: the columns it takes, and trainer_state. Pixels stay out of the
+        pipe unless it names them."""
+        names, others = self.takes[index]
+        taken = {k: x for k, x in columns.items() if k in names or others and k not in ALIASES["images"]}
+        return index, taken, {"trainer_state": self.state} if others or "trainer_state" in names else {}
 
     def _score_one(self, index: int, columns: dict, rows: list[dict], step: int, alone=False) -> torch.Tensor:
         """(N,) of one function. After a lost process it calls itself for each completion, `alone`."""
@@ -735,21 +756,19 @@ class RewardRunner:
         def at(i):
             return f"row {rows[i]['_source']}, completion {completions[i][:200]!r}"
 
-        status, result = self._ask(what, (index, columns), timeout)
+        status, *answer = self._ask(what, self.question(index, columns), timeout)
         if status == "error":
-            hint = ""
-            if "string indices must be integers" in result:
-                hint = ("\n(completions are strings here, not message lists: "
-                        "use completion, not completion[0]['content'])")
-            elif "unexpected keyword argument" in result:
-                hint = "\n(it is called with every column of the dataset: give it a **kwargs)"
+            text = self._explained(*answer)
+            if "string indices must be integers" in text:
+                text += (" (completions are strings here, not message lists: use completion, not "
+                         "completion[0]['content'])")
             try:
                 _, culprit = self._ask(what, None, timeout)
-            except RewardProcessLost:  # the search took too long; the traceback of the batch says enough
+            except RewardProcessLost:  # the search took too long; the error of the batch says enough
                 culprit = None
             where = f"a batch of {len(rows)} rows" if culprit is None else at(culprit)
-            raise RewardError(f"{what} raised on {where}:\n{result.strip()}{hint}")
-        return checked_rewards(result, len(rows), what, at)
+            raise RewardError(f"{what} raised on {where}: {text}")
+        return checked_rewards(answer[0], len(rows), what, at)
 
     def close(self):
         self._end()  # the first time only: later the process's number may be another's
@@ -822,22 +841,28 @@ def pass_at_k(accuracy: torch.Tensor, n: int) -> dict[str, tuple[float, int]]:
             for k in sorted({n, *(2 ** i for i in range(1, n.bit_length()) if 2 ** i <= n)} - {1})}
 
 
-def save_completions(file: Path, rows: list[dict], texts: list[str], columns: dict, show: str | None = None):
-    """A JSON line for each of the texts, of which every row has equally many: its row, itself, its number in
-    each column (N,), null for nan. show: after these words print the highest and the lowest of the last."""
+def save_completions(file: Path, rows: list[dict], texts: list[str], rewards: dict,
+                     advantages: torch.Tensor | None = None, show: str | None = None):
+    """A JSON line for each of the N texts, of which every row has equally many: where its row stands, the
+    row's columns but for images, the text, its rewards (N,) by name, null for nan, and its advantage. show:
+    after these words print the texts of the highest and the lowest advantage."""
     lines = []
     for n, text in enumerate(texts):
-        numbers = {name: None if x[n].isnan() else x[n].item() for name, x in columns.items()}
-        lines.append(dict(row=rows[n * len(rows) // len(texts)]["_source"], completion=text, **numbers))
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        row = rows[n * len(rows) // len(texts)]
+        columns = {k: x for k, x in row.items() if not k.startswith("_") and k not in ALIASES["images"]}
+        line = {"row": row["_source"], "columns": columns, "completion": text}
+        line["rewards"] = {name: None if x[n].isnan() else x[n].item() for name, x in rewards.items()}
+        if advantages is not None:
+            line["advantage"] = advantages[n].item()
+        lines.append(line)
+    file.write_text("".join(json.dumps(line, default=repr) + "\n" for line in lines))
     if show is not None:
-        *_, last = columns.values()
-        low, high = last.nan_to_num(-math.inf), last.flip(0).nan_to_num(math.inf)
-        for n in (int(low.argmax()), len(last) - 1 - int(high.argmin())):
-            line = {name: f"{x:.4g}" if isinstance(x, float) else x for name, x in lines[n].items()}
-            row, text = line.pop("row"), line.pop("completion")
+        for n in (int(advantages.argmax()), len(texts) - 1 - int(advantages.flip(0).argmin())):
+            line, text = lines[n], texts[n]
+            numbers = line["rewards"] | {"advantage": line["advantage"]}
+            numbers = ", ".join(f"{k} {x}" if x is None else f"{k} {x:.4g}" for k, x in numbers.items())
             text = repr(text[:400]) + (f" ... ({len(text)} characters)" if len(text) > 400 else "")
-            tqdm.write(f"{show} | {row} | " + ", ".join(f"{k} {v}" for k, v in line.items()) + f" | {text}")
+            tqdm.write(f"{show} | {line['row']} | {numbers} | {text}")
 
 
 def decode(processor, rollout: Rollout) -> list[str]:

@@ -361,7 +361,7 @@ def main(argv=None):
     run = model.Run(args)
     if run.done:
         return
-    rewards = rollout.RewardRunner(args.reward_funcs, args.reward_timeout)  # starts while the model loads
+    rewards = rollout.RewardRunner(args.reward_funcs, args.reward_timeout, run.folder)  # starts meanwhile
     need = ("prompt", "solution") if NEED_SOLUTION & set(args.reward_funcs) else ("prompt",)
     train_rows, eval_rows = data.rows_of_run(args, need)
     sizes = sizes_of(args, run.world_size, len(train_rows))
@@ -373,6 +373,7 @@ def main(argv=None):
         preflight(args, run, policy, prompts)
     optimizer, scheduler, parameters = model.make_optimizer(args, policy, sizes.max_steps)
     rewards.wait_until_ready()
+    rewards.max_steps = sizes.max_steps
     server = start_server(args, run)
     policy_loss = losses.group_loss if args.loss_type in losses.GROUP_LOSSES else losses.policy_loss
     flags = vars(args) | {"beta": 0.0 if args.kl_in_reward else args.beta}  # what losses take by name
@@ -657,7 +658,7 @@ def collect(args, run, sizes: Sizes, policy, processor, source, prompts: Prompts
             rollout_time = time.perf_counter() - began
             scores = rewards.score(
                 texts, [p.row for p in groups for _ in range(G)], state["step"] + 1,
-                completion_ids=rollout.id_lists(sampled),
+                global_step=state["step"], completion_ids=rollout.id_lists(sampled),
                 max_completion_length=[args.max_completion_length] * len(texts))          # (functions, N)
             failed, scored = failed + rewards.failed, scored + scores.numel()
         if run.stopping():
@@ -755,7 +756,7 @@ def save_completions(args, run, sizes: Sizes, batch, state):
         show = state["step"] % args.eval_steps < sizes.steps_per_rollout
         rollout.save_completions(
             run.folder / "completions" / f"step_{step}.jsonl", [p.row for p in batch["prompts"]],
-            batch["texts"], dict(zip(names_of(args), batch["scores"])) | {"advantage": batch["advantages"]},
+            batch["texts"], dict(zip(names_of(args), batch["scores"])), batch["advantages"],
             f"step {step}, best and worst" if show else None)
 
 

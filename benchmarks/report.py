@@ -139,14 +139,14 @@ def number(value, shade: bool = False) -> str:
 def samples(file: Path, rows: dict[str, dict], count: int) -> str:
     """The first `count` groups of a completions file: what was asked, each completion, its rewards, its advantage."""
     lines, parts = [json.loads(line) for line in open(file)], []
-    names = [name for name in lines[0] if name not in ("row", "completion", "advantage")]
-    names += ["advantage"] if "advantage" in lines[0] else []
+    names = list(lines[0]["rewards"])
     for source, group in [(s, list(g)) for s, g in groupby(lines, lambda line: line["row"])][:count]:
         row = rows.get(source)
         asked = f"<pre>{escape(question(row))}</pre><p>solution: {escape(row.get('solution'))}</p>" if row else ""
         body = "".join(f"<tr><td><pre>{escape(line['completion'])}</pre></td>"
-                       + "".join(number(line[name], name == "advantage") for name in names) + "</tr>" for line in group)
-        head = "".join(f"<th>{escape(name)}</th>" for name in names)
+                       + "".join(number(line["rewards"][name]) for name in names)
+                       + (number(line["advantage"], shade=True) if "advantage" in line else "") + "</tr>" for line in group)
+        head = "".join(f"<th>{escape(name)}</th>" for name in [*names, *(["advantage"] if "advantage" in lines[0] else [])])
         parts.append(f'<div class="group">{pictures(row) if row else ""}<div><span class="quiet">{escape(source)}</span>{asked}'
                      f"<table><tr><th>completion</th>{head}</tr>{body}</table></div></div>")
     return "".join(parts)

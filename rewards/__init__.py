@@ -3,7 +3,7 @@
 A reward is a function f(completions, **columns) that returns one number a completion, or None to abstain.
 `completions` are strings without EOS and other special tokens. The columns are those of the dataset
 (`solution`, ...), `prompts`, `completion_ids` and `max_completion_length`; each is a list as long as
-`completions`.
+`completions`. A function gets what its signature takes, and `images` only where it names them.
 
 A new one: write the function in a file of this folder, and add its line here. Or write it in a file of your
 own and pass --reward_funcs path/to/file.py:function; it may say `from rewards.answers import final_answer`.

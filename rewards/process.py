@@ -6,13 +6,15 @@ It does not import torch, so that it starts at once and stays small; a reward fi
 Questions come as pickles, answers go as JSON: nothing that a reward file made is unpickled in the trainer.
 The trainer kills this process, and all that it started, when a call takes too long.
 
-    trainer: sys.path                       answer: ["ok", null] or ["error", text]: the files are loaded
-    trainer: (number of function, columns)  answer: ["ok", rewards] as plain_rewards gives them, or
-                                            ["error", traceback] and then ["row", first row that raises alone]
+    trainer: sys.path              answer: ["ok", `parameters` of each function], once the files are loaded,
+                                   or ["error", one line, traceback]
+    trainer: (function's number,   answer: ["ok", `plain_rewards`], or the error, and then
+              columns, settings)           ["row", the first row that raises by itself]
 """
 
 import ctypes
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -74,6 +76,15 @@ def allow_helpers(paths: list[str]):
     sys.path[:0] = [folder for folder in folders if folder != own and folder not in sys.path]
 
 
+def parameters(function) -> tuple[list[str], bool]:
+    """The names of what the function takes, and whether it takes all others as well (**kwargs)."""
+    try:
+        found = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # written in C
+        return [], True
+    return [p.name for p in found], any(p.kind is p.VAR_KEYWORD for p in found)
+
+
 def plain_rewards(result):
     """What a function returned, as a list of floats and None. A string says what there is instead: of a whole
     result the type, in the list the repr of what is no number."""
@@ -101,23 +112,25 @@ def plain_number(value):
         return f"{value!r:.200}"
 
 
-def first_to_raise(function, columns: dict) -> int | None:
+def first_to_raise(function, columns: dict, settings: dict) -> int | None:
     """The first row on which the function raises by itself; None if it raises on none."""
-    for i in range(len(columns["completions"])):
+    for i in range(len(next(iter(columns.values()), ()))):
         try:
-            plain_rewards(function(**{name: column[i:i + 1] for name, column in columns.items()}))
+            plain_rewards(function(**{name: column[i:i + 1] for name, column in columns.items()}, **settings))
         except Exception:
             return i
     return None
 
 
-def readable_traceback() -> str:
-    """The current exception's, with long lines cut: a message may hold megabytes."""
-    lines = traceback.format_exc().splitlines()
-    lines = [line if len(line) <= 800 else f"{line[:500]} ... ({len(line):,} characters)" for line in lines]
-    if len(lines) > 80:
-        lines = [*lines[:20], f"... ({len(lines) - 60:,} lines)", *lines[-40:]]
-    return "\n".join(lines)
+def describe(error: BaseException, paths: list[str]) -> tuple[str, str]:
+    """(one short line that says where in a reward file it was raised, the whole traceback)"""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    if len(text) > 300:
+        text = f"{text[:300]} ... ({len(text):,} characters)"
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in paths]
+    if lines:
+        text += f" ({lines[-1].filename}, line {lines[-1].lineno})"
+    return text, "".join(traceback.format_exception(error))
 
 
 def end_with_parent():
@@ -153,25 +166,26 @@ def main(fd: int, specs: list[str]):
         connection.send_bytes(json.dumps(message).encode())
 
     sys.path[:] = connection.recv()
+    paths = [spec.rpartition(":")[0] for spec in specs]
     try:
-        allow_helpers([spec.rpartition(":")[0] for spec in specs])
+        allow_helpers(paths)
         functions = [load_function(spec) for spec in specs]
     except LoadError as error:
-        return answer("error", str(error))
-    except BaseException:  # of the file, sys.exit() too
-        return answer("error", readable_traceback())
+        return answer("error", str(error), "")
+    except BaseException as error:  # of the file, sys.exit() too
+        return answer("error", *describe(error, paths))
     limit_memory()
-    answer("ok", None)
+    answer("ok", [parameters(function) for function in functions])
 
     while True:
-        index, columns = connection.recv()
+        index, columns, settings = connection.recv()
         try:
-            answer("ok", plain_rewards(functions[index](**columns)))
+            answer("ok", plain_rewards(functions[index](**columns, **settings)))
         except MemoryError:  # a limit as that of time: this process ends, the run goes on
             raise
-        except Exception:
-            answer("error", readable_traceback())  # at once: the search may take long
-            answer("row", first_to_raise(functions[index], columns))
+        except Exception as error:
+            answer("error", *describe(error, paths))  # at once: the search may take long
+            answer("row", first_to_raise(functions[index], columns, settings))
 
 
 if __name__ == "__main__":

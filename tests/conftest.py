@@ -308,12 +308,14 @@ class InProcess(rollout.RewardRunner):
 
     def _start(self):
         self.functions = [process.load_function(path) for path in self.paths]
+        self.takes = [process.parameters(function) for function in self.functions]
 
     def wait_until_ready(self):
         pass
 
     def _call(self, index, columns, rows, *_):
-        result = process.plain_rewards(self.functions[index](**columns))
+        _, columns, settings = self.question(index, columns)
+        result = process.plain_rewards(self.functions[index](**columns, **settings))
         return rollout.checked_rewards(result, len(rows), self.specs[index], str)
 
     def close(self):

@@ -544,9 +544,6 @@ def helped(completions, **_):
     import helper
     return [helper.score(text) for text in completions]
 
-def long(completions, **_):
-    raise ValueError("x" * 3_000_000)
-
 class Own(float):
     pass
 
@@ -689,13 +686,10 @@ def test_what_a_reward_may_return(runner, what, expected):
 
 
 def test_rewards_as_people_write_them(runner, tmp_path):
-    """An `async def`, a file beside the reward's own, an error of three megabytes."""
+    """An `async def`, a file beside the reward's own."""
     (tmp_path / "helper.py").write_text("def score(text): return float(len(text))")
     assert score(runner("later"), ["one", "four"]) == [3, 4]
     assert score(runner("helped"), ["one", "four"]) == [3, 4]
-    with pytest.raises(rollout.RewardError, match=r"ValueError: xxx.* \(3,000,012 characters\)") as error:
-        score(runner("long"), ["one"])
-    assert len(str(error.value)) < 2000 and "rows.jsonl:0" in str(error.value)
 
 
 # --- numerics

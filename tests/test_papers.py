@@ -555,7 +555,7 @@ def test_variance_sampling(launch, task, tmp_path, capsys):
         draws = range(4 * step - 4, 4 * step)
         expected = METHODS["variance_sampling"].row_of(args, plan, draws, {"variance": variance})
         assert rows[::4] == list(expected) and m["epoch"] == pytest.approx(step / 3)
-        lines = [json.loads(line)["spread"] for line in open(tmp_path / "run0" / "completions" / f"step_{step}.jsonl")]
+        lines = [json.loads(line)["rewards"]["spread"] for line in open(tmp_path / "run0" / "completions" / f"step_{step}.jsonl")]
         variance |= {str(row): float(torch.tensor(lines[4 * p:4 * p + 4]).double().var(correction=0))
                      for p, row in enumerate(rows[::4])}
         drawn += rows[::4]

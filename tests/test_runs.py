@@ -303,8 +303,8 @@ def test_run_folder(launch, task, tmp_path):
             "sampling/sampling_logp_difference/tail", "rewards/failed"}
     assert keys <= metrics[1].keys()
     lines = [json.loads(line) for line in open(folder / "completions" / "step_1.jsonl")]
-    assert len(lines) == 8 and {"row", "completion", "advantage", "spread"} <= lines[0].keys()
-    assert sum(line["spread"] for line in lines) / 8 == pytest.approx(metrics[0]["reward"])
+    assert len(lines) == 8 and lines[0].keys() == {"row", "completion", "rewards", "advantage", "columns"}
+    assert sum(line["rewards"]["spread"] for line in lines) / 8 == pytest.approx(metrics[0]["reward"])
     policy, _ = model.load_policy(str(folder / "final"))
     assert len(policy.eos_ids) == 1
     with pytest.raises(model.InputError, match=r"(?s)holds a run with other settings:.*max_steps: 2 -> 75"):
@@ -331,7 +331,7 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     answers = [json.loads(line) for line in open(tmp_path / "run0" / "completions" / "eval_30.jsonl")]
     rows = [json.loads(line) for line in open(task / "pairs.jsonl")]
     right = [a["completion"].endswith(f"<answer>{r['solution']}</answer>") for a, r in zip(answers, rows)]
-    assert [a["accuracy"] for a in answers] == [float(x) for x in right]
+    assert [a["rewards"]["accuracy"] for a in answers] == [float(x) for x in right]
     assert metrics[-1]["eval/accuracy"] == pytest.approx(sum(right) / len(right)) and any(right)
     assert metrics[-1]["eval/loss"] < metrics[0]["loss"]
 

@@ -37,7 +37,7 @@ import report  # noqa: E402
 class Judge:
     """Stands for the reward process, in this one: a third of the answers are right, and some get nothing."""
 
-    def __init__(self, specs, timeout=60.0):
+    def __init__(self, specs, timeout=60.0, folder=None):
         self.specs, self.failed, self.closed = specs, 0, False
 
     def wait_until_ready(self):
@@ -90,15 +90,15 @@ def test_several_answers_to_each_held_out_row(launch, task, tmp_path, judge, nam
     answers = lines_of(tmp_path / "run0" / "completions" / "eval_1.jsonl")
     assert [a["row"] for a in answers] == [f"{task / 'pairs.jsonl'}:{i + 1}" for i in range(12) for _ in range(4)]
     assert len({a["completion"] for a in answers[:4]}) > 1
-    assert [a["accuracy"] for a in answers] == [(sum(map(ord, a["completion"])) + i // 4 % 6) % 3 == 0
+    assert [a["rewards"]["accuracy"] for a in answers] == [(sum(map(ord, a["completion"])) + i // 4 % 6) % 3 == 0
                                                 for i, a in enumerate(answers)], "each is judged by its own row"
-    right = [[a["accuracy"] for a in answers[i:i + 4]] for i in range(0, 48, 4)]
+    right = [[a["rewards"]["accuracy"] for a in answers[i:i + 4]] for i in range(0, 48, 4)]
     pairs = [any(pair) for row in right for pair in itertools.combinations(row, 2)]
     assert metrics[0]["eval/accuracy"] == pytest.approx(sum(map(sum, right)) / 48) and 0 < sum(pairs) < len(pairs)
     assert metrics[0]["eval/pass@2"] == pytest.approx(sum(pairs) / len(pairs))
     assert metrics[0]["eval/pass@4"] == pytest.approx(sum(map(any, right)) / 12)
     if name == "train_grpo":
-        assert metrics[0]["eval/rewards/format/mean"] == pytest.approx(sum(a["format"] for a in answers) / 48)
+        assert metrics[0]["eval/rewards/format/mean"] == pytest.approx(sum(a["rewards"]["format"] for a in answers) / 48)
 
 
 def test_greedy_answers_have_no_pass_at_k(capsys):
@@ -128,13 +128,13 @@ def test_two_samples_after_each_evaluation(launch, task, tmp_path, judge, capsys
 
 def test_long_samples_are_cut_on_the_screen_only(tmp_path, capsys):
     """One answer of a thousand lines must not fill the log; the file has it whole. nan is null, which JSON has."""
-    rollout.save_completions(tmp_path / "x.jsonl", [{"_source": "a"}, {"_source": "b"}], ["y" * 999, "z\n"] * 2, {
-        "f": torch.tensor([float("nan"), 1, 2, 3]), "advantage": torch.tensor([0.5, 0.5, 0.5, 0.5])}, "step 1")
-    assert [(line["row"], len(line["completion"]), line["f"]) for line in lines_of(tmp_path / "x.jsonl")] == [
+    rollout.save_completions(tmp_path / "x.jsonl", [{"_source": "a"}, {"_source": "b"}], ["y" * 999, "z\x1b"] * 2, {
+        "f": torch.tensor([float("nan"), 1, 2, 3])}, torch.tensor([0.5, 0.5, 0.5, 0.5]), "step 1")
+    assert [(line["row"], len(line["completion"]), line["rewards"]["f"]) for line in lines_of(tmp_path / "x.jsonl")] == [
         ("a", 999, None), ("a", 2, 1.0), ("b", 999, 2.0), ("b", 2, 3.0)]
     first, last = capsys.readouterr().out.splitlines()
     assert first.endswith("(999 characters)") and len(first) < 500
-    assert last == r"step 1 | b | f 3, advantage 0.5 | 'z\n'"
+    assert last == r"step 1 | b | f 3, advantage 0.5 | 'z\x1b'", "a terminal obeys control characters"
 
 
 # --- trackers
@@ -370,7 +370,8 @@ def write_run(folder, task):
     with open(folder / "completions" / "step_1.jsonl", "w") as file:
         for source, advantage in ((f"{task / 'pairs.jsonl'}:1", 0.5), ("shapes test 2", -0.25), ("gone", 0.0)):
             for text in texts:
-                file.write(json.dumps(dict(row=source, completion=text, accuracy=None, spread=3.5, advantage=advantage)) + "\n")
+                file.write(json.dumps(dict(row=source, completion=text, rewards=dict(accuracy=None, spread=3.5),
+                                                advantage=advantage, columns={})) + "\n")
 
 
 def test_report_page(task, tmp_path):
