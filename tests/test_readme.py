@@ -172,7 +172,7 @@ def test_trl_table():
 
 def test_guide_snippets(tmp_path, monkeypatch):
     """The code that a reader copies: the writer of published data, with rows in the form of both data sets, and the reward."""
-    writer, reward, _ = re.findall(r"```python\n(.*?)```", GUIDE, re.S)  # the third: test_the_guides_file_trains
+    writer, reward, *_ = re.findall(r"```python\n(.*?)```", GUIDE, re.S)  # others: test_the_guides_file_trains, test_rewards
     picture = Image.new("RGBA", (40, 30), "red")
     text = [{"type": "image", "text": None}, {"type": "text", "text": "what?"}]
     sets = {"HuggingFaceH4/rlaif-v_formatted": dict(
