@@ -30,8 +30,11 @@ import math
 import os
 import random
 import re
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -50,7 +53,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from model import InputError, Policy, Prompt, all_gather_object, without_video
+from model import InputError, Policy, Prompt, all_gather_object, on_rank_0, without_video
 
 ALIASES = {
     "prompt": ("prompt", "problem", "query", "question"),
@@ -781,14 +784,11 @@ class RowCache:
 
     def __enter__(self):
         for file in sorted(self.folder.glob("*.txt")):
-            try:
-                content = file.read_bytes()
-                if hashlib.sha256(content).hexdigest() != file.stem:  # emptied by a power cut, perhaps
-                    raise OSError(f"{file} is damaged")
-            except OSError as error:
-                print(f"warning: {error}: what it held is computed again", flush=True)
-                continue
-            self.known |= (line.split(" ", 1) for line in content.decode().splitlines())
+            content = file.read_bytes()
+            if hashlib.sha256(content).hexdigest() == file.stem:
+                self.known |= (line.split(" ", 1) for line in content.decode().splitlines())
+            else:  # emptied by a power cut, perhaps
+                print(f"warning: {file} is damaged: what it held is computed anew", flush=True)
         return self
 
     def __exit__(self, *_):
@@ -927,13 +927,13 @@ def show_sample(processor, group):
 
 
 def check_eval_rows(rows, limit: int, rank: int, world_size: int, measure, workers: int = 0):
-    """This rank's held-out rows, and {index: Size} of all ranks'. Each is read, measured and checked; none is
-    ever skipped."""
+    """This rank's held-out rows and the Size of each; all ranks' are read, measured and checked. None is ever
+    skipped."""
     if 0 < len(rows) < world_size:
         raise InputError(f"{len(rows)} held-out rows for {world_size} ranks: every rank needs at least one")
     mine = range(rank, len(rows), world_size)
     sizes = gather_sizes(measure_rows(rows, mine, measure, limit, rank, workers))
-    return rows[rank::world_size], sizes  # of files: a view, read anew when it is needed
+    return rows[rank::world_size], [sizes[i] for i in mine]  # of files: a view, read anew when it is needed
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1045,3 +1045,42 @@ def build_tiny_vlm(folder: str | Path, seed: int = 0):
     (Path(folder) / "video_preprocessor_config.json").write_text(json.dumps(dict(
         video_processor_type="Qwen2VLVideoProcessor", patch_size=8, merge_size=2, temporal_patch_size=2,
         size={"shortest_edge": 16 * 16, "longest_edge": 48 * 48})) + "\n")
+
+
+def start_model(args, output_dir: Path) -> str:
+    """The folder or hub id that a run starts from. Without --model_name_or_path rank 0 writes the tiny model
+    and trains it a little; the run then goes as if --model_name_or_path named that folder."""
+    if args.model_name_or_path is not None:
+        return args.model_name_or_path
+    path = output_dir / ("cold_start" if args.cold_start_steps else "tiny_vlm")
+    make = cold_start if args.cold_start_steps else lambda args, path: build_tiny_vlm(path, args.seed)
+    on_rank_0(str(path), lambda: make(args, path))  # a cold start that is done ends at once
+    return str(path / "final" if args.cold_start_steps else path)
+
+
+def cold_start(args, folder: Path, accuracy: float = 0.4):
+    """Train the tiny model on `shapes` until its sampled held-out answers pass `accuracy`: an ordinary run of
+    train_dpo.py, as a process of its own in a folder of its own, started on one rank."""
+    print(f"first up to {args.cold_start_steps} steps of SFT, so that the tiny model can answer at all "
+          "(--cold_start_steps 0: none)", flush=True)
+    command = [sys.executable, str(Path(__file__).with_name("train_dpo.py")), "--algo", "sft",
+               "--max_steps", str(args.cold_start_steps), "--eval_steps", "2", "--eval_temperature", "1",
+               "--stop_at_accuracy", str(accuracy), "--seed", str(args.seed), "--device", args.device,
+               "--output_dir", str(folder)]
+    env = {k: v for k, v in os.environ.items()
+           if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+           and not k.startswith("TORCHELASTIC")}
+    child, asked = subprocess.Popen(command, env=env), []
+
+    def pass_on(number, frame):
+        asked.append(number)
+        child.terminate()  # it writes a checkpoint and ends
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    child.wait()  # not in the handler: it would wait for the lock that this wait holds
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if asked:
+        sys.exit(128 + asked[0])
+    if child.returncode or not (folder / "final").is_dir():
+        raise InputError(f"the cold start was not finished (exit code {child.returncode}); see above")

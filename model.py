@@ -23,9 +23,11 @@ completion, M trained tokens, H hidden, V vocabulary, R position rows (3 for M-R
 """
 
 import argparse
+import atexit
 import copy
 import dataclasses
 import difflib
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -39,8 +41,9 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
+import socket
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -55,6 +58,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -65,7 +69,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._pytree import tree_map, tree_map_only
 from tqdm import tqdm
 from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
-                          AutoTokenizer, get_scheduler)
+                          AutoTokenizer)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -1177,46 +1181,6 @@ def weights_fingerprint(policy: Policy) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The model that the run starts from: the built-in one is trained a little first
-
-def cold_start(args, output_dir: Path, accuracy: float = 0.4):
-    """Supervised training of the tiny model on `shapes`, until its sampled held-out answers pass `accuracy`.
-
-    It is an ordinary run of train_dpo.py, in its own process and folder (output_dir/cold_start), whose final/
-    is then the model that the run starts from (its reference, too). Called on one rank; it needs no other.
-    """
-    command = [sys.executable, str(Path(__file__).with_name("train_dpo.py")), "--algo", "sft",
-               "--max_steps", str(args.cold_start_steps), "--eval_steps", "2", "--eval_temperature", "1",
-               "--stop_at_accuracy", str(accuracy), "--seed", str(args.seed), "--device", args.device,
-               "--output_dir", str(output_dir / "cold_start")]
-    print("cold start:", " ".join(["python", "train_dpo.py", *command[2:]]), flush=True)
-    env = {k: v for k, v in os.environ.items()
-           if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-           and not k.startswith("TORCHELASTIC")}
-    child, asked = subprocess.Popen(command, env=env), []
-    previous = signal.signal(signal.SIGTERM, lambda *_: (asked.append(True), child.terminate()))
-    child.wait()  # not in the handler: it would wait for the lock that this wait holds
-    signal.signal(signal.SIGTERM, previous)
-    if asked:
-        sys.exit(143)
-    if child.returncode or not (output_dir / "cold_start" / "final").is_dir():
-        raise InputError(f"the cold start was not finished (exit code {child.returncode}); see above")
-
-
-def start_model(args, output_dir: Path, rank: int) -> str:
-    """The folder or hub id the run starts from. Without --model_name_or_path rank 0 writes the tiny model and
-    trains it a little (--cold_start_steps); then all is as if --model_name_or_path had named that folder."""
-    if args.model_name_or_path is not None:
-        return args.model_name_or_path
-    from data import build_tiny_vlm  # data.py imports this file
-
-    path = output_dir / "tiny_vlm"
-    on_rank_0(path, lambda: cold_start(args, output_dir) if args.cold_start_steps  # done at once if resumed
-              else build_tiny_vlm(path, args.seed))
-    return str(output_dir / "cold_start" / "final" if args.cold_start_steps else path)
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Ranks
 
 
@@ -1538,7 +1502,8 @@ def parse(cls, presets: dict, tiny: dict, tiny_by_algo: dict, argv=None):
     The first name of --algo, a preset of the script or a file (`load_method`), replaces defaults by its
     preset's, and so do, without a model path, the tiny model's; a flag that is given wins. Each further name
     adds what its file brings. cls.__post_init__ checks what flags say together, and raises ValueError. A typo
-    is an error that names the nearest flag. Not among the flags: `args.methods`, the files' modules.
+    is an error that names the nearest flag. Not among the flags: `args.methods`, the files' modules, and
+    `type(args).given`, what was typed.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--algo", nargs="+", default=default_of(cls.__dataclass_fields__["algo"]))
@@ -1567,7 +1532,7 @@ def parse(cls, presets: dict, tiny: dict, tiny_by_algo: dict, argv=None):
     lead = methods.get(names[0])
     defaults = {field.name: default_of(field) for field in dataclasses.fields(cls)}
     preset = defaults | (presets[names[0]] if lead is None else getattr(lead, "PRESET", {}))
-    if known.model_name_or_path is None:
+    if is_tiny(known.model_name_or_path):
         preset |= tiny | tiny_by_algo.get(names[0], {}) | getattr(lead, "TINY", {})
     parser = parser_of(cls, preset)
     given, unknown = parser.parse_known_args(argv)
@@ -1587,12 +1552,17 @@ def parse(cls, presets: dict, tiny: dict, tiny_by_algo: dict, argv=None):
         preset["max_steps"] = -1
     try:
         made = cls.__new__(cls)
-        made.preset = preset
+        cls.given, made.preset = given, preset
         cls.__init__(made, **defaults | preset | given)
     except ValueError as error:
         parser.error(str(error))
     del made.preset  # it is no flag
     return made
+
+
+def is_tiny(name: str | None) -> bool:
+    """Whether --model_name_or_path means the built-in tiny model: it is not given, or is `tiny`."""
+    return name is None or name == "tiny" and not os.path.exists(name)
 
 
 def warn(text: str):
@@ -1611,6 +1581,11 @@ def changes_nothing(args, unused: dict[str, str]):
 
 def check_shared(args):
     """What the flags of both scripts say together; fills in what depends on others."""
+    if args.dataset is not None and args.model_name_or_path is None:
+        raise ValueError("--dataset needs --model_name_or_path: a folder or a hub id, or tiny for the random "
+                         "model of the built-in task")
+    if is_tiny(args.model_name_or_path):
+        args.model_name_or_path = None
     built_in = args.model_name_or_path is None and args.dataset is None
     if args.cold_start_steps and not built_in:
         raise ValueError("--cold_start_steps is for the built-in model and task; train your own with "
@@ -1634,21 +1609,33 @@ def check_shared(args):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Optimizer
+# Optimizer. The learning rate is a function of the step, so a checkpoint holds no schedule.
 
 
-def make_optimizer(args, policy, max_steps: int):
-    """AdamW on everything trainable, fp32 state; warm-up, then cosine, linear or constant."""
+def make_optimizer(args, policy):
+    """AdamW on everything trainable, with fp32 state. -> (optimizer, its parameters)"""
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
                                   weight_decay=args.weight_decay, fused=policy.device.type == "cuda")
-    warmup = args.warmup_steps if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * max_steps)
-    name = "constant_with_warmup" if args.lr_scheduler_type == "constant" else args.lr_scheduler_type
-    return optimizer, get_scheduler(name, optimizer, int(warmup), max_steps), parameters
+    return optimizer, parameters
+
+
+def learning_rate_at(args, step: int, max_steps: int) -> float:
+    """After `step` steps: up from 0 in a straight line, then constant, linear or cosine, to 0 at max_steps.
+
+    Bit for bit what transformers' get_scheduler gives: the operations come in its order.
+    """
+    warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(args.warmup_steps * max_steps)
+    if step < warmup:
+        return args.learning_rate * (step / warmup)
+    rest = max(1, max_steps - warmup)
+    factor = {"constant": 1.0, "linear": (max_steps - step) / rest,
+              "cosine": 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / rest)))}[args.lr_scheduler_type]
+    return args.learning_rate * max(0.0, factor)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What a run leaves: output_dir/{args.json, status.json, metrics.jsonl, completions/, checkpoints/, final/}
+# A run's folder: what it was started with, and who holds it
 
 # Flags that may differ when a run is resumed; what they do to data and numbers describe_run says by itself.
 FREE_ON_RESUME = {
@@ -1657,7 +1644,7 @@ FREE_ON_RESUME = {
     "steps_per_generation", "max_tokens_per_batch", "rollout_tokens", "per_device_eval_batch_size",
     "gradient_checkpointing", "dataloader_num_workers", "reward_timeout", "report_to", "push_to_hub",
     "vllm_server_base_url"}
-TRACKERS = ("none", "tensorboard", "wandb", "trackio")  # --report_to
+HELD = {}  # {output folder: its open lock file}, of this process
 
 
 def digest_of(paths) -> str | None:
@@ -1681,6 +1668,18 @@ def code_of(args) -> dict[str, Path]:
                for i, file in enumerate(Path(method.__file__) for method in args.methods)})
 
 
+def start_files(path: str) -> dict[str, str]:
+    """{file: sha256} of everything that is read from a model's folder: weights, config, tokenizer, processor,
+    chat template, generation config. A model of a hub: its revision."""
+    if not os.path.isdir(path):
+        config = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False,
+                             _raise_exceptions_for_connection_errors=False)
+        return {f"{path}, revision": Path(config).parent.name} if config else {}
+    files = [f for f in sorted(Path(path).rglob("*")) if f.is_file() and ".git" not in f.parts
+             and f.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken")]
+    return {str(file): digest_of([file]) for file in files}
+
+
 def describe_run(args, world_size: int) -> dict:
     """args.json: resolved flags, package versions, and what must not change under a run that is resumed."""
     named = [name for name in [*(args.dataset or []), args.eval_dataset] if name is not None]
@@ -1690,8 +1689,6 @@ def describe_run(args, world_size: int) -> dict:
     kinds = {args.loss_type} if isinstance(args.loss_type, str) else set(args.loss_type)
     cut = kinds & {"aot", "aot_unpaired", "bnpo"} or any(hooks(args, "OF_MICRO_BATCH"))
     further = [path for scorers in hooks(args, "scorers") for path in scorers(args).values()]
-    folders = [path for path in (args.model_name_or_path, *further) if path]
-    weights = [file for path in folders for file in sorted(Path(path).glob("*.safetensors"))]
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
     packages = ("torch", "transformers", "safetensors", "pillow", "numpy")
     return vars(args) | {
@@ -1699,84 +1696,21 @@ def describe_run(args, world_size: int) -> dict:
         "updates per rollout": getattr(args, "steps_per_generation", 0) // args.gradient_accumulation_steps,
         "micro-batch, on which this loss depends": (args.per_device_train_batch_size,
                                                     args.max_tokens_per_batch) if cut else None,
-        "data": digest_of(given), "weights": digest_of(weights), "code": digest_of(code_of(args).values()),
+        "data": digest_of(given), "code": digest_of(code_of(args).values()),
+        "model": {file: digest for path in (args.model_name_or_path, *further) if path
+                  for file, digest in start_files(path).items()},
         "versions": {name: version(name) for name in packages}}
 
 
-def open_run(args, rank: int, world_size: int) -> tuple[Path, bool]:
-    """(output folder, the same on every rank; whether a run is resumed there).
-
-    With --resume auto the same command goes on with the run that its --output_dir holds, if the flags, data
-    and start weights recorded in args.json are the same; else it is an error that lists what changed.
-    """
-    if args.shard_size is not None and world_size % args.shard_size:
-        raise InputError(f"--shard_size {args.shard_size} must divide the number of ranks, {world_size}")
-    name = f"--output_dir {args.output_dir}"
-    args.output_dir, resumed, args.resume = on_rank_0(name, lambda: _open_run(args, world_size))
-    return Path(args.output_dir), resumed
-
-
-def _open_run(args, world_size: int) -> tuple[str, bool, str]:
-    now, resumed, n, name = describe_run(args, world_size), False, 1, Path(args.algo[0]).stem
-    while args.output_dir is None:
-        try:
-            os.makedirs(f"runs/{name}-{n}")  # whoever makes it has the name, of runs started together
-            args.output_dir = now["output_dir"] = f"runs/{name}-{n}"
-        except FileExistsError:
-            n += 1
-    folder = Path(args.output_dir)
-    if folder.exists() and {file.name for file in folder.iterdir()} - {"args.json.tmp"}:
-        try:
-            before = json.loads((folder / "args.json").read_text())
-        except (OSError, ValueError):
-            before = {}
-        if args.resume == "never" or "rows per update" not in before:  # it is no run's folder
-            raise InputError(f"--output_dir {folder} is not empty; name a new one, "
-                             f"or none for runs/{name}-N")
-        # What failed before its first step has left nothing that other flags could spoil.
-        resumed = any((folder / name).exists() for name in ("status.json", "metrics.jsonl", "checkpoints"))
-        if resumed:
-            check_unchanged(before, now, args.allow_changed)
-    if args.resume not in ("auto", "never"):
-        start = Path(args.resume)
-        if came_from(folder) == os.path.realpath(start):  # the same command once more
-            args.resume = "auto"
-        elif not (start / "manifest.json").is_file():
-            raise InputError(f"--resume {start}: expected auto, never or a checkpoint folder (step_N), which "
-                             "has a manifest.json")
-        before = start.parent.parent / "args.json"
-        if args.resume != "auto" and before.is_file():
-            check_unchanged(json.loads(before.read_text()), now, args.allow_changed)
-    if args.push_to_hub is not None:  # before the work, not after it, shows whether it can be written
-        try:
-            import huggingface_hub
-            huggingface_hub.create_repo(args.push_to_hub, private=True, exist_ok=True)
-        except Exception as error:  # offline, no token, no such name, not yours
-            raise InputError(f"--push_to_hub {args.push_to_hub}: {error} (offline? not logged in? "
-                             "`hf auth login`; the name is OWNER/NAME)") from error
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "args.json", json.dumps(now, indent=2) + "\n")  # first: whose folder it is
-    (folder / "completions").mkdir(exist_ok=True)
-    shutil.rmtree(folder / "code", ignore_errors=True)
-    for name, file in code_of(args).items():
-        (folder / "code" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, folder / "code" / name)
-    print(f"{' '.join(args.algo)}: " + " ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
-    return str(folder), resumed, args.resume
-
-
-def came_from(output_dir: Path) -> str | None:
-    """The --resume PATH that the run's newest checkpoint goes back to, if any."""
-    for folder in complete_checkpoints(output_dir):
-        try:
-            return json.loads((folder / "state.json").read_text()).get("resumed_from")
-        except (OSError, ValueError):
-            pass  # a bad one: load_checkpoint will name it, and take the one before
-    return None
+def difference(before, now) -> str:
+    """What changed in a setting; of one for each file, the names of the files."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return f"{before} -> {now}"
+    return ", ".join(key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key))
 
 
 def check_unchanged(before: dict, now: dict, allowed: list[str]):
-    """Refuse to resume with other flags, data or start weights; other code or versions are warned of."""
+    """Refuse to resume with other flags, data or start models; other code or versions are warned of."""
     now = json.loads(json.dumps(now))  # tuples become lists, as in `before`, which was read
     changed = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
     for name in sorted(changed & {"code", "versions"}):
@@ -1786,9 +1720,72 @@ def check_unchanged(before: dict, now: dict, allowed: list[str]):
     if unknown:
         raise InputError(f"--allow_changed {sorted(unknown)[0]}: args.json has no such setting")
     if changed:
-        lines = "\n".join(f"  {name}: {before.get(name)} -> {now.get(name)}" for name in sorted(changed))
+        lines = "\n".join(f"  {name}: {difference(before.get(name), now.get(name))}"
+                          for name in sorted(changed))
         raise InputError(f"--output_dir holds a run with other settings:\n{lines}\nName a new folder, or go "
                          f"on all the same with --allow_changed {' '.join(repr(n) for n in sorted(changed))}")
+
+
+def hold(folder: Path):
+    """Take folder/lock until this process ends: one run at a time in a folder.
+
+    The system frees the lock when the process dies. On a file system without locks the file is touched every
+    ten seconds instead, and one that has not been for a minute is nobody's.
+    """
+    if folder.resolve() in HELD:
+        return
+    lock, has_locks, holder = open(folder / "lock", "a+"), True, ""
+    for _ in range(10):  # what was killed just now may need a moment to be gone
+        lock.seek(0)
+        holder = lock.read()
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(0.5)
+        except OSError:
+            has_locks = False
+            if not holder or time.time() - os.path.getmtime(lock.name) > 60:
+                break
+            time.sleep(0.5)
+    else:
+        raise InputError(f"--output_dir {folder} is in use by {holder or 'another process'}")
+
+    def touch():
+        while True:
+            os.utime(lock.name)
+            time.sleep(10)
+
+    lock.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=lock, flush=True)
+    HELD[folder.resolve()] = lock
+    if not has_locks:
+        threading.Thread(target=touch, daemon=True).start()
+
+
+def has_results(folder: Path) -> bool:
+    """Whether a run has come to its first step there."""
+    return any((folder / name).exists() for name in ("status.json", "metrics.jsonl", "checkpoints"))
+
+
+def drop_unused(folder: Path):
+    """Delete the folder of a run that failed before it had anything worth keeping."""
+    if not has_results(folder) and not (folder / "cold_start").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path):
+    """An error of the disk within says which file could not be written, and how much room there is."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        try:
+            room = f"; {shutil.disk_usage(Path(path).parent).free / 1e6:.0f} MB are free there"
+        except OSError:
+            room = ""
+        raise InputError(f"{path} cannot be written: {error}{room}. The same command goes on once it "
+                         "can") from error
 
 
 def write_atomically(path: Path, text: str):
@@ -1801,37 +1798,39 @@ def write_atomically(path: Path, text: str):
     temporary.rename(path)
 
 
-def set_status(output_dir: Path, rank: int, status: str, step: int | None):
-    """status.json, for whoever restarts runs: running, stopped (resume it), or done. step None: as it was."""
-    if rank == 0:
-        file = output_dir / "status.json"
-        if step is None:
-            step = json.loads(file.read_text())["step"] if file.exists() else 0
-        write_atomically(file, json.dumps({"status": status, "step": step}) + "\n")
+def read_json(file: Path) -> dict | None:
+    """A dict, {} where there is no such file, None for one that is damaged."""
+    try:
+        found = json.loads(file.read_text()) if file.exists() else {}
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
-def is_done(args, output_dir: Path, rank: int) -> bool:
-    """Whether the run in that folder has ended, and nothing else is asked of it; says so. A collective."""
-    file = output_dir / "status.json"
-    done = args.resume == "auto" and not args.allow_changed and file.exists()
-    done = all_gather_object(done and json.loads(file.read_text())["status"] == "done")[0]
-    if done:
-        if rank == 0:
-            print(f"the run in {output_dir} is done; its model is {output_dir / 'final'}")
-        push_to_hub(args, output_dir, rank)
-        end_ranks()
-    return done
+def all_gather_object(value) -> list:
+    """[value of each rank], in order; alone, [value]. All ranks must call this."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def end_run(output_dir: Path, rank: int, status: str, step: int | None, rewards):
-    """Leave status.json, end the reward process and the process group."""
-    set_status(output_dir, rank, status, step)
-    if rank == 0 and status == "stopped":
-        where = "before its first step" if step is None else f"at step {step}"
-        print(f"stopped {where}; the same command with --output_dir {output_dir} goes on from there")
-    if rewards is not None:
-        rewards.close()
-    end_ranks()
+def on_rank_0(what: str, function):
+    """function() is called on rank 0. Every rank returns its value, or raises its InputError; an OSError
+    becomes one, which names `what`. All ranks must call this."""
+    answer = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            answer = function()
+        except InputError as error:
+            answer = error
+        except OSError as error:
+            answer = InputError(f"{what}: {error}")
+    answer = all_gather_object(answer)[0]
+    if isinstance(answer, InputError):
+        raise answer
+    return answer
 
 
 def end_ranks():
@@ -1842,55 +1841,6 @@ def end_ranks():
         if dist.get_backend() == "gloo":
             time.sleep(0.2)
         dist.destroy_process_group()
-
-
-def write_card(args, output_dir: Path, rank: int, before: dict, after: dict):
-    """final/README.md: the command, means over held-out rows before and after, data, versions, settings."""
-    if rank != 0:
-        return
-    run, source = json.loads((output_dir / "args.json").read_text()), args.model_name_or_path
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    launch = "python" if run["world_size"] == 1 else f"torchrun --nproc_per_node={local}"
-    launch += f" --nnodes={run['world_size'] // local}" if run["world_size"] > local else ""
-    algo = " ".join(args.algo)
-    head = [f"tags: [flatpo, {Path(args.algo[0]).stem}]", "library_name: transformers",
-            "pipeline_tag: image-text-to-text"]
-    head += [f"base_model: {source}"] if source and not os.path.isdir(source) else []
-    results = [f"| `{key}` | {before[key]:.4f} | {after[key]:.4f} |" for key in sorted({*before} & {*after})]
-    (output_dir / "final" / "README.md").write_text("\n".join([
-        "---", *head, "---", f"# {output_dir.name}", "",
-        f"{source or 'The built-in tiny Qwen2.5-VL'}, trained with flatpo's `--algo {algo}`:", "",
-        "```bash", f"{launch} {shlex.join(run['command'])}", "```", "",
-        *(["| held-out | before | after |", "|---|---|---|", *results] if results else ["No held-out rows."]),
-        "", f"Data: {args.dataset or 'the built-in task'}, held out: {args.eval_dataset or 'no file'}. "
-        f"sha256 of these files: {run['data']}, of the start weights: {run['weights']}, of the code: "
-        f"{run['code']}.", "", "All settings and versions:", "", "```json",
-        json.dumps(run, indent=2), "```", ""]))
-
-
-def finish_run(args, policy, processor, source: str, output_dir: Path, rank: int, state: dict, rewards):
-    """final/, its card, how the held-out rows fared, status done."""
-    export(policy, processor, source, output_dir / "final", rank)
-    write_card(args, output_dir, rank, state["start"], state["end"])
-    if rank == 0:
-        for key in sorted(state["end"].keys() & state["start"].keys()):
-            print(f"{key}: {state['start'][key]:.4f} before, {state['end'][key]:.4f} after")
-        print(f"saved {output_dir / 'final'}")
-    end_run(output_dir, rank, "done", state["step"], rewards)
-    push_to_hub(args, output_dir, rank)
-
-
-def push_to_hub(args, output_dir: Path, rank: int):
-    """Upload final/ to --push_to_hub's repository. Called last: no other rank waits for it."""
-    if rank == 0 and args.push_to_hub is not None:
-        import huggingface_hub
-        try:
-            huggingface_hub.upload_folder(repo_id=args.push_to_hub, folder_path=output_dir / "final",
-                                          commit_message=f"flatpo --algo {' '.join(args.algo)}")
-        except Exception as error:
-            raise InputError(f"--push_to_hub {args.push_to_hub}: {output_dir / 'final'} is complete, but not "
-                             f"uploaded: {error}; the same command tries again") from error
-        print(f"uploaded {output_dir / 'final'} to {args.push_to_hub}")
 
 
 def preflight(policy: Policy, groups, temperature: float, rank: int, share_prompt: bool,
@@ -1921,30 +1871,6 @@ def preflight(policy: Policy, groups, temperature: float, rank: int, share_promp
         used = f", {peak / 1e9:.1f} of {there / 1e9:.1f} GB at the peak"
     if rank == 0:
         print(f"preflight: {shape} fit{used}", flush=True)
-
-
-def count_skipped(grad_norm: float, before: int, output_dir: Path, rank: int, step: int, rows: list) -> int:
-    """How many steps in a row were skipped for a gradient norm that is nan or infinite (which every rank sees
-    alike); the third ends the run, and leaves what it was computed on in nonfinite_rank_R.json."""
-    if math.isfinite(grad_norm):
-        return 0
-    if rank == 0:
-        tqdm.write(f"warning: step {step} was skipped: its gradient norm is {grad_norm}")
-    if before == 2:
-        file = output_dir / f"nonfinite_rank_{rank}.json"
-        file.write_text(json.dumps({"step": step, "rows": [row["_source"] for row in rows]}, indent=2) + "\n")
-        raise InputError(f"three steps in a row had a gradient norm of nan or infinity; {file} has the rows")
-    return before + 1
-
-
-def log_step(metrics: dict, output_dir: Path, rank: int, keys: tuple[str, ...]):
-    """Append to metrics.jsonl, and print the chosen keys on one line (tqdm.write spares the progress bar)."""
-    if rank == 0:
-        with open(output_dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in metrics.items()}) + "\n")
-        shown = [f"{k} {metrics[k]:.4g}" for k in keys if metrics.get(k) is not None]
-        if shown:
-            tqdm.write(f"step {metrics['step']} | " + " | ".join(shown))
 
 
 class Report:
@@ -2007,158 +1933,36 @@ def crc32(path: Path) -> int:
     return checksum
 
 
-def all_gather_object(value) -> list:
-    """[value of each rank], in order; alone, [value]. A collective."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def on_rank_0(what: str, function):
-    """function() is called on rank 0; every rank returns its value, or raises its InputError, also for an
-    OSError, which `what` failed with. A collective."""
-    answer = None
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            answer = function()
-        except InputError as error:
-            answer = error
-        except OSError as error:
-            answer = InputError(f"{what}: {error}")
-    answer = all_gather_object(answer)[0]
-    if isinstance(answer, InputError):
-        raise answer
-    return answer
-
-
-def trained(policy: Policy, ref: Policy | None) -> dict:
-    """The parameters that a checkpoint holds, with a reference that moves; what is frozen is read from the
-    start model again."""
-    parts = {"model": {name: p for name, p in policy.named_parameters() if p.requires_grad}}
-    return parts if ref is None else parts | {"ref": dict(ref.named_parameters())}
-
-
-def save_checkpoint(output_dir: Path, policy: Policy, optimizer, state: dict, rows: dict, keep: int,
-                    rank: int, ref: Policy | None = None) -> bool:
-    """checkpoints/step_N: what is trained, its optimizer and a moving reference (sharded), `state` (JSON,
-    with "step", alike on all ranks), this rank's `rows` {name: tensor}. True if every rank wrote its part;
-    else nothing changed.
-
-    It is built as step_N.tmp, fsynced, given a manifest of sizes and checksums, and renamed. Of the others
-    the newest `keep - 1` stay; one that goes loses its manifest first.
-    """
-    folder = output_dir / "checkpoints" / f"step_{state['step']}"
-    temporary, error, written = folder.with_suffix(".tmp"), None, {}
-
-    def make_folder():
-        for other in list(folder.parent.glob("step_*")):  # left over from a killed save, or half deleted
-            whole = (other / "manifest.json").exists()
-            if re.fullmatch(r"step_\d+\.tmp" if whole else r"step_\d+(\.tmp)?", other.name):
-                shutil.rmtree(other, ignore_errors=True)
-        temporary.mkdir(parents=True)
-
-    try:
-        on_rank_0("new folder", make_folder)  # nobody writes before it is there
-        parts = trained(policy, ref)
-        if optimizer.state:  # none before the first step: torch would make one up, of one step
-            parts["optimizer"] = get_optimizer_state_dict(policy, optimizer)
-        dcp.save(parts, checkpoint_id=temporary, no_dist=not dist.is_initialized())
-        if rows:
-            save_file({name: tensor.contiguous() for name, tensor in rows.items()},
-                      temporary / f"rows_{rank}.safetensors")
-        if rank == 0:
-            (temporary / "state.json").write_text(json.dumps(state | {"optimizer": bool(optimizer.state)}))
-        mine = [f for f in temporary.iterdir() if f.name.startswith((f"__{rank}_", f"rows_{rank}."))
-                or rank == 0 and f.name in (".metadata", "state.json")]
-        for file in mine:
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        written = {file.name: [file.stat().st_size, crc32(file)] for file in mine}
-    except Exception as reason:  # a full disk, above all
-        error = f"rank {rank}: {type(reason).__name__}: {reason}"
-    except dcp.CheckpointException as reason:  # no Exception: DCP raises it on every rank if one fails
-        error = "; ".join(f"rank {r}: {type(e).__name__}: {e}" for r, (e, _) in reason.failures.items())
-    parts = all_gather_object((error, written))
-    errors = sorted({error for error, _ in parts if error})
-    if rank == 0 and not errors:
-        files = {name: entry for _, written in parts for name, entry in written.items()}
-        try:
-            write_atomically(temporary / "manifest.json", json.dumps(files))
-            sync_folder(temporary)
-            shutil.rmtree(folder, ignore_errors=True)  # bad, or it would have been resumed from (`Saver`)
-            temporary.rename(folder)
-            sync_folder(folder.parent)
-            found = complete_checkpoints(output_dir)
-            own = found.index(folder)  # later ones are bad: this run was resumed from one before them
-            for old in found[:own] + found[own + keep:]:
-                drop_checkpoint(old)
-        except OSError as reason:
-            errors = [f"rank 0: {reason}"]
-    failed = any(all_gather_object(bool(errors)))
-    if failed and rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        print(f"warning: no checkpoint of step {state['step']}: {'; '.join(errors)[:500]}", flush=True)
-    return not failed
-
-
-class Saver:
-    """Writes a run's checkpoints; the third failure in a row, or of the last one, ends the run."""
-
-    def __init__(self, keep: int, output_dir: Path, policy, optimizer, scheduler, rank: int, saved: int,
-                 ref: Policy | None = None):
-        self.run, self.ref, self.scheduler, self.failures = (output_dir, policy, optimizer), ref, scheduler, 0
-        self.keep, self.rank, self.saved = keep, rank, saved or None
-
-    def save(self, state: dict, rows: dict, last: bool):
-        if self.saved == state["step"]:
-            return  # it is there already, written or resumed from: never replaced, so never in danger
-        state = state | {"scheduler": self.scheduler.state_dict()}
-        written = save_checkpoint(*self.run, state, rows, self.keep, self.rank, self.ref)
-        self.saved = state["step"] if written else self.saved
-        self.failures = 0 if written else self.failures + 1
-        if not written and (last or self.failures == 3):
-            raise InputError(f"no checkpoint could be written under {self.run[0]}; the reason stands above")
-
-
-def restore(args, output_dir: Path, resumed: bool, state: dict, policy: Policy, optimizer, scheduler,
-            rank: int, ref: Policy | None = None) -> tuple[Saver, list]:
-    """Fill `state` from the run's newest checkpoint, or from --resume PATH, weights and optimizer with it.
-    -> (the run's Saver, [rows of each rank that wrote it])"""
-    path, parts, saved = None if args.resume in ("auto", "never") else args.resume, [], 0
-    if resumed or path is not None:
-        found, parts = load_checkpoint(output_dir, policy, optimizer, rank, path, ref)
-        missing = sorted(state.keys() - (found or state).keys())
-        if missing:  # going on with a start value would be another run
-            raise InputError(f"the checkpoint of step {found['step']} lacks {', '.join(missing)}: other code "
-                             "has written it; go on with that code, or start anew")
-        state |= (found or {}) | ({} if path is None else {"resumed_from": os.path.realpath(path)})
-        forget_after(output_dir, rank, state["step"] - (state["pending"] is not None))
-        if path is None or Path(path).resolve().parent.parent == output_dir.resolve():
-            saved = state["step"]
-    if "scheduler" in state:
-        set_schedule(args, optimizer, scheduler, state["scheduler"])
-    return Saver(args.save_total_limit, output_dir, policy, optimizer, scheduler, rank, saved, ref), parts
-
-
-def set_schedule(args, optimizer, scheduler, saved: dict):
-    """The schedule at a checkpoint's step, by this run's flags: else the checkpoint's own learning rate,
-    decay and betas would come back with it, whatever --allow_changed allows."""
-    scheduler.load_state_dict(saved | {"base_lrs": scheduler.base_lrs})
-    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
-        group.update(lr=base * factor(scheduler.last_epoch), initial_lr=base, weight_decay=args.weight_decay,
-                     betas=(args.adam_beta1, args.adam_beta2))
-    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
-
-
 def sync_folder(folder: Path):
     handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
 
-def complete_checkpoints(output_dir: Path) -> list[Path]:
+def join_rows(parts: list[dict]) -> dict:
+    """[{name: (n, ...)} of each rank] -> {name: (N, ...)}, padded with zeros to the longest."""
+    if not parts[0]:
+        return {}
+
+    def pad(x, T):
+        return F.pad(x, (0, T - x.shape[1])) if x.dim() == 2 else x
+
+    longest = {name: max(part[name].shape[-1] for part in parts) for name in parts[0]}
+    return {name: torch.cat([pad(part[name], T) for part in parts]) for name, T in longest.items()}
+
+
+def parts_of(policy, optimizer, ref=None, with_optimizer: bool = True) -> dict:
+    """What a checkpoint holds of the models: what is trained, its optimizer, and a reference that moves. What
+    is frozen is read from the start model again."""
+    parts = {"model": {name: p for name, p in policy.named_parameters() if p.requires_grad}}
+    if ref is not None:
+        parts["ref"] = dict(ref.named_parameters())
+    if with_optimizer:
+        parts["optimizer"] = get_optimizer_state_dict(policy, optimizer)
+    return parts
+
+
+def checkpoints_in(output_dir: Path) -> list[Path]:
     """Those with a manifest, newest first."""
     found = [file.parent for file in (output_dir / "checkpoints").glob("step_*/manifest.json")
              if re.fullmatch(r"step_\d+", file.parent.name)]
@@ -2173,17 +1977,75 @@ def drop_checkpoint(folder: Path):
         print(f"warning: old checkpoint {folder} cannot be deleted: {reason}", flush=True)
 
 
-def load_checkpoint(output_dir: Path, policy: Policy, optimizer, rank: int, path: str | None = None,
-                    ref: Policy | None = None):
-    """The newest checkpoint that is whole -> (state, [rows of each rank that wrote it]); (None, []): none.
+def save_checkpoint(output_dir: Path, policy, optimizer, ref, state: dict, rows: dict, keep: int,
+                    rank: int) -> bool:
+    """checkpoints/step_N: what is trained (sharded), `state` (JSON with "step", alike on all ranks), and the
+    rollout in use, each rank's `rows` {name: tensor}. True if every rank wrote its part; else nothing is new.
 
-    Weights and optimizer are restored in place, on any number of ranks. A bad one is named and passed over;
-    all bad is an error, and so is any fault of an explicit `path`.
+    It is built as step_N.tmp, synced, given a manifest of sizes and checksums, and renamed. Of the others the
+    newest `keep - 1` stay. All ranks must call this.
     """
-    candidates = complete_checkpoints(output_dir) if path is None else [Path(path)]
-    candidates = all_gather_object(candidates)[0]  # rank 0 decides: file systems may disagree
+    folder = output_dir / "checkpoints" / f"step_{state['step']}"
+    temporary, error, written = folder.with_suffix(".tmp"), None, {}
+
+    def make_folder():
+        for other in list(folder.parent.glob("step_*")):  # left over from a killed save, or half deleted
+            whole = (other / "manifest.json").exists()
+            if re.fullmatch(r"step_\d+\.tmp" if whole else r"step_\d+(\.tmp)?", other.name):
+                shutil.rmtree(other, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def finish(checksums: list[dict]):
+        manifest = {name: entry for of_rank in checksums for name, entry in of_rank.items()}
+        write_atomically(temporary / "manifest.json", json.dumps(manifest))
+        sync_folder(temporary)
+        shutil.rmtree(folder, ignore_errors=True)  # bad, or the run would have gone on from it
+        temporary.rename(folder)
+        sync_folder(folder.parent)
+        found = checkpoints_in(output_dir)
+        own = found.index(folder)  # later ones are bad: this run was resumed from one before them
+        for old in found[:own] + found[own + keep:]:
+            drop_checkpoint(old)
+
+    try:
+        on_rank_0("new folder", make_folder)  # nobody writes before it is there
+        # No optimizer before the first step: torch would make up a state, of one step.
+        parts = parts_of(policy, optimizer, ref, bool(optimizer.state))
+        dcp.save(parts, checkpoint_id=temporary, no_dist=not dist.is_initialized())  # it syncs its files
+        rows = join_rows(all_gather_object(rows))
+        own = f"__{rank}_"
+        if rank == 0:
+            own = (own, ".metadata", "state.json", "rollout.safetensors")
+            saved = json.dumps(state | {"optimizer": bool(optimizer.state)})
+            write_atomically(temporary / "state.json", saved)
+            save_file(rows, temporary / "rollout.safetensors")
+        written = {file.name: [file.stat().st_size, crc32(file)] for file in temporary.iterdir()
+                   if file.name.startswith(own)}
+    except Exception as reason:  # a full disk, above all
+        error = f"rank {rank}: {type(reason).__name__}: {reason}"
+    except dcp.CheckpointException as reason:  # no Exception: DCP raises it on every rank if one fails
+        error = "; ".join(f"rank {r}: {type(e).__name__}: {e}" for r, (e, _) in reason.failures.items())
+    found = all_gather_object((error, written))
+    errors = sorted({error for error, _ in found if error})
+    if not errors:
+        try:
+            on_rank_0(str(folder), lambda: finish([checksums for _, checksums in found]))
+        except InputError as reason:
+            errors = [str(reason)]
+    if errors and rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        print(f"warning: no checkpoint of step {state['step']}: {'; '.join(errors)[:500]}", flush=True)
+    return not errors
+
+
+def load_checkpoint(output_dir: Path, policy, optimizer, ref, rank: int) -> tuple[dict | None, dict]:
+    """The newest checkpoint that is whole -> (state, the rollout in use of all ranks); (None, {}): none.
+
+    Weights and optimizer are restored in place, on any number of ranks. A bad checkpoint is named and passed
+    over; if all are bad it is an error. All ranks must call this.
+    """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    for folder in candidates:
+    for folder in all_gather_object(checkpoints_in(output_dir))[0]:  # rank 0's: file systems may disagree
         fault = None
         try:
             manifest = sorted(json.loads((folder / "manifest.json").read_text()).items())
@@ -2196,102 +2058,37 @@ def load_checkpoint(output_dir: Path, policy: Policy, optimizer, rank: int, path
         fault = next((f for f in all_gather_object(fault) if f), None)
         if fault is None:
             state = json.loads((folder / "state.json").read_text())
-            parts = trained(policy, ref)
-            if state.pop("optimizer"):
-                parts["optimizer"] = get_optimizer_state_dict(policy, optimizer)
+            parts = parts_of(policy, optimizer, ref, state.pop("optimizer"))
             dcp.load(parts, checkpoint_id=folder, no_dist=not dist.is_initialized())  # the weights: in place
             if "optimizer" in parts:
                 set_optimizer_state_dict(policy, optimizer, parts["optimizer"])
             optimizer.zero_grad(set_to_none=True)
-            count = sum(name.startswith("rows_") for name, _ in manifest)
-            rows = [load_file(folder / f"rows_{r}.safetensors") for r in range(count)]
             if rank == 0:
                 print(f"resumed from {folder}, step {state['step']}", flush=True)
-                for later in complete_checkpoints(output_dir) if path is not None else []:
-                    if int(later.name.removeprefix("step_")) > state["step"]:
-                        drop_checkpoint(later)  # of the branch that an explicit path leaves
-            return state, rows
-        if path is not None:
-            raise InputError(f"--resume {path}: {fault}")
+            return state, load_file(folder / "rollout.safetensors")
         if rank == 0:
             print(f"warning: checkpoint {folder} cannot be used ({fault}); trying the one before", flush=True)
-    found = [p.name for p in (output_dir / "checkpoints").glob("step_*") if p.suffix != ".tmp"]
-    if any(all_gather_object(bool(candidates or found))):  # never a silent fresh start
+    found = sorted(p.name for p in (output_dir / "checkpoints").glob("step_*") if p.suffix != ".tmp")
+    if any(all_gather_object(bool(found))):  # never a silent fresh start
         raise InputError(f"none of the checkpoints under {output_dir} can be used: {', '.join(found)}")
-    return None, []
+    return None, {}
 
 
-def forget_after(output_dir: Path, rank: int, step: int):
+def forget_after(output_dir: Path, step: int):
     """Drop the lines of metrics.jsonl after `step`: they will be written again, each of them once."""
     file = output_dir / "metrics.jsonl"
-    if rank == 0 and file.exists():
-        kept = []
-        for line in file.read_text(errors="replace").splitlines(keepends=True):
-            try:
-                kept += [line] if line.endswith("\n") and json.loads(line)["step"] <= step else []
-            except (ValueError, KeyError, TypeError):  # raised here, it would leave the other ranks waiting
-                print(f"warning: no metrics, dropped from {file}: {line[:80]!r}", flush=True)
+    kept = []
+    for line in file.read_text(errors="replace").splitlines(keepends=True) if file.exists() else ():
+        try:
+            kept += [line] if line.endswith("\n") and json.loads(line)["step"] <= step else []
+        except (ValueError, KeyError, TypeError):
+            print(f"warning: no metrics, dropped from {file}: {line[:80]!r}", flush=True)
+    if file.exists():
         write_atomically(file, "".join(kept))
 
 
-class Run:
-    """One training run: who it is among the ranks, its folder, and what the loops ask of it.
-
-        say, log            a line on the screen; a line of metrics.jsonl, on the screen and to the tracker
-        stop, stopping      whether this rank was asked to stop; whether any was (all ranks must call it)
-        restore, save       checkpoints: state, weights, optimizer, and the rollout in use
-        finish              final/, or how to go on
-
-    `done`: the run in that folder had ended already. Nothing else may be asked of it then.
-    """
-
-    def __init__(self, args):
-        self.args = args
-        self.rank, self.world_size, self.device = init_distributed(args.device, args.deterministic)
-        self.folder, self.resumed = open_run(args, self.rank, self.world_size)
-        self.done = self.resumed and is_done(args, self.folder, self.rank)
-        if not self.done:
-            self.report = Report(args, self.folder, self.rank)
-
-    def say(self, text: str):
-        """Print it once, on rank 0; a progress bar stays whole."""
-        if self.rank == 0:
-            tqdm.write(text)
-
-    def log(self, metrics: dict, shown: tuple[str, ...]):
-        log_step(metrics, self.folder, self.rank, shown)
-        self.report(metrics)
-
-    def listen(self):
-        """From here on SIGTERM, SIGINT and --max_hours ask to stop, where they would have ended the run."""
-        self.stop = Stop(self.args.max_hours)
-
-    def stopping(self) -> bool:
-        """Whether any rank was asked to stop. All ranks must call this."""
-        return self.stop.agreed()
-
-    def restore(self, state: dict, policy, optimizer, scheduler, ref=None) -> list[dict]:
-        """Fill `state`, weights and optimizer from the newest checkpoint, or from --resume PATH.
-        -> the rows of the rollout in use, of each rank that wrote them; [] for none."""
-        self.saver, parts = restore(self.args, self.folder, self.resumed, state, policy, optimizer, scheduler,
-                                    self.rank, ref)
-        return parts
-
-    def running(self, step: int):
-        """From here on the folder holds results: other flags are refused there."""
-        set_status(self.folder, self.rank, "running", step)
-
-    def save(self, state: dict, rows: dict | None = None, last: bool = False):
-        """checkpoints/step_N; rows: the rollout in use. last: the run ends here, so it must not fail."""
-        self.saver.save(state, rows or {}, last)
-
-    def stopped(self, step: int | None, rewards=None):
-        """The run was asked to stop: say how to go on, and end its ranks. step None: before the first."""
-        end_run(self.folder, self.rank, "stopped", step, rewards)
-
-    def finish(self, policy, processor, source: str, state: dict, rewards=None):
-        """final/, its card, how the held-out rows fared, status done, the end of the ranks."""
-        finish_run(self.args, policy, processor, source, self.folder, self.rank, state, rewards)
+# ------------------------------------------------------------------------------------------------------------
+# The run
 
 
 class Interrupted(Exception):
@@ -2302,7 +2099,7 @@ class Stop:
     """SIGTERM, SIGINT, or --max_hours gone by, on any rank.
 
     `stop()` is cheap and local: the sampler asks it every few tokens. A rank that was asked tells the others
-    through torchrun's store, without a collective. `agreed()`, a collective, decides after the pass.
+    through torchrun's store, without a collective. `Run.stopping()`, a collective, decides after the pass.
     """
 
     def __init__(self, max_hours: float | None):
@@ -2327,12 +2124,9 @@ class Stop:
             return True
         return self.store is not None and self.store.check(["flatpo/stop"])
 
-    def agreed(self) -> bool:
-        return any(all_gather_object(self()))
-
     @contextmanager
     def passes(self):
-        """Leaves the block early if the run is asked to stop; `agreed()` must follow, on every rank."""
+        """Leaves the block early if the run is asked to stop; `Run.stopping()` must follow, on every rank."""
         try:
             yield
         except Interrupted:
@@ -2340,3 +2134,268 @@ class Stop:
         except InputError:  # a signal to every process of a job also ends the reward process
             if not self():
                 raise
+
+
+class Run:
+    """One training run: who it is among the ranks, its folder, and what the loops ask of it.
+
+        args.json, code/    the flags and code that it was started with; resumed, the flags must be the same
+        status.json         running, stopped (start it again) or done, and the step
+        metrics.jsonl       a line a step (`log`)
+        checkpoints/        step_N (`save`, `restore`)
+        final/              the trained model (`finish`)
+        lock                held by the run's process while it lives
+
+    `done`: the run in that folder had ended already. Nothing else may be asked of it then.
+    """
+
+    def __init__(self, args):
+        self.args, self.saved, self.failures = args, None, 0  # saved: the step of the newest checkpoint
+        self.rank, self.world_size, self.device = init_distributed(args.device, args.deterministic)
+        if args.shard_size is not None and self.world_size % args.shard_size:
+            raise InputError(f"--shard_size {args.shard_size} must divide the number of ranks, "
+                             f"{self.world_size}")
+        opened = on_rank_0(f"--output_dir {args.output_dir}", self._open)
+        args.output_dir, self.resumed, self.done = opened
+        self.folder = Path(args.output_dir)
+        if self.done:
+            self.say(f"the run in {self.folder} is done; its model is {self.folder / 'final'}")
+            self._push_to_hub()
+            end_ranks()
+        else:
+            self.report = Report(args, self.folder, self.rank)
+
+    def _open(self) -> tuple[str, bool, bool]:
+        """On rank 0: (the run's folder, whether it holds a run to go on with, whether that run is done).
+
+        The same command goes on with the run that its --output_dir holds, if the flags, data and start models
+        recorded in args.json are the same; else it is an error that lists what changed.
+        """
+        args, resumed, n = self.args, False, 1
+        now, name = describe_run(args, self.world_size), Path(args.algo[0]).stem
+        folder = None if args.output_dir is None else Path(args.output_dir)
+        made = folder is None or not folder.exists()
+        if not made and {file.name for file in folder.iterdir()} - {"args.json.tmp", "lock"}:
+            before = read_json(folder / "args.json")
+            if before is None and "args.json" not in args.allow_changed:
+                raise InputError(f"{folder / 'args.json'} is damaged, so the run's flags cannot be compared "
+                                 "with these; --allow_changed args.json goes on without")
+            if args.resume == "never" or before is not None and "rows per update" not in before:
+                raise InputError(f"--output_dir {folder} is not empty; name a new one, "
+                                 f"or none for runs/{name}-N")
+            # A run that failed before step 1 has no results, so other flags are fine.
+            resumed = has_results(folder)
+            if resumed and before is not None:
+                check_unchanged(before, now, [n for n in args.allow_changed if n != "args.json"])
+        if args.push_to_hub is not None:  # now, not after the work, shows whether it can be written
+            try:
+                import huggingface_hub
+                huggingface_hub.create_repo(args.push_to_hub, private=True, exist_ok=True)
+            except Exception as error:  # offline, no token, no such name, not yours
+                raise InputError(f"--push_to_hub {args.push_to_hub}: {error} (offline? not logged in? "
+                                 "`hf auth login`; the name is OWNER/NAME)") from error
+
+        while folder is None:
+            try:
+                os.makedirs(f"runs/{name}-{n}")  # whoever makes it has the name, of runs started together
+                folder = Path(f"runs/{name}-{n}")
+            except FileExistsError:
+                n += 1
+        folder.mkdir(parents=True, exist_ok=True)
+        hold(folder)
+        if has_results(folder) != resumed:
+            raise InputError(f"--output_dir {folder} was written by another run just now")
+        status = read_json(folder / "status.json") or {}  # damaged: the checkpoints say how far it is
+        if status.get("status") == "done" and not args.allow_changed:
+            return str(folder), True, True
+
+        if made:
+            atexit.register(drop_unused, folder)
+        now["output_dir"] = str(folder)
+        write_atomically(folder / "args.json", json.dumps(now, indent=2) + "\n")
+        (folder / "completions").mkdir(exist_ok=True)
+        shutil.rmtree(folder / "code", ignore_errors=True)
+        for name, file in code_of(args).items():
+            (folder / "code" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / "code" / name)
+        given = " ".join(f"--{k} {' '.join(map(str, v)) if isinstance(v, list) else v}"
+                         for k, v in type(args).given.items())
+        print(f"{' '.join(args.algo)} in {folder}: {given or 'all flags at their defaults'}", flush=True)
+        return str(folder), resumed, False
+
+    def say(self, text: str):
+        """Print it once, on rank 0; a progress bar stays whole."""
+        if self.rank == 0:
+            tqdm.write(text)
+
+    def log(self, metrics: dict, shown: tuple[str, ...]):
+        """A line of metrics.jsonl; those of `shown` on the screen; all to the tracker."""
+        if self.rank == 0:
+            line = json.dumps({k: v if math.isfinite(v) else None for k, v in metrics.items()})
+            file = self.folder / "metrics.jsonl"
+            with writing(file), open(file, "a") as out:
+                out.write(line + "\n")
+            words = [f"{k} {metrics[k]:.4g}" for k in shown if metrics.get(k) is not None]
+            words = [word + " (warm-up)" if word == "learning_rate 0" else word for word in words]
+            if words:
+                self.say(f"step {metrics['step']} | " + " | ".join(words))
+        self.report(metrics)
+
+    # --- signals
+
+    def listen(self):
+        """From here on SIGTERM, SIGINT and --max_hours ask to stop, where they would have ended the run."""
+        self.stop = Stop(self.args.max_hours)
+
+    def stopping(self) -> bool:
+        """Whether any rank was asked to stop. All ranks must call this."""
+        return any(all_gather_object(self.stop()))
+
+    # --- checkpoints
+
+    def restore(self, state: dict, policy, optimizer, ref=None) -> dict:
+        """Fill `state`, weights and optimizer from the newest checkpoint, if there is one. ref: a reference
+        that moves. -> the rollout in use, of all ranks; {} for none. All ranks must call this."""
+        self.models = policy, optimizer, ref
+        if not self.resumed:
+            return {}
+        saved, rollout = load_checkpoint(self.folder, *self.models, self.rank)
+        if saved is not None:
+            missing = sorted(state.keys() - saved.keys())
+            if missing:  # going on with a start value would be another run
+                raise InputError(f"the checkpoint of step {saved['step']} lacks {', '.join(missing)}: other "
+                                 "code has written it; go on with that code, or start anew")
+            state |= saved
+            self.saved = state["step"]
+            for group in optimizer.param_groups:  # this run's flags; the checkpoint brought its own
+                group.update(betas=(self.args.adam_beta1, self.args.adam_beta2),
+                             weight_decay=self.args.weight_decay)
+        last = state["step"] - (state["pending"] is not None)
+        on_rank_0(str(self.folder / "metrics.jsonl"), lambda: forget_after(self.folder, last))
+        return rollout
+
+    def save(self, state: dict, rows: dict | None = None, must: bool = False):
+        """checkpoints/step_N, with this rank's rows of the rollout in use. One that must not fail ends the
+        run if it does; so does the third failure in a row. All ranks must call this."""
+        if self.saved == state["step"]:
+            return  # it is there already: never written again, so never in danger
+        keep = self.args.save_total_limit
+        if save_checkpoint(self.folder, *self.models, state, rows or {}, keep, self.rank):
+            self.saved, self.failures = state["step"], 0
+            return
+        self.failures += 1
+        if must or self.failures == 3:
+            raise InputError(f"no checkpoint could be written under {self.folder}; the reason stands above")
+
+    # --- the end of a step, and of the run
+
+    def running(self, step: int):
+        """From here on the folder holds results: other flags are refused there."""
+        self._set_status("running", step)
+
+    def count_nonfinite(self, state: dict, grad_norm: float, rows: list[dict]):
+        """state["skipped"]: steps in a row whose gradient norm was nan or infinite; all ranks see the same.
+        The third ends the run, and leaves the rows it was computed on in nonfinite_rank_R.json."""
+        if math.isfinite(grad_norm):
+            state["skipped"] = 0
+            return
+        state["skipped"] += 1
+        self.say(f"warning: step {state['step']} was skipped: its gradient norm is {grad_norm}")
+        if state["skipped"] == 3:
+            file = self.folder / f"nonfinite_rank_{self.rank}.json"
+            names = [row["_source"] for row in rows]
+            file.write_text(json.dumps({"step": state["step"], "rows": names}, indent=2) + "\n")
+            raise InputError(f"three steps in a row had a gradient norm of nan or infinity; {file} has the "
+                             "rows")
+
+    def end_step(self, state: dict, metrics: dict, max_steps: int, held_out, shown: tuple[str, ...],
+                 rows: dict | None = None) -> bool:
+        """Held-out rows, the log, a checkpoint, each when it is due. True if the run was asked to stop.
+
+        held_out(step): means over the held-out rows, None if the run was asked to stop meanwhile.
+        """
+        step = metrics["step"]
+        if step == 0 or step % self.args.eval_steps == 0 or step == max_steps:
+            means = held_out(step)
+            if means is None:
+                self.save(state | {"pending": metrics}, rows, must=True)
+                return True
+            metrics |= means
+            state["end"], state["start"] = means, state["start"] or means
+        self.log(metrics, shown)
+        state["pending"] = None
+        stopping = self.stopping()
+        if stopping or step == max_steps or step % self.args.save_steps == 0 and step > 0:
+            self.save(state, rows, must=stopping or step == max_steps)
+        return stopping
+
+    def stopped(self, step: int | None, rewards=None):
+        """The run was asked to stop: say how to go on, and end its ranks. step None: before the first."""
+        where = "before its first step" if step is None else f"at step {step}"
+        self.say(f"stopped {where}; the same command with --output_dir {self.folder} goes on from there")
+        self._end("stopped", step, rewards)
+
+    def finish(self, policy, processor, source: str, state: dict, rewards=None):
+        """A last checkpoint, final/ and its card, how the held-out rows fared, status done, the end of the
+        ranks. If the export fails, the same command does it again."""
+        self.save(state, must=True)
+        before, after = state["start"], state["end"]
+        with writing(self.folder / "final"):
+            export(policy, processor, source, self.folder / "final", self.rank)
+            if self.rank == 0:
+                write_card(self.args, self.folder, before, after)
+        for key in sorted(before.keys() & after.keys()):
+            self.say(f"{key}: {before[key]:.4f} before, {after[key]:.4f} after")
+        self.say(f"saved {self.folder / 'final'}")
+        self._end("done", state["step"], rewards)
+        self._push_to_hub()
+
+    def _set_status(self, status: str, step: int | None):
+        """status.json, for whoever restarts runs. step None: as it was."""
+        if self.rank == 0:
+            file = self.folder / "status.json"
+            if step is None:
+                step = (read_json(file) or {}).get("step", 0)
+            with writing(file):
+                write_atomically(file, json.dumps({"status": status, "step": step}) + "\n")
+
+    def _end(self, status: str, step: int | None, rewards):
+        self._set_status(status, step)
+        if rewards is not None:
+            rewards.close()
+        end_ranks()
+
+    def _push_to_hub(self):
+        """Upload final/ to --push_to_hub's repository. Called last: no other rank waits for it."""
+        if self.rank != 0 or self.args.push_to_hub is None:
+            return
+        import huggingface_hub
+        name, final = self.args.push_to_hub, self.folder / "final"
+        try:
+            huggingface_hub.upload_folder(repo_id=name, folder_path=final,
+                                          commit_message=f"flatpo --algo {' '.join(self.args.algo)}")
+        except Exception as error:
+            raise InputError(f"--push_to_hub {name}: {final} is complete, but not uploaded: {error}; the "
+                             "same command tries again") from error
+        self.say(f"uploaded {final} to {name}")
+
+
+def write_card(args, output_dir: Path, before: dict, after: dict):
+    """final/README.md: the command, means over held-out rows before and after, data, versions, settings."""
+    run, source = json.loads((output_dir / "args.json").read_text()), args.model_name_or_path
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    launch = "python" if run["world_size"] == 1 else f"torchrun --nproc_per_node={local}"
+    launch += f" --nnodes={run['world_size'] // local}" if run["world_size"] > local else ""
+    algo = " ".join(args.algo)
+    head = [f"tags: [flatpo, {Path(args.algo[0]).stem}]", "library_name: transformers",
+            "pipeline_tag: image-text-to-text"]
+    head += [f"base_model: {source}"] if source and not os.path.isdir(source) else []
+    results = [f"| `{key}` | {before[key]:.4f} | {after[key]:.4f} |" for key in sorted({*before} & {*after})]
+    (output_dir / "final" / "README.md").write_text("\n".join([
+        "---", *head, "---", f"# {output_dir.name}", "",
+        f"{source or 'The built-in tiny Qwen2.5-VL'}, trained with flatpo's `--algo {algo}`:", "",
+        "```bash", f"{launch} {shlex.join(run['command'])}", "```", "",
+        *(["| held-out | before | after |", "|---|---|---|", *results] if results else ["No held-out rows."]),
+        "", f"Data: {args.dataset or 'the built-in task'}, held out: {args.eval_dataset or 'no file'}. "
+        f"sha256 of these files: {run['data']}, of the code: {run['code']}.", "",
+        "All settings and versions:", "", "```json", json.dumps(run, indent=2), "```", ""]))

@@ -26,24 +26,26 @@ Where this differs from the papers and from TRL:
 """
 
 import os
+import signal
+import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads ruin a shared machine
+if __name__ == "__main__":  # until the run listens (`Run.listen`), Ctrl-C ends it in one line
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted before the first step"))
 
 import functools
 import hashlib
 import itertools
 import math
-import sys
+import socket
 import time
-import uuid
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
@@ -91,8 +93,8 @@ class Args:
     algo: list[Name] = field(default_factory=lambda: ["mpo"])  # a preset of the loss flags, a file of papers/
     # or a path to your own; a flag given wins. Further files add what they bring. Presets: PRESETS; files:
     # PAPERS
-    model_name_or_path: str | None = None  # folder or hub id of a vision-language model; none: a tiny one is
-    # built
+    model_name_or_path: str | None = None  # folder or hub id of a vision-language model; tiny, the default of
+    # the built-in task: a random one of half a million parameters
     # --- data
     dataset: list[str] | None = None  # files, folders, hub ids of pairs (see data.py); none: shapes
     dataset_weights: list[Positive] | None = None  # each one's share of the draws; default: its rows
@@ -161,7 +163,7 @@ class Args:
     output_dir: str | None = None  # default: a new runs/<algo>-N; one that holds this run goes on
     save_steps: Size = 100  # write a checkpoint every so many steps
     save_total_limit: Size = 2  # checkpoints that are kept
-    resume: str = "auto"  # auto: go on with the run in --output_dir; never; or a checkpoint
+    resume: Literal["auto", "never"] = "auto"  # auto: go on with the run in --output_dir
     allow_changed: list[str] = field(default_factory=list)  # settings that may differ from the resumed run's
     max_hours: Positive | None = None  # write a checkpoint and end after so long, as on SIGTERM
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # send metrics there too; pip
@@ -176,6 +178,10 @@ class Args:
         model.check_shared(self)
         check_losses(self)
         model.check_methods(self)
+
+
+SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "nll", "grad_norm",
+         "learning_rate", "step_time", "eval/accuracy")  # the metrics of a step that are printed
 
 
 def parse_args(argv):
@@ -247,122 +253,66 @@ def group_key(group) -> str:
     return data.group_key(prompt.tokens, prompt.pixels, completions)
 
 
-def scorer_fingerprint(policy) -> str:
-    """sha256 of all that log-probs depend on besides ids and pixels. All ranks must call this."""
-    config = policy.hf.config.to_json_string(use_diff=False).splitlines()  # with transformers' version
-    config = [line for line in config if "_name_or_path" not in line]
-    attention = {str(module.config._attn_implementation)
-                 for module in policy.hf.modules() if hasattr(module, "config")}
-    parts = (model.weights_fingerprint(policy), config, sorted(attention), sorted(policy.never_sampled_ids),
-             str(policy.dtype), policy.device.type, torch.__version__, "format 2")
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
-
 class ReferenceCache:
-    """{group key: log-probs (tokens,) of all its completions} of a model that is not trained, kept on disk.
+    """Per-token log-probs of the starting policy, {group key: (all completions' tokens,)}, in safetensors
+    files in a folder named after weights and dtype. A new model, template, image or answer is a new key."""
 
-    The last bits of a row depend on the batch in which it was computed. So its first value stands, in this
-    run and in all others: the files are numbered in the order in which they came (`os.link` gives each number
-    once), they are never changed, and of the files that hold a row the first one counts.
-    """
-
-    def __init__(self, folder: str, policy, wanted: set[str]):
-        """wanted: the keys of this run, which alone are held in memory."""
-        self.flag, self.folder = f"--ref_cache {folder}", Path(folder) / scorer_fingerprint(policy)
-        self.wanted, self.known, self.files_read = wanted, {}, 0
-        with self.errors():
-            files = os.listdir(self.folder) if self.folder.exists() else []
-        numbers = [name.removesuffix(".safetensors") for name in files]
-        self.read(max((int(number) for number in numbers if number.isdecimal()), default=0))
-        if wanted - self.known.keys():
-            with self.errors():
-                self.folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.folder, os.W_OK):
-                raise model.InputError(f"{self.flag}: {self.folder} cannot be written, and lacks "
-                                       f"{len(wanted - self.known.keys())} rows of this run")
-
-    @contextmanager
-    def errors(self):
-        """What the file system refuses becomes one line that names the flag."""
-        try:
-            yield
-        except OSError as error:
-            raise model.InputError(f"{self.flag}: {error}") from None
-
-    def read(self, last: int):
-        """Read the files up to number `last`. A row that an earlier file holds keeps its value."""
-        for number in range(self.files_read + 1, last + 1):
-            file = self.folder / f"{number:06}.safetensors"
-            if not file.exists():  # somebody has removed it
-                continue
-            with self.errors():
-                content = file.read_bytes()
+    def __init__(self, folder: str, policy):
+        name = f"{model.weights_fingerprint(policy)[:32]}-{str(policy.dtype).removeprefix('torch.')}"
+        self.folder, self.known = Path(folder) / name, {}
+        for file in sorted(self.folder.glob("*.safetensors")):
             try:
-                tensors = load(content)
-                if not tensors.pop("sha256").equal(checksum(tensors)):
-                    raise KeyError("sha256")
-            except (SafetensorError, KeyError):
-                print(f"warning: {file} is damaged: what it held is computed again", flush=True)
-                continue
-            for key in self.wanted & tensors.keys():
-                self.known.setdefault(key, tensors[key])
-        self.files_read = max(self.files_read, last)
+                with safe_open(file, "pt") as tensors:
+                    self.known |= {key: tensors.get_tensor(key) for key in tensors.keys()}
+            except SafetensorError as error:  # emptied by a power cut, perhaps
+                print(f"warning: {file} cannot be read ({error}): what it held is computed anew", flush=True)
 
-    def store(self, new: dict):
-        """Write the next file, and read it with those that others have written meanwhile."""
-        if not new:
-            return
-        temporary, number = self.folder / f"{uuid.uuid4().hex}.tmp", self.files_read + 1
-        with self.errors():
-            temporary.write_bytes(save(new | {"sha256": checksum(new)}))
-            while True:
-                try:
-                    os.link(temporary, self.folder / f"{number:06}.safetensors")
-                    break
-                except FileExistsError:
-                    number += 1
-            temporary.unlink()
-        self.read(number)
-
-    def add(self, policy, batches, share_prompt: bool, stop):
-        """Score the groups of these batches, and store those that are not known."""
-        new, stored = {}, time.monotonic()
-        for groups in batches:
-            batch = model.to_device(policy.pack(groups, share_prompt), policy.device)
-            with torch.no_grad():
-                logps, *_ = policy(batch, entropies=False)                                      # (N, T)
-            mask, n = batch["completion_mask"], 0
-            for group in groups:
-                rows = slice(n, n + len(group[1]))
-                new[group_key(group)] = logps[rows][mask[rows]].cpu()
-                n = rows.stop
+    def add(self, policy, groups_in_batches, share_prompt: bool, stop) -> int:
+        """Compute and store what is missing. -> how many distinct groups were computed"""
+        before, new = len(self.known), {}
+        for groups in groups_in_batches:
+            keyed = {group_key(g): g for g in groups}
+            missing = {k: g for k, g in keyed.items() if k not in self.known and k not in new}
+            if missing:
+                batch = model.to_device(policy.pack(list(missing.values()), share_prompt), policy.device)
+                with torch.no_grad():
+                    logps, *_ = policy(batch, entropies=False)                                  # (N, T)
+                mask, n = batch["completion_mask"], 0
+                for key, (_, completions) in missing.items():
+                    rows = slice(n, n + len(completions))
+                    new[key] = logps[rows][mask[rows]].cpu()
+                    n += len(completions)
             asked = stop()
-            if asked or time.monotonic() - stored > 60:  # so that a killed run has not worked for nothing
-                self.store(new)
-                new, stored = {}, time.monotonic()
+            if asked or len(new) >= 1024:  # now and then, so that a killed run has not worked for nothing
+                new = self._store(new)
             if asked:
                 raise model.Interrupted
-        self.store(new)
+        self._store(new)
+        return len(self.known) - before
+
+    def unknown(self, places, sizes, size: int) -> list[int]:
+        """The places, less the batches of `size` of which every row is known: those need not be encoded. The
+        other batches stay whole, since log-probs may depend on the batch in their last bit."""
+        places = list(places)
+        batches = [places[i:i + size] for i in range(0, len(places), size)]
+        return [i for batch in batches if any(sizes[i].key not in self.known for i in batch) for i in batch]
+
+    def _store(self, new: dict) -> dict:
+        if new:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            name = hashlib.sha256("".join(sorted(new)).encode()).hexdigest()[:32]
+            file = self.folder / f"{name}.safetensors"
+            temporary = file.with_suffix(f".tmp-{socket.gethostname()}-{os.getpid()}")  # a shared folder
+            save_file(new, temporary)
+            temporary.rename(file)  # a killed run leaves no half-written cache
+            self.known |= new
+        return {}
 
     def logps(self, groups, batch) -> torch.Tensor:
         """(N, T) like the policy's, 0 where the mask is False."""
-        mask, trained, flat = batch["completion_mask"], batch["trained"], []
-        for group in groups:
-            key = group_key(group)
-            if key not in self.known:
-                raise model.InputError(f"{group[0].row['_source']}: the row, or an image of it, has changed "
-                                       "since this run began")
-            flat.append(self.known[key])
-        flat = model.to_device(torch.cat(flat), mask.device)
+        mask, trained = batch["completion_mask"], batch["trained"]
+        flat = model.to_device(torch.cat([self.known[group_key(g)] for g in groups]), mask.device)
         return torch.zeros(mask.numel(), device=mask.device).scatter(0, trained, flat).view(mask.shape)
-
-
-def checksum(tensors: dict) -> torch.Tensor:
-    """sha256 of tensors and their names, (32,), as it stands in a file of the reference cache."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.numpy().tobytes())
-    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
 def score_groups(args, policy, groups, references, state):
@@ -439,7 +389,7 @@ def main(argv=None):
     train_rows, eval_rows = data.rows_of_run(args, ("prompt", *columns))
     check_columns(args, train_rows, eval_rows)
     rewards = accuracy_of(args, run, eval_rows)
-    source = model.start_model(args, run.folder, run.rank)
+    source = data.start_model(args, run.folder)
     policy, processor = load_policy(args, run, source)
     groups_of = Groups(args, run, policy, processor, columns, train_rows, eval_rows, rewards is not None)
     max_steps = groups_of.max_steps
@@ -449,18 +399,18 @@ def main(argv=None):
         return run.stopped(None, rewards)
     if args.preflight or args.preflight is None and run.device.type == "cuda":
         model.preflight(policy, groups_of.largest_micro_batch(), 1.0, run.rank, args.share_prompt)
-    optimizer, scheduler, parameters = model.make_optimizer(args, policy, max_steps)
+    optimizer, parameters = model.make_optimizer(args, policy)
     weighted = list(zip(args.loss_type, args.loss_weights))
 
     # What a checkpoint holds besides weights and optimizer. Data order and randomness follow from step.
     # pending: metrics of `step` that still wait for their evaluation
     state = model.with_states(args, {"step": 0, "pending": {"step": 0}, "bco_shift": 0.0, "start": {},
                                      "end": {}, "skipped": 0})
-    run.restore(state, policy, optimizer, scheduler)
+    run.restore(state, policy, optimizer)
     held_out = functools.partial(evaluate, args, run, policy, processor, groups_of, references, rewards,
                                  state)
-    stopped = state["pending"] is not None and end_step(args, run, max_steps, held_out, state,
-                                                        state["pending"])
+    end_step = functools.partial(run.end_step, state, max_steps=max_steps, held_out=held_out, shown=SHOWN)
+    stopped = state["pending"] is not None and end_step(state["pending"])
     progress = tqdm(total=max_steps, initial=state["step"], desc=" ".join(args.algo),
                     disable=None if run.rank == 0 else True)
     run.running(state["step"])
@@ -470,6 +420,7 @@ def main(argv=None):
     while state["step"] < max_steps and not stopped and not good_enough(args, state):
         # 1. the update's pairs, this rank's, and its micro-batches
         began, step, groups = time.perf_counter(), state["step"] + 1, next(updates)
+        learning_rate = model.learning_rate_at(args, step - 1, max_steps)
         micro_batches = groups_of.micro_batches(groups)
 
         # 2. what each loss is divided by, over all micro-batches and ranks
@@ -489,14 +440,13 @@ def main(argv=None):
 
         # 4. step; not on a gradient that is nan or infinite
         grad_norm = model.clip_grad_norm_(parameters, args.max_grad_norm)
-        learning_rate = scheduler.get_last_lr()[0]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
         if math.isfinite(grad_norm):
             optimizer.step()
-        scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         state["step"] = step
-        state["skipped"] = model.count_skipped(grad_norm, state["skipped"], run.folder, run.rank, step,
-                                               [prompt.row for prompt, _ in groups])
+        run.count_nonfinite(state, grad_norm, [prompt.row for prompt, _ in groups])
 
         # 5. metrics; BCO's shift and the STATE of --algo's files move by them
         means = {key: total / n for key, (total, n) in model.all_reduce_sums(sums, run.device).items()}
@@ -519,7 +469,7 @@ def main(argv=None):
 
         # 6. held-out rows, the log, a checkpoint
         metrics["step_time"] = time.perf_counter() - began
-        stopped = end_step(args, run, max_steps, held_out, state, metrics)
+        stopped = end_step(metrics)
         progress.update()
 
     progress.close()
@@ -559,9 +509,8 @@ def load_policy(args, run, source: str):
 class Groups:
     """The rows of a run as groups, (Prompt, [completion ids of each column]), checked before the first step.
 
-    `train` are the rows of all ranks, held_out this rank's; sizes and eval_sizes the data.Size of all ranks'.
-    plan[draw] is the row of each draw, longest the visited rows from the longest on. Of an update, rank_rows
-    are this rank's, step_rows of all.
+    `train` and `held_out` are rows, sizes and eval_sizes their data.Size; plan[draw] is the row of each draw,
+    longest the visited rows from the longest on. Of an update, rank_rows are this rank's, step_rows of all.
     """
 
     def __init__(self, args, run, policy, processor, columns, train, held_out, answered: bool):
@@ -587,7 +536,6 @@ class Groups:
                 run.world_size, measured, args.sort_by, args.dataloader_num_workers)
             self.held_out, self.eval_sizes = data.check_eval_rows(
                 held_out, limit, run.rank, run.world_size, held_out_size, args.dataloader_num_workers)
-        self.all_held_out = held_out
         if run.rank == 0 and measured.computed:  # else an earlier run has shown it
             data.show_sample(processor, self.encode(train[self.plan[0]]))
 
@@ -631,32 +579,10 @@ class Groups:
                 spans = model.spans_within(sizes, self.args.max_tokens_per_batch, alike=False)
             yield from (groups[a:b] for a, b in spans)
 
-    def eval_batches(self):
-        """This rank's held-out rows, in batches as large as evaluation takes."""
-        return self.within_budget(self.batches(self.held_out, range(len(self.held_out)),
-                                               self.args.per_device_eval_batch_size))
-
-    def keys(self) -> set[str]:
-        """What the reference's log-probs of all ranks' rows are stored under."""
-        return {self.sizes[i].key for i in self.longest} | {size.key for size in self.eval_sizes.values()}
-
-    def batches_to_score(self, cache: ReferenceCache):
-        """This rank's share of the batches that hold a row which the cache lacks. The last bits of log-probs
-        depend on the cut into batches. So the cut is the same for any number of ranks and any cache."""
-        taken = set()  # keys of the batches before
-        for rows, places, sizes, size in (
-                (self.train, self.plan, self.sizes, self.args.per_device_train_batch_size),
-                (self.all_held_out, self.eval_sizes, self.eval_sizes, self.args.per_device_eval_batch_size)):
-            first = {}  # of each key the first place
-            for i in places:
-                if sizes[i].key not in taken:
-                    first.setdefault(sizes[i].key, i)
-            taken |= first.keys()
-            keys = list(first)
-            batches = [keys[i:i + size] for i in range(0, len(keys), size)]
-            todo = [first[key] for batch in batches[self.run.rank::self.run.world_size]
-                    if not cache.known.keys() >= set(batch) for key in batch]
-            yield from self.within_budget(self.batches(rows, todo, size))
+    def eval_batches(self, places=None):
+        """The held-out rows (of these places), in batches as large as evaluation takes."""
+        places = range(len(self.held_out)) if places is None else places
+        return self.within_budget(self.batches(self.held_out, places, self.args.per_device_eval_batch_size))
 
     def largest_micro_batch(self) -> list:
         size = self.args.per_device_train_batch_size
@@ -670,27 +596,29 @@ def reference_logps(args, run, policy, processor, groups_of: Groups) -> dict | N
     """{"ref": ReferenceCache, and one for each further model of --algo's files}: log-probs of every row that
     the run will visit and of the held-out ones. None if the run is asked to stop meanwhile."""
     def cached(scorer, name):
-        cache = ReferenceCache(args.ref_cache, scorer, groups_of.keys())
-        found = len(cache.known)
+        cache, size = ReferenceCache(args.ref_cache, scorer), args.per_device_train_batch_size
+        places = dict.fromkeys(groups_of.places_from(0))
+        found = len({groups_of.sizes[i].key for i in places} & cache.known.keys())
+        batches = groups_of.batches(groups_of.train, cache.unknown(places, groups_of.sizes, size), size)
         with model.gathered(scorer), model.adapter_off(scorer), run.stop.passes():
-            cache.add(scorer, groups_of.batches_to_score(cache), args.share_prompt, run.stop)
-        if run.stopping():
-            return None
-        cache.read(max(model.all_gather_object(cache.files_read)))
-        if cache.wanted - cache.known.keys():
-            raise model.InputError(f"{cache.flag}: rows that other ranks wrote are missing; all ranks must "
-                                   "share this folder")
-        run.say(f"{name} log-probs: {len(cache.known) - found} pairs computed, {found} found in "
-                f"{cache.folder}")
+            computed = cache.add(scorer, groups_of.within_budget(batches), args.share_prompt, run.stop)
+            places = cache.unknown(range(len(groups_of.held_out)), groups_of.eval_sizes,
+                                   args.per_device_eval_batch_size)
+            cache.add(scorer, groups_of.eval_batches(places), args.share_prompt, run.stop)
+            run.say(f"{name} log-probs: {computed} pairs computed, {found} found in {cache.folder} "
+                    "(rank 0, training rows)")
         return cache
 
     references = {}
     if any(losses.PAIR_LOSSES[name].reference for name in args.loss_type if name != "sft"):
         references["ref"] = cached(policy, "reference")
+        if run.stopping():
+            return None
     for name, path in (item for scorers in model.hooks(args, "scorers") for item in scorers(args).items()):
-        if None not in references.values():
-            references[name] = cached(load_scorer(args, path, policy, processor, run.device), name)
-    return None if None in references.values() else references
+        references[name] = cached(load_scorer(args, path, policy, processor, run.device), name)
+        if run.stopping():
+            return None
+    return references
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -731,32 +659,15 @@ def evaluate(args, run, policy, processor, groups_of: Groups, references, reward
         model.add_sums(sums, {"accuracy": (scores[0][known].sum(), known.sum())}, "eval/")
         model.add_sums(sums, rollout.pass_at_k(scores[0], args.num_generations_eval))
         if run.rank == 0:
-            rollout.save_completions(run.folder / "completions" / f"eval_{step}.jsonl", rows, texts,
-                                     {"accuracy": scores[0]})
+            file = run.folder / "completions" / f"eval_{step}.jsonl"
+            with model.writing(file):
+                rollout.save_completions(file, rows, texts, {"accuracy": scores[0]})
     means = {k: s / max(n, 1) for k, (s, n) in model.all_reduce_sums(sums, run.device).items()}
     means["eval/loss"] = sum(weight * means[f"eval/loss/{name}"]
                              for name, weight in zip(args.loss_type, args.loss_weights))
     shown = ("eval/loss", "eval/rewards/margins", "eval/rewards/accuracies", "eval/accuracy")
     run.say(f"held-out, step {step}: " + ", ".join(f"{k} {means[k]:.4f}" for k in shown if k in means))
     return means
-
-
-def end_step(args, run, max_steps: int, held_out, state, metrics) -> bool:
-    """Held-out rows, the log, a checkpoint, each when it is due. True if the run was asked to stop."""
-    step = metrics["step"]
-    if step == 0 or step % args.eval_steps == 0 or step == max_steps:
-        means = held_out(step)
-        if means is None:
-            run.save(state | {"pending": metrics}, last=True)
-            return True
-        metrics |= means
-        state["end"], state["start"] = means, state["start"] or means
-    run.log(metrics, ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "nll", "grad_norm",
-                      "learning_rate", "step_time", "eval/accuracy"))
-    stopping = run.stopping()
-    if stopping or step % args.save_steps == 0 and step > 0:
-        run.save(state | {"pending": None}, last=stopping)
-    return stopping
 
 
 def good_enough(args, state) -> bool:

@@ -33,12 +33,15 @@ Where this differs from the papers and from TRL:
 """
 
 import os
+import signal
+import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads ruin a shared machine
+if __name__ == "__main__":  # until the run listens (`Run.listen`), Ctrl-C ends it in one line
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted before the first step"))
 
 import functools
 import math
-import sys
 import time
 from collections import deque
 from contextlib import nullcontext
@@ -47,7 +50,6 @@ from itertools import islice
 from typing import Annotated, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -101,8 +103,8 @@ class Args:
     algo: list[Name] = field(default_factory=lambda: ["grpo"])  # a preset of the loss flags, a file of
     # papers/ or a path to your own; a flag given wins. Further files add what they bring. Presets: PRESETS;
     # files: PAPERS
-    model_name_or_path: str | None = None  # folder or hub id of a vision-language model; none: a tiny one is
-    # built
+    model_name_or_path: str | None = None  # folder or hub id of a vision-language model; tiny, the default of
+    # the built-in task: a random one of half a million parameters
     # --- data
     dataset: list[str] | None = None  # files, folders, hub ids of prompts (see data.py); none: shapes
     dataset_weights: list[Positive] | None = None  # each one's share of the draws; default: its rows
@@ -202,7 +204,7 @@ class Args:
     output_dir: str | None = None  # default: a new runs/<algo>-N; one that holds this run goes on
     save_steps: Size = 100  # write a checkpoint every so many steps
     save_total_limit: Size = 2  # checkpoints that are kept
-    resume: str = "auto"  # auto: go on with the run in --output_dir; never; or a checkpoint
+    resume: Literal["auto", "never"] = "auto"  # auto: go on with the run in --output_dir
     allow_changed: list[str] = field(default_factory=list)  # settings that may differ from the resumed run's
     max_hours: Positive | None = None  # write a checkpoint and end after so long, as on SIGTERM
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # send metrics there too; pip
@@ -371,7 +373,7 @@ def main(argv=None):
     prompts = Prompts(args, run, sizes, policy, processor, train_rows, eval_rows)
     if args.preflight or args.preflight is None and run.device.type == "cuda":
         preflight(args, run, policy, prompts)
-    optimizer, scheduler, parameters = model.make_optimizer(args, policy, sizes.max_steps)
+    optimizer, parameters = model.make_optimizer(args, policy)
     rewards.wait_until_ready()
     rewards.max_steps = sizes.max_steps
     server = start_server(args, run)
@@ -385,11 +387,11 @@ def main(argv=None):
                                      "draws": [], "next_draw": 0, "rollout_sums": {}})
     run.listen()
     moving = ref if any(model.hooks(args, "MOVES_REFERENCE")) else None
-    parts = run.restore(state, policy, optimizer, scheduler, moving)
-    batch = resume_rollout(args, prompts, policy, state, parts, sizes)
+    batch = resume_rollout(args, prompts, policy, state, run.restore(state, policy, optimizer, moving), sizes)
     held_out = functools.partial(evaluate, args, run, policy, processor, prompts, rewards)
-    stopped = state["pending"] is not None and end_step(args, run, sizes, held_out, state, state["pending"],
-                                                        batch)
+    end_step = functools.partial(run.end_step, state, max_steps=sizes.max_steps, held_out=held_out,
+                                 shown=shown_of(args))
+    stopped = state["pending"] is not None and end_step(state["pending"], rows=rows_in_use(batch))
     run.running(state["step"])
     recent, silent_until = deque(maxlen=20), {}  # metrics of the latest steps; no warning twice in 100 steps
     progress = tqdm(total=sizes.max_steps, initial=state["step"], desc=" ".join(args.algo),
@@ -398,12 +400,13 @@ def main(argv=None):
     # ----------------------------------------------------------------------------------------------- the loop
     while state["step"] < sizes.max_steps and not stopped:
         began, update = time.perf_counter(), state["step"] % sizes.steps_per_rollout
+        learning_rate = model.learning_rate_at(args, state["step"], sizes.max_steps)
         first_update = update == 0
         if first_update:
             # 1. a rollout: G completions for each of this rank's P prompts, N = P * G, and their rewards
             batch = collect(args, run, sizes, policy, processor, source, prompts, rewards, server, state)
             if batch is None:  # asked to stop: the rollout is dropped, and drawn again it will be the same
-                run.save(state | {"pending": None}, last=True)
+                run.save(state, must=True)
                 stopped = True
                 break
 
@@ -446,16 +449,15 @@ def main(argv=None):
             metrics |= sampler_gap(old_logps, micro["sampling_logps"], mask)
             model.add_sums(sums, metrics)
         grad_norm = model.clip_grad_norm_(parameters, args.max_grad_norm)
-        learning_rate = scheduler.get_last_lr()[0]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
         if math.isfinite(grad_norm):  # else skipped, on all ranks
             optimizer.step()
-        scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         state["step"] = step = state["step"] + 1
         for after_update in model.hooks(args, "after_update"):
             after_update(args, policy, ref, step)
-        state["skipped"] = model.count_skipped(grad_norm, state["skipped"], run.folder, run.rank, step,
-                                               rows_of_update(batch, update % sizes.updates, sizes))
+        run.count_nonfinite(state, grad_norm, rows_of_update(batch, update % sizes.updates, sizes))
 
         # 6. metrics of the step, held-out rows, the log, a checkpoint
         sums = state["rollout_sums"] | model.all_reduce_sums(sums, run.device)
@@ -471,7 +473,7 @@ def main(argv=None):
                     "step_time": time.perf_counter() - began}
         recent.append(metrics)
         warn_of_collapse(run, recent, silent_until, step)
-        stopped = end_step(args, run, sizes, held_out, state, metrics, batch)
+        stopped = end_step(metrics, rows={} if update == sizes.steps_per_rollout - 1 else rows_in_use(batch))
         progress.update()
 
     progress.close()
@@ -512,7 +514,7 @@ def sizes_of(args, world_size: int, rows: int) -> Sizes:
 def load_models(args, run):
     """-> where the policy starts from, the policy, its processor, and the reference: None without --beta, the
     policy itself with LoRA, whose adapter is off then."""
-    source = model.start_model(args, run.folder, run.rank)
+    source = data.start_model(args, run.folder)
     policy, processor = model.load_policy(source, args.dtype, run.device, args.gradient_checkpointing,
                                           args.freeze_vision_tower, args.shard_size, lora=args)
     for note in policy.notes:
@@ -677,7 +679,7 @@ def collect(args, run, sizes: Sizes, policy, processor, source, prompts: Prompts
                 after_rollout(state, dict(zip(prompts.rows_of(found, state), found.values())))
             draws, tried = prompts.share_of(drawn), following - state["next_draw"]
             groups = policy.see(list(prompts.of(draws, state)))
-            rows = rows_of_draws(candidates, draws, G)
+            rows = rows_of_draws(model.join_rows(candidates), draws, G)
             scores = torch.stack([rows.pop(f"score {k}") for k in range(len(scores))])
             texts = rollout.decode(processor, rollout.Rollout(*(rows[f] for f in rollout.Rollout._fields)))
             break
@@ -690,16 +692,16 @@ def collect(args, run, sizes: Sizes, policy, processor, source, prompts: Prompts
                    "micro_batches": cut(args, policy, groups, rows, sizes)}
 
 
-def resume_rollout(args, prompts: Prompts, policy, state: dict, parts: list[dict], sizes: Sizes) -> dict:
-    """The rollout in use of a run that was stopped inside one, from the rows of each rank that wrote them."""
-    if not parts:
+def resume_rollout(args, prompts: Prompts, policy, state: dict, rows: dict, sizes: Sizes) -> dict:
+    """This rank's part of the rollout in use of a run that was stopped inside one. rows: of all its ranks."""
+    if not rows:
         if state["step"] % sizes.steps_per_rollout:
             raise model.InputError(f"the checkpoint of step {state['step']} holds no rollout, but must here; "
                                    "it is of another algorithm, or of other --steps_per_generation")
         return {}
     draws = prompts.share_of(state["draws"])
     groups = policy.see(list(prompts.of(draws, state)))
-    rows = rows_of_draws(parts, draws, args.num_generations)
+    rows = rows_of_draws(rows, draws, args.num_generations)
     return rows | {"prompts": groups, "micro_batches": cut(args, policy, groups, rows, sizes)}
 
 
@@ -754,10 +756,11 @@ def save_completions(args, run, sizes: Sizes, batch, state):
     if run.rank == 0:
         step = state["step"] + 1
         show = state["step"] % args.eval_steps < sizes.steps_per_rollout
-        rollout.save_completions(
-            run.folder / "completions" / f"step_{step}.jsonl", [p.row for p in batch["prompts"]],
-            batch["texts"], dict(zip(names_of(args), batch["scores"])), batch["advantages"],
-            f"step {step}, best and worst" if show else None)
+        file = run.folder / "completions" / f"step_{step}.jsonl"
+        with model.writing(file):
+            rollout.save_completions(file, [p.row for p in batch["prompts"]], batch["texts"],
+                                     dict(zip(names_of(args), batch["scores"])), batch["advantages"],
+                                     f"step {step}, best and worst" if show else None)
 
 
 def sampler_gap(old_logps, sampling_logps, mask) -> dict:
@@ -810,32 +813,23 @@ def evaluate(args, run, policy, processor, prompts: Prompts, rewards, step: int)
             sums |= rollout.pass_at_k(row, args.num_generations_eval)
     means = {k: s / n for k, (s, n) in model.all_reduce_sums(sums, run.device).items() if n}
     if run.rank == 0:
-        rollout.save_completions(run.folder / "completions" / f"eval_{step}.jsonl", rows, texts,
-                                 dict(zip(names_of(args), scores)))
+        file = run.folder / "completions" / f"eval_{step}.jsonl"
+        with model.writing(file):
+            rollout.save_completions(file, rows, texts, dict(zip(names_of(args), scores)))
     run.say(f"held-out, step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in means.items()))
     return means
 
 
-def end_step(args, run, sizes: Sizes, held_out, state, metrics, batch) -> bool:
-    """Held-out rows, the log, a checkpoint, each when it is due. True if the run was asked to stop."""
-    step = metrics["step"]
-    in_use = {} if step % sizes.steps_per_rollout == 0 else {
-        name: x for name, x in batch.items() if isinstance(x, torch.Tensor) and name != "scores"}
-    if step == 0 or step % args.eval_steps == 0 or step == sizes.max_steps:
-        means = held_out(step)
-        if means is None:
-            run.save(state | {"pending": metrics}, in_use, last=True)
-            return True
-        metrics |= means
-        state["end"], state["start"] = means, state["start"] or means
-    run.log(metrics, (
-        "reward", *(f"rewards/{name}/mean" for name in names_of(args)), "reward_std", "frac_reward_zero_std",
-        "loss", "grad_norm", "entropy", "kl", "clip_ratio/region_mean", "completions/mean_length",
-        "completions/clipped_ratio", "step_time", "eval/accuracy"))
-    stopping = run.stopping()
-    if stopping or step % args.save_steps == 0 and step > 0:
-        run.save(state | {"pending": None}, in_use, last=stopping)
-    return stopping
+def shown_of(args) -> tuple[str, ...]:
+    """The metrics of a step that are printed."""
+    return ("reward", *(f"rewards/{name}/mean" for name in names_of(args)), "reward_std",
+            "frac_reward_zero_std", "loss", "grad_norm", "entropy", "kl", "clip_ratio/region_mean",
+            "completions/mean_length", "completions/clipped_ratio", "step_time", "eval/accuracy")
+
+
+def rows_in_use(batch) -> dict:
+    """The tensors of a rollout that a checkpoint keeps, for the updates that are still to come."""
+    return {name: x for name, x in batch.items() if isinstance(x, torch.Tensor) and name != "scores"}
 
 
 def warn_of_collapse(run, recent, silent_until: dict, step: int):
@@ -876,15 +870,11 @@ def with_rows(micro, rows) -> dict:
     return micro | {name: x if x.dim() == 1 else x[:, :T] for name, x in found.items()}
 
 
-def rows_of_draws(parts, draws, G) -> dict:
-    """Of the rows that the ranks of the interrupted run kept, those of these draws."""
-    place = {int(d): (part, p * G) for part in parts for p, d in enumerate(part["draws"])}
-    T = max(part["completion_ids"].shape[1] for part in parts)
-    rows = {"draws": torch.tensor(draws)}
-    for name in parts[0].keys() - rows.keys():
-        found = [place[d][0][name][place[d][1]:][:G] for d in draws]                          # (G, ...)
-        rows[name] = torch.cat([F.pad(x, (0, T - x.shape[1])) if x.dim() == 2 else x for x in found])
-    return rows
+def rows_of_draws(rows, draws, G) -> dict:
+    """Of a rollout's rows, P groups of G, those of these draws."""
+    place = {int(draw): p * G for p, draw in enumerate(rows["draws"])}
+    chosen = torch.tensor([place[draw] + g for draw in draws for g in range(G)])
+    return {name: x[chosen] for name, x in rows.items() if name != "draws"} | {"draws": torch.tensor(draws)}
 
 
 def choose_groups(parts, weights, G, count, estimator="grpo"):

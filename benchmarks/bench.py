@@ -506,8 +506,8 @@ def our_steps(args):
     reference pass of train_dpo.py, once for each pair, is measured apart."""
     import train_dpo
     import train_grpo
-    real = model.log_step
-    model.log_step = lambda *a: (real(*a), gate())[0]
+    real = model.Run.log
+    model.Run.log = lambda *a: (real(*a), gate())[0]
     flags = ["--model_name_or_path", args.folder, "--dataset", args.rows, "--image_root", str(Path(args.rows).parent),
              "--output_dir", tempfile.mkdtemp(), "--max_steps", "100", "--eval_steps", "1000", "--save_steps", "1000",
              "--learning_rate", "1e-6", "--lr_scheduler_type", "constant", "--device", "cpu"]
@@ -522,11 +522,12 @@ def our_steps(args):
         else:
             add = train_dpo.ReferenceCache.add
 
-            def timed(cache, *rest):
-                began, before = time.process_time(), len(cache.known)
-                add(cache, *rest)
-                if len(cache.known) > before:
-                    BESIDE["reference"] = (time.process_time() - began) / (len(cache.known) - before) * args.P
+            def timed(*a):
+                began = time.process_time()
+                result = add(*a)
+                if result[0]:
+                    BESIDE["reference"] = (time.process_time() - began) / result[0] * args.P
+                return result
             train_dpo.ReferenceCache.add = timed
             train_dpo.main([*flags, "--algo", "mpo", "--per_device_train_batch_size", str(args.P), "--ref_cache",
                             tempfile.mkdtemp()])

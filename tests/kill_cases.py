@@ -21,7 +21,7 @@ import train_dpo  # noqa: E402
 import train_grpo  # noqa: E402
 
 PLACES = {"sample": (rollout, "sample_tokens"), "step": (model, "clip_grad_norm_"), "save": (model, "crc32"),
-          "log": (model, "log_step"), "export": (model.shutil, "copyfile")}
+          "log": (model.Run, "log"), "export": (model.shutil, "copyfile")}
 
 
 def main(phase, n, name, script, *flags):
@@ -36,7 +36,7 @@ def main(phase, n, name, script, *flags):
             left[0] -= 1
             if left[0] == 0:
                 if phase == "log":
-                    with open(args[1] / "metrics.jsonl", "a") as file:
+                    with open(args[0].folder / "metrics.jsonl", "a") as file:
                         file.write('{"step": 1, "lo')
                 os.kill(os.getpid(), getattr(signal, name))
             return original(*args, **kwargs)

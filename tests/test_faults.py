@@ -14,7 +14,7 @@ F9   changed flags, data, weights refused with a list                  test_chan
 F10  --max_hours                  a checkpoint, the schedule unchanged test_max_hours_stops_with_a_checkpoint
 F11  a bad checkpoint             named, the one before is used        test_a_bad_checkpoint_falls_back
 F12  only bad ones                an error, no fresh start             test_only_bad_checkpoints_are_an_error
-F13  an explicit bad one          an error, no falling back            test_only_bad_checkpoints_are_an_error
+F13  more steps of a done run      it goes on from its last step        test_a_finished_run_goes_on_to_more_steps
 F14  a full disk on one rank      no rank takes it for written         test_a_full_disk_on_one_rank,
                                                                        test_one_rank_cannot_write
 F15  a left-over step_N.tmp       never chosen, never in the way       test_a_left_over_folder_is_replaced
@@ -158,7 +158,7 @@ def step(policy, optimizer):
 
 
 def save(folder, number, policy, optimizer, rank=0):
-    return model.save_checkpoint(folder, policy, optimizer, {"step": number}, {}, keep=2, rank=rank)
+    return model.save_checkpoint(folder, policy, optimizer, None, {"step": number}, {}, keep=2, rank=rank)
 
 
 def one_rank_cannot_write(folder, bad):
@@ -200,7 +200,7 @@ def test_a_left_over_folder_is_replaced(tmp_path):
     assert save(tmp_path, 3, *parts())
     assert not (tmp_path / "checkpoints" / "step_3.tmp").exists()
     assert not (tmp_path / "checkpoints" / "step_3" / "junk").exists()
-    assert model.load_checkpoint(tmp_path, *parts(), 0)[0]["step"] == 3
+    assert model.load_checkpoint(tmp_path, *parts(), None, 0)[0]["step"] == 3
 
 
 def test_ranks_that_see_different_files(tmp_path, monkeypatch):
@@ -208,11 +208,11 @@ def test_ranks_that_see_different_files(tmp_path, monkeypatch):
     counts, and no rank takes another way through the collectives."""
     for number in (1, 2):
         assert save(tmp_path, number, *parts())
-    found = model.complete_checkpoints
+    found = model.checkpoints_in
 
     def work(rank):
-        model.complete_checkpoints = lambda folder: found(folder)[rank:]
-        return model.load_checkpoint(tmp_path, *parts(), rank)[0]["step"]
+        model.checkpoints_in = lambda folder: found(folder)[rank:]
+        return model.load_checkpoint(tmp_path, *parts(), None, rank)[0]["step"]
 
     assert ranks(work) == [2, 2]
 
@@ -221,7 +221,7 @@ def no_state_is_made_up(folder):
     """A checkpoint before the first step, loaded into a fresh run: its first step is that of a run left alone."""
     assert save(folder, 0, *parts())
     policy, optimizer = parts()
-    model.load_checkpoint(folder, policy, optimizer, 0)
+    model.load_checkpoint(folder, policy, optimizer, None, 0)
     for ours, theirs in zip(step(policy, optimizer), step(*parts())):
         assert torch.equal(ours, theirs)
     assert optimizer.state_dict()["state"][0]["step"] == 1
@@ -249,14 +249,14 @@ def test_an_old_checkpoint_that_cannot_be_deleted(tmp_path, monkeypatch, capsys)
     """The new one is in place: a warning, and no failed save."""
     an_old_checkpoint_that_stays(tmp_path, monkeypatch)
     assert "step_1 cannot be deleted" in capsys.readouterr().out
-    assert [p.name for p in model.complete_checkpoints(tmp_path)] == ["step_3", "step_2"]
+    assert [p.name for p in model.checkpoints_in(tmp_path)] == ["step_3", "step_2"]
 
 
 def garbage_in_the_metrics(folder):
     lines = ['{"step": 0}', '{"st\0', "", "[1]", '{"step": null}', '{"step": 1}', '{"step": 2}']
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 1, "lo')
     try:
-        model.forget_after(folder, 0, 1)
+        model.forget_after(folder, 1)
     except Exception as error:
         raise AssertionError(f"raised on rank 0 alone: {error!r}") from error
     assert (folder / "metrics.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
@@ -282,6 +282,28 @@ def test_shard_size_without_ranks(tmp_path):
     """One process cannot share anything: said, and not ignored."""
     with pytest.raises(model.InputError, match="--shard_size 2 must divide the number of ranks, 1"):
         train_dpo.main(["--shard_size", "2", "--output_dir", str(tmp_path / "r")])
+
+
+def test_nodes_that_share_a_reference_cache(tmp_path, monkeypatch):
+    """Two nodes may have a process of the same number: their unfinished files need different names."""
+    names = []
+    monkeypatch.setattr(train_dpo, "save_file", lambda tensors, path: (names.append(path.name), path.write_bytes(b"")))
+    cache = train_dpo.ReferenceCache.__new__(train_dpo.ReferenceCache)
+    cache.folder, cache.known = tmp_path, {}
+    for host in ("node1", "node2"):
+        monkeypatch.setattr(train_dpo.socket, "gethostname", lambda: host)
+        cache._store({"key": torch.zeros(1)})
+    assert len(set(names)) == 2 and not any(name.endswith(".safetensors") for name in names)
+
+
+def test_an_emptied_reference_cache_is_computed_anew(loaded, tmp_path, capsys):
+    """A file that a power cut emptied ended every run that used the folder, with a traceback."""
+    policy, _ = loaded("qwen2_5_vl")
+    cache = train_dpo.ReferenceCache(str(tmp_path), policy)
+    cache._store({"a": torch.ones(2)}), cache._store({"b": torch.ones(3)})
+    next(iter(sorted(cache.folder.glob("*.safetensors")))).write_bytes(b"")
+    assert len(train_dpo.ReferenceCache(str(tmp_path), policy).known) == 1
+    assert "cannot be read" in capsys.readouterr().out
 
 
 # --- data
@@ -405,7 +427,7 @@ def test_few_rows():
     assert sorted(data.draw_plan(3, 9, seed=0)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     with pytest.raises(model.InputError, match="2 held-out rows for 4 ranks"):
         data.check_eval_rows([{}, {}], 100, 3, 4, lambda row: 1)
-    assert data.check_eval_rows([], 100, 3, 4, lambda row: 1) == ([], {})
+    assert data.check_eval_rows([], 100, 3, 4, lambda row: 1) == ([], [])
 
 
 # --- models
@@ -444,8 +466,8 @@ def test_models_that_are_not_loaded(folders, tmp_path):
 def test_every_import_is_known():
     """Nothing can be unpickled, fetched or executed without an import for it: what the program imports is this. The one
     thing that speaks HTTP by itself is rollout.VLLMServer, to the address of its flag."""
-    known = {"PIL", "argparse", "base64", "bitsandbytes", "collections", "concurrent", "contextlib", "copy", "ctypes",
-             "data", "dataclasses", "datetime", "difflib", "functools", "hashlib", "huggingface_hub", "importlib", "inspect", "io", "itertools",
+    known = {"PIL", "argparse", "atexit", "base64", "bitsandbytes", "collections", "concurrent", "contextlib", "copy", "ctypes",
+             "data", "dataclasses", "datetime", "difflib", "fcntl", "functools", "hashlib", "huggingface_hub", "importlib", "inspect", "io", "itertools",
              "answers", "asyncio", "json", "losses", "math", "math_verify",
              "model", "multiprocessing", "numpy", "operator", "os", "pathlib", "pyarrow", "random", "re", "resource",
              "rewards", "rollout", "safetensors", "shlex", "shutil", "signal", "socket", "struct", "subprocess", "sys", "tempfile",

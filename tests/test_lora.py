@@ -246,16 +246,19 @@ def test_resume_is_bit_equal_and_saves_adapters_only(launch, task, monkeypatch, 
     if name == "train_grpo":
         extra = [*grpo(task), *extra, "--beta", 0.1, "--steps_per_generation", 2]
     launch(name, *extra)
+    shutil.copytree(tmp_path / "run0", tmp_path / "whole")
     step = tmp_path / "run0" / "checkpoints" / "step_3"
     saved = torch.distributed.checkpoint.FileSystemReader(step).read_metadata().state_dict_metadata
     assert all(".lora_" in key for key in saved if key.startswith("model.") or "exp_avg" in key)
     assert any("hf.model" in key and key.startswith("model.") for key in saved)
-    launch(name, *extra, "--resume", step)
+    shutil.rmtree(step.with_name("step_4"))
+    (tmp_path / "run0" / "status.json").unlink()
+    launch(name, *extra, "--output_dir", tmp_path / "run0")
     first, second = ([{k: v for k, v in json.loads(line).items() if not k.endswith("_time")}
-                      for line in open(tmp_path / run / "metrics.jsonl")] for run in ("run0", "run1"))
-    assert [m["step"] for m in second] == [4] and second == first[-1:]
+                      for line in open(tmp_path / run / "metrics.jsonl")] for run in ("whole", "run0"))
+    assert [m["step"] for m in second] == [0, 1, 2, 3, 4] and second == first
     for file in ("adapter/adapter_model.safetensors", "model.safetensors"):
-        ours, theirs = (load_file(tmp_path / run / "final" / file) for run in ("run1", "run0"))
+        ours, theirs = (load_file(tmp_path / run / "final" / file) for run in ("run0", "whole"))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     before = load_file(start / "model.safetensors")
     changed = {k for k in before if not torch.equal(before[k], theirs[k])}
@@ -367,7 +370,7 @@ def test_four_bit_base(folders, launch, task, tmp_path):  # noqa: F811
 @pytest.mark.parametrize("name", ["train_dpo", "train_grpo"])
 def test_scripts_with_lora(tmp_path, task, name):  # noqa: F811
     """Each script from the command line, built-in model: adapters are trained, and both folders are left."""
-    output = script(f"{name}.py", "--lora_r", 4, "--dataset", task / "pairs.jsonl", "--image_root", task,
+    output = script(f"{name}.py", "--lora_r", 4, "--model_name_or_path", "tiny", "--dataset", task / "pairs.jsonl", "--image_root", task,
                     "--max_steps", 1, "--per_device_train_batch_size", 8, "--output_dir", "run", cwd=tmp_path)
     assert "LoRA: 27,648 parameters in adapters of 26 linear layers" in output and "saved run/final" in output
     assert (tmp_path / "run" / "final" / "adapter" / "adapter_config.json").is_file()

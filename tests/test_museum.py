@@ -40,6 +40,7 @@ import data
 import losses
 import model
 import rollout
+import train_dpo
 import train_grpo
 from rewards import answers, form
 
@@ -325,22 +326,14 @@ def skipped_for_good(original, num_rows, num_draws, seed, **kwargs):
     return original(num_rows, num_draws, seed, **{"dropped": gone, **kwargs})
 
 
-def a_typo_starts_anew(original, *args, path=None):
-    """A path that is no checkpoint is as good as none."""
-    try:
-        return original(*args, path=path)
-    except model.InputError:
-        return None, []
-
-
 def no_manifest_is_no_run(original, output_dir, *args):
     """Where no checkpoint is complete, the run starts from the beginning."""
-    return original(output_dir, *args) if model.complete_checkpoints(output_dir) else (None, [])
+    return original(output_dir, *args) if model.checkpoints_in(output_dir) else (None, {})
 
 
-def forgets_what_is_there(original, saver, *args, **kwargs):
-    saver.saved = None
-    return original(saver, *args, **kwargs)
+def forgets_what_is_there(original, run, *args, **kwargs):
+    run.saved = None
+    return original(run, *args, **kwargs)
 
 
 def before_the_collective(_, what, function):
@@ -406,27 +399,22 @@ def every_rank_runs_the_vision_tower(loaded):
     assert len(calls) == 1
 
 
-def a_path_that_is_no_checkpoint_is_an_error(tmp_path):
-    """--resume PATH with a typo in it: no run starts from the beginning instead."""
-    with pytest.raises(model.InputError, match="--resume nowhere"):
-        model.load_checkpoint(tmp_path, *test_faults.parts(), 0, path="nowhere")
-
-
 def checkpoints_without_a_manifest_are_no_fresh_start(tmp_path):
     assert test_faults.save(tmp_path, 1, *test_faults.parts())
     (tmp_path / "checkpoints" / "step_1" / "manifest.json").unlink()
     with pytest.raises(model.InputError, match="none of the checkpoints"):
-        model.load_checkpoint(tmp_path, *test_faults.parts(), 0)
+        model.load_checkpoint(tmp_path, *test_faults.parts(), None, 0)
 
 
 def what_was_resumed_from_is_not_written_again(tmp_path):
     """With --save_total_limit 1 it is the only checkpoint there is."""
     policy, optimizer = test_faults.parts()
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    assert test_faults.save(tmp_path, 3, policy, optimizer)
-    before = (tmp_path / "checkpoints" / "step_3").stat().st_ino
-    model.Saver(1, tmp_path, policy, optimizer, scheduler, 0, saved=3).save({"step": 3}, {}, last=True)
-    assert (tmp_path / "checkpoints" / "step_3").stat().st_ino == before
+    run = model.Run(train_dpo.parse_args(["--output_dir", str(tmp_path / "r"), "--save_total_limit", "1"]))
+    assert test_faults.save(tmp_path / "r", 3, policy, optimizer)
+    before = (tmp_path / "r" / "checkpoints" / "step_3").stat().st_ino
+    run.models, run.saved = (policy, optimizer, None), 3  # as `restore` leaves them
+    run.save({"step": 3}, must=True)
+    assert (tmp_path / "r" / "checkpoints" / "step_3").stat().st_ino == before
 
 
 # --- the exhibits
@@ -583,13 +571,11 @@ EXHIBITS = [
             around(data, "draw_plan", first_epoch_again), PLAN),
     Exhibit("open-instruct #681: what a resume skips is skipped in every epoch",
             around(data, "draw_plan", skipped_for_good), PLAN),
-    Exhibit("open-instruct #1823: --resume with a typo starts anew",
-            around(model, "load_checkpoint", a_typo_starts_anew), "a_path_that_is_no_checkpoint_is_an_error"),
     Exhibit("ours: checkpoints without a manifest were a fresh start",
             around(model, "load_checkpoint", no_manifest_is_no_run),
             "checkpoints_without_a_manifest_are_no_fresh_start"),
     Exhibit("ours: a resumed run wrote over the checkpoint it came from",
-            around(model.Saver, "save", forgets_what_is_there), "what_was_resumed_from_is_not_written_again"),
+            around(model.Run, "save", forgets_what_is_there), "what_was_resumed_from_is_not_written_again"),
     Exhibit("ours: DCP's CheckpointException is no Exception",  # as for a handler that does not name it
             instead(torch.distributed.checkpoint, "CheckpointException", ZeroDivisionError),
             "test_faults.test_one_rank_cannot_write", {"bad": 1}, slow=True),

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT, InProcess, script
 
 import data
@@ -53,7 +54,7 @@ def task(tmp_path_factory):
 
 
 def flags(task, *extra):
-    return ["--dataset", str(task / "pairs.jsonl"), "--image_root", str(task), "--warmup_steps", "0",
+    return ["--model_name_or_path", "tiny", "--dataset", str(task / "pairs.jsonl"), "--image_root", str(task), "--warmup_steps", "0",
             "--learning_rate", "1e-3", *map(str, extra)]
 
 
@@ -274,17 +275,26 @@ def test_dropout_is_off(folders):
     ("constant", [0, 0.5, 1, 1, 1, 1]), ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]),
     ("cosine", [0, 0.5, 1, 0.853553, 0.5, 0.146447])])
 @pytest.mark.parametrize("warmup", ["2", "0.3"])
-def test_schedules(loaded, kind, expected, warmup):
+def test_schedules(kind, expected, warmup):
     """Warm-up in steps or as a share of all, then constant, linear or cosine to 0, of the peak."""
-    policy, _ = loaded("qwen2_5_vl")
     args = train_dpo.parse_args(["--lr_scheduler_type", kind, "--warmup_steps", warmup, "--learning_rate", "1"])
-    optimizer, scheduler, _ = model.make_optimizer(args, policy, 6)
-    rates = []
-    for _ in range(6):
-        rates.append(scheduler.get_last_lr()[0])
-        optimizer.step()  # no gradients: the shared weights stay as they are
-        scheduler.step()
+    rates = [model.learning_rate_at(args, step, 6) for step in range(6)]
     assert rates == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup, steps", [("7", 23), ("1", 9), ("0", 11), ("0.13", 31), ("5", 3)])
+def test_schedules_are_transformers_bit_for_bit(kind, warmup, steps):
+    """A rate computed in another order of operations is another in the last bit, and so is every weight after it."""
+    args = train_dpo.parse_args(["--lr_scheduler_type", kind, "--warmup_steps", warmup, "--learning_rate", "3e-4"])
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=3e-4)
+    name = "constant_with_warmup" if kind == "constant" else kind
+    count = int(warmup) if float(warmup) >= 1 else math.ceil(float(warmup) * steps)
+    scheduler = transformers.get_scheduler(name, optimizer, count, steps)
+    for step in range(steps + 2):
+        assert model.learning_rate_at(args, step, steps) == scheduler.get_last_lr()[0], step
+        optimizer.step()
+        scheduler.step()
 
 
 # --- what a run leaves
@@ -357,7 +367,8 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     ("train_grpo", ["--num_generations", "1"], "--num_generations: must be in [2, inf)"),
     ("train_grpo", ["--temperature", "0"], "--temperature: must be in (0, inf)"),
     ("train_grpo", ["--max_completion_length", "0"], "--max_completion_length: must be in [1, inf)"),
-    ("train_dpo", ["--dataset", "x.jsonl", "--cold_start_steps", "5"], "is for the built-in model and task"),
+    ("train_dpo", ["--dataset", "x.jsonl"], "--dataset needs --model_name_or_path"),
+    ("train_dpo", ["--model_name_or_path", "tiny", "--dataset", "x.jsonl", "--cold_start_steps", "5"], "is for the built-in model and task"),
     ("train_dpo", ["--loss_type", "sigmoid", "sigmoid"], "a --loss_type stands twice"),
     ("train_dpo", ["--beta", "0"], "--beta: must be in (0, inf)"),
     ("train_dpo", ["--algo", "ipo", "--label_smoothing", "0.1"], "--label_smoothing is not used by ipo, only by aot"),
@@ -641,7 +652,7 @@ def test_bad_rows_end_the_run_before_its_first_step(launch, task, tmp_path, chan
             (tmp_path / name).write_bytes((task / name).read_bytes())
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [rows[0], rows[1], rows[2], rows[3]])))
     with pytest.raises(data.RowError, match=f"rows.jsonl:3: .*{message}"):
-        train_dpo.main(["--dataset", str(tmp_path / "rows.jsonl"), "--image_root", str(tmp_path), "--max_steps", "1",
+        train_dpo.main(["--model_name_or_path", "tiny", "--dataset", str(tmp_path / "rows.jsonl"), "--image_root", str(tmp_path), "--max_steps", "1",
                         "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
@@ -733,7 +744,7 @@ def test_bad_columns_name_row_and_column(task, tmp_path, monkeypatch, change, ex
     rows[1] |= change
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(data.RowError, match=message):
-        train_dpo.main(["--dataset", "rows.jsonl", "--image_root", str(task), "--max_steps", "1", *extra, "--output_dir", "out"])
+        train_dpo.main(["--model_name_or_path", "tiny", "--dataset", "rows.jsonl", "--image_root", str(task), "--max_steps", "1", *extra, "--output_dir", "out"])
     assert not (tmp_path / "out" / "tiny_vlm").exists()
 
 
@@ -742,7 +753,7 @@ def test_unused_columns_are_warned_of(task, capsys):
     rows = [json.loads(line) | {"_source": "rows.jsonl:1"} for line in open(task / "columns.jsonl")][:1]
     rows[0]["weight"] = 1
     for extra, unused in (["--algo", "dpo"], 5), (["--algo", "dno"], 4), (["--algo", "madpo", "weighted", "--weight_column", "weight"], 3):
-        train_dpo.check_columns(train_dpo.parse_args(["--dataset", "rows.jsonl", *extra]), rows, [])
+        train_dpo.check_columns(train_dpo.parse_args(["--model_name_or_path", "tiny", "--dataset", "rows.jsonl", *extra]), rows, [])
         said = capsys.readouterr().err
         assert said.count("warning: rows.jsonl:1: nothing uses the column") == unused, said
 
@@ -996,11 +1007,11 @@ def test_dynamic_sampling(launch, task, monkeypatch, tmp_path):
 
 
 ERRORS = [
-    ("train_dpo.py", ["--dataset", "rows.jsonl", "--image_root", "."], "error: rows.jsonl:1: not valid JSON"),
+    ("train_dpo.py", ["--model_name_or_path", "tiny", "--dataset", "rows.jsonl", "--image_root", "."], "error: rows.jsonl:1: not valid JSON"),
     ("train_grpo.py", ["--model_name_or_path", "./nowhere"], "error: --model_name_or_path ./nowhere: no such folder"),
-    ("train_dpo.py", ["--algo", "sft", "--dataset", "good.jsonl", "--stop_at_accuracy", "0.5"],
+    ("train_dpo.py", ["--algo", "sft", "--model_name_or_path", "tiny", "--dataset", "good.jsonl", "--stop_at_accuracy", "0.5"],
      "error: --stop_at_accuracy needs eval/accuracy"),
-    ("train_dpo.py", ["--dataset", "absent.jsonl"], "error: --dataset absent.jsonl")]
+    ("train_dpo.py", ["--model_name_or_path", "tiny", "--dataset", "absent.jsonl"], "error: --dataset absent.jsonl")]
 
 
 @pytest.mark.slow
@@ -1027,7 +1038,7 @@ def test_an_error_on_one_rank_ends_both(tmp_path, task):
     rows[1]["images"] = ["broken.png"]
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    output = script("train_dpo.py", "--dataset", "rows.jsonl", "--image_root", ".", "--max_steps", "1",
+    output = script("train_dpo.py", "--model_name_or_path", "tiny", "--dataset", "rows.jsonl", "--image_root", ".", "--max_steps", "1",
                     "--per_device_train_batch_size", "2", ranks=2, cwd=tmp_path, ok=False, timeout=120)
     assert "rows.jsonl:2: image" in output and "cannot be read" in output
 

@@ -296,7 +296,7 @@ def test_card_code_and_hub(launch, task, tmp_path, judge, monkeypatch, capsys):
     args = train_grpo.parse_args(again)
     hub.broken = True
     with pytest.raises(model.InputError, match="final is complete, but not uploaded: no route"):
-        model.push_to_hub(args, folder, 0)
+        model.Run._push_to_hub(Namespace(args=args, rank=0, folder=folder, say=print))
     with pytest.raises(model.InputError, match="--push_to_hub me/it: no route"):
         train_grpo.main([*again[:-4], "--output_dir", str(tmp_path / "new"), *again[-2:]])
     assert not (tmp_path / "new").exists()
@@ -312,17 +312,17 @@ def test_a_hub_out_of_reach_is_met_before_the_run(task, tmp_path):
 def test_card_names_the_ranks_and_a_hub_base(tmp_path, monkeypatch):
     """Under torchrun the command says how many; only a hub id is a base model to the hub."""
     (tmp_path / "final").mkdir()
-    (tmp_path / "args.json").write_text(json.dumps(dict(world_size=16, command=["t.py"], data=None, weights=None, code="c")))
+    (tmp_path / "args.json").write_text(json.dumps(dict(world_size=16, command=["t.py"], data=None, code="c")))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     args = Namespace(model_name_or_path="Qwen/Qwen2.5-VL-3B-Instruct", algo=["mpo"], dataset="d.jsonl", eval_dataset=None)
-    model.write_card(args, tmp_path, 0, {"eval/x": 1.0}, {"eval/x": 2.0})
+    model.write_card(args, tmp_path, {"eval/x": 1.0}, {"eval/x": 2.0})
     assert "| `eval/x` | 1.0000 | 2.0000 |" in (tmp_path / "final" / "README.md").read_text()
-    model.write_card(args, tmp_path, 0, {}, {})
+    model.write_card(args, tmp_path, {}, {})
     card = (tmp_path / "final" / "README.md").read_text()
     assert "torchrun --nproc_per_node=8 --nnodes=2 t.py" in card and "No held-out rows." in card
     assert huggingface_hub.ModelCard(card).data.base_model == "Qwen/Qwen2.5-VL-3B-Instruct"
     args.model_name_or_path = str(tmp_path)
-    model.write_card(args, tmp_path, 0, {}, {})
+    model.write_card(args, tmp_path, {}, {})
     assert "base_model" not in (tmp_path / "final" / "README.md").read_text()
 
 
