@@ -818,7 +818,7 @@ def evaluate(policy: Policy, processor, rows: list[dict], draws: list[int], prom
                         num_generations=num_generations, temperature=temperature,
                         max_completion_length=max_completion_length, seed=seed,
                         rollout_tokens=rollout_tokens, stop=stop)
-        texts += decode(processor, result)
+        texts += decode(policy, processor, result)
         ids += id_lists(result)
     rows = [row for row in rows for _ in range(num_generations)]
     return texts, rewards.score(texts, rows, step, completion_ids=ids,
@@ -865,9 +865,11 @@ def save_completions(file: Path, rows: list[dict], texts: list[str], rewards: di
             tqdm.write(f"{show} | {line['row']} | {numbers} | {text}")
 
 
-def decode(processor, rollout: Rollout) -> list[str]:
-    """The completions as text, special tokens (EOS among them) left out."""
-    return [processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in id_lists(rollout)]
+def decode(policy: Policy, processor, rollout: Rollout) -> list[str]:
+    """The completions as text, without end, padding and image tokens. Other special tokens stay: <think> may
+    be one, and rewards look for it."""
+    left_out = {*policy.eos_ids, policy.pad_id, *policy.never_sampled_ids}
+    return [processor.tokenizer.decode([i for i in ids if i not in left_out]) for ids in id_lists(rollout)]
 
 
 def id_lists(rollout: Rollout) -> list[list[int]]:

@@ -656,7 +656,7 @@ def collect(args, run, sizes: Sizes, policy, processor, source, prompts: Prompts
                     policy, groups, draws, num_generations=G, temperature=args.temperature,
                     max_completion_length=args.max_completion_length, seed=args.seed, top_k=args.top_k,
                     top_p=args.top_p, min_p=args.min_p, rollout_tokens=args.rollout_tokens, stop=run.stop)
-            texts = rollout.decode(processor, sampled)
+            texts = rollout.decode(policy, processor, sampled)
             rollout_time = time.perf_counter() - began
             scores = rewards.score(
                 texts, [p.row for p in groups for _ in range(G)], state["step"] + 1,
@@ -681,7 +681,8 @@ def collect(args, run, sizes: Sizes, policy, processor, source, prompts: Prompts
             groups = policy.see(list(prompts.of(draws, state)))
             rows = rows_of_draws(model.join_rows(candidates), draws, G)
             scores = torch.stack([rows.pop(f"score {k}") for k in range(len(scores))])
-            texts = rollout.decode(processor, rollout.Rollout(*(rows[f] for f in rollout.Rollout._fields)))
+            chosen = rollout.Rollout(*(rows[name] for name in rollout.Rollout._fields))
+            texts = rollout.decode(policy, processor, chosen)
             break
     state |= {"draws": list(drawn), "next_draw": following}
     sums = rollout_metrics(args, scores, rows) | {"rewards/failed": (failed, scored)}

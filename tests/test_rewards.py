@@ -1,6 +1,7 @@
 """The built-in rewards on hand-labelled strings, and the process that runs reward functions."""
 
 import ast
+import copy
 import ctypes
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -213,6 +215,23 @@ def test_soft_overlong_by_hand():
     assert form.soft_overlong([""] * 6, **ids) == pytest.approx([0, 0, -0.05, -0.5, -1, -1])
     assert form.soft_overlong([""] * 6, **ids, soft_punish_cache=40) == pytest.approx(
         [0, -0.5, -0.525, -0.75, -1, -1])
+
+
+@pytest.mark.parametrize("kind", ["text", "added", "special"])
+def test_rewards_see_tags_whatever_tokens_they_are(loaded, kind):
+    """Tags that a tokenizer has as special tokens were stripped: format and accuracy were 0 for ever. End and padding
+    tokens go, wherever they stand."""
+    policy, processor = loaded("qwen2_5_vl")
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    if kind != "text":
+        tokenizer.add_tokens(list(form.TAGS), special_tokens=kind == "special")
+    text = "<think>i see 4</think><answer>4</answer>"
+    ids = tokenizer(text)["input_ids"]
+    assert (tokenizer.decode(ids, skip_special_tokens=True) == text) == (kind != "special")
+    ids = torch.tensor([[*ids[:3], policy.pad_id, *ids[3:], policy.eos_ids[0]]])
+    sampled = rollout.Rollout(ids, torch.ones(ids.shape, dtype=torch.bool), None, None)
+    texts = rollout.decode(policy, SimpleNamespace(tokenizer=tokenizer), sampled)
+    assert texts == [text] and form.think_format(texts) == [1] and answers.accuracy(texts, solution=["4"]) == [1]
 
 
 def test_ids_of_a_rollout():

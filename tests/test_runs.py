@@ -865,7 +865,7 @@ def test_grpo_steps_are_the_formula(monkeypatch, tmp_path, task, case):
 
     with torch.no_grad():
         ref, old = logps(steps[0][0], range(16)), logps(steps[2][0], range(16))
-    scores = torch.tensor([[sum(map(ord, t)) % 11, len(t) / 7] for t in rollout.decode(processor, sampled)])
+    scores = torch.tensor([[sum(map(ord, t)) % 11, len(t) / 7] for t in rollout.decode(policy, processor, sampled)])
     scores = scores.double().view(4, 4, 2)                                                      # (P, G, functions)
     weights = torch.tensor([0.3, 2.0], dtype=torch.float64)
     rewards = (scores * weights).sum(-1)
@@ -948,7 +948,7 @@ def test_online_dpo_steps_are_the_formula(monkeypatch, tmp_path, task):
                           "--output_dir", "out"))
     policy, processor = load("out/tiny_vlm")
     prompts, sampled = rollouts[2]
-    r = torch.tensor([float(sum(map(ord, t)) % 11) for t in rollout.decode(processor, sampled)])
+    r = torch.tensor([float(sum(map(ord, t)) % 11) for t in rollout.decode(policy, processor, sampled)])
     assert 0 < sampled.truncated.sum() < 16
     r = (r - 3 * sampled.truncated).view(4, 4)
     pairs = [(4 * p + int(r[p].argmax()), 4 * p + int(r[p].argmin())) for p in range(4) if r[p].max() > r[p].min()]
