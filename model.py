@@ -571,6 +571,8 @@ class Policy(nn.Module):
         ids |= set(range(len(tokenizer), head.weight.shape[0]))
         eos = hf.generation_config.eos_token_id if hf.generation_config else None
         eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        of_template = {end_of_turn(processor)} - eos - {None}
+        eos |= of_template
         if not eos:
             raise InputError(f"{family}: neither generation_config nor the tokenizer names an EOS token")
 
@@ -584,6 +586,8 @@ class Policy(nn.Module):
             (isinstance(processor, TextProcessor), "a text-only model: a row with images is an error"),
             (uneven, "windows, or images that see all of themselves: a CPU computes what their mask hides"),
             (hasattr(text_config, "router_aux_loss_coef"), "the router's auxiliary loss is not added"),
+            (of_template, f"{''.join(tokenizer.convert_ids_to_tokens([*of_template]))}, which the chat "
+                          "template writes after an answer, ends one here"),
         ) if holds]
         self.hf, self.dtype, self.filler = hf, dtype, None
         self.eos_ids = sorted(eos)
@@ -963,6 +967,21 @@ def without_video(processor_class):
     return ImageTextProcessor
 
 
+def end_of_turn(processor) -> int | None:
+    """The special token that the chat template writes after an answer, if any: the tokenizer of a base model
+    names another one as its EOS."""
+    tokenizer, answer = getattr(processor, "tokenizer", processor), "forty-two"
+    turns = [{"role": role, "content": [{"type": "text", "text": text}]}
+             for role, text in (("user", "How many?"), ("assistant", answer))]
+    try:
+        text = processor.apply_chat_template(turns, tokenize=False)
+    except Exception:  # a template may raise anything; the first row says what is wrong with it
+        return None
+    after = text.rpartition(answer)[2] if answer in text else ""
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return next((i for i in ids if i in tokenizer.added_tokens_decoder), None)
+
+
 class TextProcessor:
     """A text-only model's tokenizer, where a processor is expected. Its chat template wants strings."""
 
@@ -1003,7 +1022,8 @@ def refuse_remote_code(path: str):
 
 
 def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkpointing: bool = False,
-                freeze_vision_tower: bool = False, shard_size: int | None = None, lora=None):
+                freeze_vision_tower: bool = False, shard_size: int | None = None, lora=None,
+                eos_token: str | None = None):
     """A local folder or a hub id -> (Policy, processor). Weights are held in fp32 whatever the compute dtype.
 
     Only safetensors are read and no remote code runs. freeze_vision_tower freezes what transformers calls the
@@ -1025,6 +1045,11 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
         raise InputError(f"--model_name_or_path {path}: {error}") from error
     if not getattr(processor, "chat_template", None):
         raise InputError(f"{path}: its processor has no chat template")
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise InputError(f"--eos_token {eos_token}: the tokenizer of {path} has no such token")
+        tokenizer.eos_token = eos_token
     text_only = isinstance(processor, TextProcessor)
     auto = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
 
@@ -1139,6 +1164,9 @@ def export(policy: Policy, processor, source: str, folder: str | Path, rank: int
     final, folder = folder, folder.with_name(folder.name + ".tmp")  # complete, or not there
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    ends = policy.hf.generation_config.eos_token_id
+    if {*policy.eos_ids} != {*(ends if isinstance(ends, list) else [ends])}:
+        policy.hf.generation_config.eos_token_id = policy.eos_ids
     policy.hf.save_pretrained(folder, state_dict=state)
     config = json.loads((folder / "config.json").read_text())
     for part in (config, *(v for v in config.values() if isinstance(v, dict) and "dtype" in v)):

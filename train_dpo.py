@@ -134,6 +134,8 @@ class Args:
     # --- model
     dtype: Literal["float32", "bfloat16"] = "float32"  # of computing; weights are fp32
     gradient_checkpointing: bool = False  # recompute layers in the backward
+    eos_token: str | None = None  # token that ends an answer, in place of the tokenizer's EOS; what the chat
+    # template writes after an answer ends it, too
     freeze_vision_tower: bool = False  # train the language model only
     share_prompt: bool = True  # a group is one row; --no-share_prompt gives each completion its own
     cold_start_steps: Count | None = None  # most SFT steps before the run, on the built-in model and task
@@ -498,7 +500,8 @@ def accuracy_of(args, run, eval_rows):
 def load_policy(args, run, source: str):
     """The policy, which is its own reference at the start, and its processor."""
     policy, processor = model.load_policy(source, args.dtype, run.device, args.gradient_checkpointing,
-                                          args.freeze_vision_tower, args.shard_size, lora=args)
+                                          args.freeze_vision_tower, args.shard_size, lora=args,
+                                          eos_token=args.eos_token)
     for note in policy.notes:
         run.say(f"{policy.hf.config.model_type}: {note}")
     if run.world_size > 1 and hasattr(processor, "image_processor"):

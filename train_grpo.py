@@ -177,6 +177,8 @@ class Args:
     # --- model
     dtype: Literal["float32", "bfloat16"] = "float32"  # of computing; weights are fp32
     gradient_checkpointing: bool = False  # recompute layers in the backward
+    eos_token: str | None = None  # token that ends an answer, in place of the tokenizer's EOS; what the chat
+    # template writes after an answer ends it, too
     freeze_vision_tower: bool = False  # train the language model only
     share_prompt: bool = True  # a group is one row; --no-share_prompt gives each completion its own
     cold_start_steps: Count | None = None  # most SFT steps before the run, on the built-in model and task
@@ -516,7 +518,8 @@ def load_models(args, run):
     policy itself with LoRA, whose adapter is off then."""
     source = data.start_model(args, run.folder)
     policy, processor = model.load_policy(source, args.dtype, run.device, args.gradient_checkpointing,
-                                          args.freeze_vision_tower, args.shard_size, lora=args)
+                                          args.freeze_vision_tower, args.shard_size, lora=args,
+                                          eos_token=args.eos_token)
     for note in policy.notes:
         run.say(f"{policy.hf.config.model_type}: {note}")
     ref = policy if args.beta and args.lora_r else None

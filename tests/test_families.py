@@ -225,6 +225,42 @@ def test_an_untested_family_computes_its_own_log_probs(tmp_path, family, more, m
             model.load_policy(str(tmp_path / "model"))
 
 
+def test_the_templates_end_of_turn_ends_an_answer(folders, tmp_path):
+    """A base model: tokenizer and generation_config end with <|endoftext|>, the chat template ends a turn with <|im_end|>. A
+    sampled <|im_end|> did not end an answer, SFT trained two ends, and final/ would have gone on after the first."""
+    shutil.copytree(folders["qwen2_5_vl"], tmp_path / "base")
+    for name, eos in ("tokenizer_config.json", "<|endoftext|>"), ("generation_config.json", 0):
+        file = tmp_path / "base" / name
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps(content | {"eos_token" if name[0] == "t" else "eos_token_id": eos}))
+    policy, processor = model.load_policy(str(tmp_path / "base"))
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert processor.tokenizer.eos_token == "<|endoftext|>" and policy.eos_ids == sorted([0, end])
+    assert policy.notes == ["<|im_end|>, which the chat template writes after an answer, ends one here"]
+    row = make_row(0) | {"chosen": "<answer>4</answer>"}
+    ids = data.encode_completion(policy, processor, row, "chosen").tolist()
+    assert ids[-1] == end and not {0, end} & set(ids[:-1])
+    prompt = data.encode_prompt(policy, processor, row)
+    policy.never_sampled = torch.tensor([i for i in range(len(processor.tokenizer)) if i != end])
+    sampled = rollout.sample(policy, [prompt], [0], num_generations=2, max_completion_length=5, temperature=1.0, seed=0)
+    assert sampled.completion_ids.tolist() == [[end], [end]] and not sampled.truncated.any()
+    model.export(policy, processor, str(tmp_path / "base"), tmp_path / "final")
+    assert json.loads((tmp_path / "final" / "generation_config.json").read_text())["eos_token_id"] == policy.eos_ids
+
+
+def test_a_template_that_ends_no_turn_takes_eos_token(folders, tmp_path):
+    """--eos_token, as TRL names it: the token that ends an answer where nothing else says it, in training and in sampling;
+    one that the tokenizer does not know is an error."""
+    build = shutil.copytree(folders["qwen2_5_vl"], tmp_path / "model")
+    template = build / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_end|>", ""))
+    policy, processor = model.load_policy(str(build), eos_token="<|endoftext|>")
+    assert data.encode_completion(policy, processor, make_row(0) | {"chosen": "4"}, "chosen").tolist()[-1] == 0
+    assert 0 in policy.eos_ids
+    with pytest.raises(model.InputError, match="--eos_token <eos>: the tokenizer of .* has no such token"):
+        model.load_policy(str(build), eos_token="<eos>")
+
+
 def test_windows_count_tokens_not_mrope_positions(folders, tmp_path):
     """Qwen2.5-VL with sliding layers: an image spans fewer positions than tokens, and the window counts tokens, in
     training and in decoding."""
