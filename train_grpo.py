@@ -149,6 +149,8 @@ class Args:
     # rollout.VLLMServer says, it must see --output_dir under the same path
     dynamic_sampling: Count = 0  # at most so many more rounds of prompts until each group of the batch has
     # rewards that differ (DAPO); costs a rollout a round
+    filter_metric: str | None = None  # whose values must differ for that: a reward function, or `reward`, the
+    # weighted sum; default: accuracy where it is a reward that weighs, else reward
     num_generations: Annotated[int, "[2, inf)"] = 8  # G, completions per prompt
     max_completion_length: Size = 256  # tokens sampled at most
     temperature: Positive = 1.0  # of sampling; every log-prob is taken at it
@@ -334,6 +336,13 @@ def check_args(args):
                      f"but {len(args.reward_weights)} --reward_weights")
     if not any(args.reward_weights):
         raise ValueError("--reward_weights are all 0: there is nothing to train on")
+    if args.filter_metric not in (None, "reward", *names):
+        raise ValueError(f"unknown --filter_metric {args.filter_metric}; choose from {', '.join(names)}, "
+                         "reward")
+    if args.filter_metric and not args.dynamic_sampling:
+        raise ValueError("--filter_metric changes nothing without --dynamic_sampling")
+    if args.filter_metric is None:
+        args.filter_metric = "accuracy" if dict(zip(names, args.reward_weights)).get("accuracy") else "reward"
     ga, size, G = args.gradient_accumulation_steps, args.per_device_train_batch_size, args.num_generations
     updates = max([UPDATES_PER_ROLLOUT.get(args.algo[0], 1), *model.hooks(args, "UPDATES")])
     args.steps_per_generation = args.steps_per_generation or ga * updates
@@ -371,6 +380,8 @@ def main(argv=None):
     sizes = sizes_of(args, run.world_size, len(train_rows))
     run.say(f"rollout: {sizes.prompts_per_rollout} prompts x {args.num_generations} completions, "
             f"{sizes.steps_per_rollout} updates each; {sizes.rollouts} rollouts, {sizes.max_steps} steps")
+    if args.dynamic_sampling:
+        run.say(f"dynamic sampling: groups whose {args.filter_metric} differs (--filter_metric)")
     source, policy, processor, ref = load_models(args, run)
     prompts = Prompts(args, run, sizes, policy, processor, train_rows, eval_rows)
     if args.preflight or args.preflight is None and run.device.type == "cuda":
@@ -642,8 +653,8 @@ def collect(args, run, sizes: Sizes, policy, processor, source, prompts: Prompts
 
     -> {prompts: this rank's P, texts: N, scores (functions, N), micro_batches of each update, rollout_time,
         and by row (N, ...): completion_ids, completion_mask, sampling_logps, truncated}; draws (P,)
-    With --dynamic_sampling more rounds of prompts are drawn until the groups have rewards that differ. Fills
-    the state's draws, next_draw and rollout_sums.
+    With --dynamic_sampling more rounds of prompts are drawn until --filter_metric differs in each group.
+    Fills the state's draws, next_draw and rollout_sums.
     """
     G, began, candidates, failed, scored = args.num_generations, time.perf_counter(), [], 0, 0
     for before_rollout in model.hooks(args, "before_rollout"):
@@ -675,7 +686,8 @@ def collect(args, run, sizes: Sizes, policy, processor, source, prompts: Prompts
             break
         candidates += model.all_gather_object(rows | {f"score {k}": row for k, row in enumerate(scores)})
         drawn, accepted, following, found = choose_groups(
-            candidates, weights_of(args), G, sizes.prompts_per_rollout, args.advantage_estimator)
+            candidates, weights_of(args), G, sizes.prompts_per_rollout, args.advantage_estimator,
+            None if args.filter_metric == "reward" else names_of(args).index(args.filter_metric))
         enough = accepted == sizes.prompts_per_rollout
         if enough or len(candidates) > args.dynamic_sampling * run.world_size:
             for after_rollout in model.hooks(args, "after_rollout"):
@@ -881,19 +893,24 @@ def rows_of_draws(rows, draws, G) -> dict:
     return {name: x[chosen] for name, x in rows.items() if name != "draws"} | {"draws": torch.tensor(draws)}
 
 
-def choose_groups(parts, weights, G, count, estimator="grpo"):
-    """Dynamic sampling: (draw numbers of the `count` groups to train on, how many of them have weighted
-    rewards that differ, the next rollout's first draw). The first that differ, in the order of draws,
-    whichever rank drew them; if they are too few, the first of the others fill up. And {draw: variance of its
-    group's rewards}: p (1 - p) for rewards of 0 and 1, 0 if they do not differ. An estimator that learns from
-    groups whose rewards are all alike (NGRPO) says which of them count as well."""
-    variance, useful = {}, {}
+def choose_groups(parts, weights, G, count, estimator="grpo", metric: int | None = None):
+    """Dynamic sampling -> the draw numbers of the `count` groups to train on, how many of them are useful,
+    the next rollout's first draw, and {draw: variance of its group's weighted rewards}.
+
+    A group is useful if the rewards of function `metric` differ in it (None: the weighted sums). An estimator
+    that learns from groups whose rewards are all alike (NGRPO) says which of them are useful, too. The first
+    useful ones are taken, in the order of draws, whichever rank drew them; others fill up. The variance is
+    p (1 - p) for rewards of 0 and 1.
+    """
+    variance, useful, chosen = {}, {}, slice(None) if metric is None else slice(metric, metric + 1)
     for part in parts:
-        scores = torch.stack([part[name] for name in part if name.startswith("score ")])
+        scores = torch.stack([part[name] for name in part if name.startswith("score ")])          # (F, P * G)
         deviations, _ = losses.centred(losses.weighted_rewards(scores, weights), G)               # (P, G)
-        signal = (losses.advantages(estimator, scores, weights, G).view(-1, G)                    # (P, G)
-                  if losses.ADVANTAGES[estimator].flat_groups else deviations)
         variance |= zip(part["draws"].tolist(), deviations.square().mean(-1).tolist())
+        weighed = weights[chosen] if metric is None else torch.ones(1, dtype=weights.dtype)
+        signal, _ = losses.centred(losses.weighted_rewards(scores[chosen], weighed), G)           # (P, G)
+        if losses.ADVANTAGES[estimator].flat_groups:
+            signal = losses.advantages(estimator, scores[chosen], weighed, G).view(-1, G)
         useful |= zip(part["draws"].tolist(), signal.ne(0).any(-1).tolist())
     variance = dict(sorted(variance.items()))
     accepted = [d for d in variance if useful[d]][:count]

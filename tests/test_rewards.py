@@ -258,6 +258,27 @@ def test_choose_groups():
     assert train_grpo.choose_groups(parts[:1], weights, 2, 2, "ngrpo")[1] == 1
 
 
+def test_dynamic_sampling_filters_by_accuracy():
+    """Format or length alone made the weighted sum of a group spread: such groups were taken, and taught no answers. DAPO
+    filters by accuracy; --filter_metric names another function, or `reward`, the sum."""
+    parts = [{"draws": torch.tensor([0, 1, 2]), "score 0": torch.tensor([1.0, 1, 0, 1, 0, 0]),  # accuracy
+              "score 1": torch.tensor([0.0, 1, 1, 1, 1, 0])}]  # format
+    weights = torch.tensor([0.0, 0.1])
+    assert train_grpo.choose_groups(parts, weights, 2, 2, metric=0)[:3] == ([0, 1], 1, 3)
+    assert train_grpo.choose_groups(parts, weights, 2, 2, metric=1)[:3] == ([0, 2], 2, 3)
+    assert train_grpo.choose_groups(parts, weights, 2, 2)[:3] == ([0, 2], 2, 3)
+    assert train_grpo.choose_groups(parts, weights, 2, 3, "ngrpo", 0)[1] == 2  # 2: all wrong, also of use there
+    ask = ["--dynamic_sampling", "1", "--reward_funcs"]
+
+    def metric(*flags):
+        return train_grpo.parse_args([*ask, *flags]).filter_metric
+
+    assert metric("accuracy", "format") == "accuracy" and metric("format") == "reward"
+    assert metric("accuracy", "format", "--reward_weights", "0", "1") == "reward"
+    assert metric("accuracy", "format", "--filter_metric", "format") == "format"
+    assert metric("accuracy", "--filter_metric", "reward") == "reward"
+
+
 REWARD_FILE = '''
 import math, time
 

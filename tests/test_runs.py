@@ -429,6 +429,8 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     ("train_grpo", ["--algo", "copg", "off_policy_mask", "--off_policy_mask_threshold", "1"],
      "--off_policy_mask_threshold does not go with it"),
     ("train_grpo", ["--dynamic_sampling", "-1"], "--dynamic_sampling: must be in [0, inf)"),
+    ("train_grpo", ["--dynamic_sampling", "1", "--filter_metric", "f"], "--filter_metric f; choose from accuracy, format, rew"),
+    ("train_grpo", ["--filter_metric", "format"], "--filter_metric changes nothing without --dynamic_sampling"),
     ("train_grpo", ["--algo", "grpo", "variance_sampling", "--variance_sampling", "1"], "--variance_sampling: must be in [0, 1), got 1"),
     ("train_grpo", ["--algo", "gtpo", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"],
      "must be a multiple of --num_generations 8"),
