@@ -16,10 +16,11 @@ MMPR's {name: {root, annotation, repeat_time}} stands for those JSONL files. Col
                                                             [{"role", "content"}, ...]: the prompt; its last
                                                             answer (alone) is chosen and solution, if missing
 
-Images stand where `<image>` (in strings) or image blocks (in messages) say, else before the first user text;
-any other number of placeholders is an error. If the prompt's last message is the assistant's, the answer goes
-on with it, and it alone is scored (Step-DPO: the right steps there, the next one in chosen and rejected).
-losses.COLUMNS are numbers that some losses take; every other column reaches the reward functions untouched.
+An image stands where `<image>` (in strings) or an image block (in messages) is, else before the first user
+text; any other number of placeholders is an error. If the prompt's last message is the assistant's, the
+answer continues it, and the answer alone is scored (Step-DPO: the message holds the right steps, chosen and
+rejected the next one). Some losses need columns of numbers (losses.COLUMNS). Reward functions get every other
+column unchanged; from parquet only the columns that the run uses are read (`rows_of_run`).
 """
 
 import base64
@@ -38,9 +39,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from importlib.metadata import distributions
 from io import BytesIO
 from itertools import islice
@@ -55,6 +57,7 @@ from transformers import PreTrainedTokenizerFast
 
 from model import InputError, Policy, Prompt, all_gather_object, on_rank_0, without_video
 
+SUFFIXES = (".parquet", ".jsonl", ".json")
 ALIASES = {
     "prompt": ("prompt", "problem", "query", "question"),
     "images": ("images", "decoded_image", "image"),
@@ -68,33 +71,36 @@ TURNS = dict(enumerate([  # by EXIF's orientation
     Image.Transpose.ROTATE_90], 2))
 TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # all else: image tensors
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what Pillow may decode: no PSD, EPS, FITS, ...
-MAX_IMAGE_PIXELS = 89_478_485  # looked at before decoding; from here on Pillow warns of decompression bombs
+MAX_IMAGE_PIXELS = 89_478_485  # checked before decoding; above this Pillow warns of decompression bombs
+LARGE_IMAGE = 16_000_000  # pixels; Pillow takes 4 to 20 bytes for each, so larger ones are decoded in turn
+LARGE_IMAGE_LOCK = threading.Lock()
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # "\n" may stay
 
 
 class RowError(InputError):
-    """A row that cannot be used; the message starts with where it is (file:line)."""
+    """A row that cannot be used; the message starts with its place (file:line). A row's text may stand in the
+    message, so control characters, which a terminal would obey, are shown escaped."""
+
+    def __init__(self, message: str):
+        super().__init__(CONTROL_CHARACTERS.sub(lambda found: ascii(found[0])[1:-1], message))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Reading
 
 
-SUFFIXES = (".parquet", ".jsonl", ".json")
-
-
 def find_files(name: str, split: str, flag: str = "--dataset") -> list[Path]:
     """The files of a dataset: itself, or the shards in a folder or hub dataset (fetched into its cache) whose
-    path names the split, "data/train-00000-of-00002.parquet"; all of them where none names any."""
+    path names the split, "data/train-00000-of-00002.parquet"; all of them if none names any split."""
     path, given = Path(name), None
     if not path.exists() and ":" in name:
         name, _, given = name.rpartition(":")
         path = Path(name)
+    expected = "expected a .jsonl, .json or .parquet file, a folder of such files, or a hub id"
     if path.is_file() and path.suffix in SUFFIXES:
         if given is not None:
             raise RowError(f"{flag} {name}:{given}: {name} is a file, which has no splits")
         return [path]
-    if path.is_file():
-        raise RowError(f"{flag} {name}: expected a .jsonl, .json or .parquet file")
     if not path.exists() and path.suffix not in SUFFIXES and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         from huggingface_hub import snapshot_download
 
@@ -105,11 +111,11 @@ def find_files(name: str, split: str, flag: str = "--dataset") -> list[Path]:
             raise RowError(f"{flag} {name}: no such file or folder, and the hub cannot give a dataset of "
                            f"that name: {type(error).__name__}: {error}") from None
     if not path.is_dir():
-        raise RowError(f"{flag} {name}: no such file (expected a .jsonl, .json or .parquet file, a folder "
-                       "of such files, or a hub id)")
+        raise RowError(f"{flag} {name}: {'' if path.exists() else 'no such file: '}{expected}")
+
     found = [(f, f.relative_to(path).as_posix().lower()) for f in sorted(path.rglob("*")) if f.is_file()]
     kind = next((suffix for suffix in SUFFIXES if any(f.suffix == suffix for f, _ in found)), None)
-    found = [(f, text) for f, text in found if f.suffix == kind]  # beside shards, a .json is about them
+    found = [(f, text) for f, text in found if f.suffix == kind]  # next to shards, a .json is metadata
 
     def named(split):
         return [f for f, text in found if re.search(rf"(^|[^a-z0-9])({split})([^a-z0-9]|$)", text)]
@@ -123,21 +129,32 @@ def find_files(name: str, split: str, flag: str = "--dataset") -> list[Path]:
     return files
 
 
-def _parse(text: str, where: str):
+def _parse(content: bytes, where: str):
+    """JSON that is exactly what it says: no NaN, no name twice in an object, no half of a surrogate pair."""
     def refuse(name):
         raise ValueError(f"{name} is not JSON")
 
+    def distinct(pairs):  # json would keep the last of two equal names without a word
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(f"a column stands twice among {', '.join(name for name, _ in pairs)}")
+        return dict(pairs)
+
     try:
-        value = json.loads(text, parse_constant=refuse, object_pairs_hook=_distinct)
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RowError(f"{where}: not UTF-8: {error}") from None
+    try:
+        value = json.loads(text, parse_constant=refuse, object_pairs_hook=distinct)
         if re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(value, ensure_ascii=False).encode()  # half an emoji: no tokenizer, no path takes it
         return value
     except (ValueError, RecursionError) as error:
-        raise RowError(f"{where}: not valid JSON: {error}") from None
+        hint = " (one object a line is a .jsonl file)" if "Extra data" in str(error) else ""
+        raise RowError(f"{where}: not valid JSON: {error}{hint}") from None
 
 
 class JsonLines:
-    """One object a line; only where lines begin and end is kept. Item: ("file:line", object)."""
+    """A .jsonl file, of which only the places of its lines are kept. Item: ("file:line", object)."""
 
     def __init__(self, path: Path):
         self.path, ends = path, [[-1]]
@@ -146,7 +163,7 @@ class JsonLines:
                 ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == 10) + file.tell() - len(block))
             ends = np.concatenate([*ends, [file.tell()]])
             lengths = np.diff(ends) - 1
-            for i in np.flatnonzero((0 < lengths) & (lengths < 9)):  # blank, perhaps, but for spaces or a CR
+            for i in np.flatnonzero((0 < lengths) & (lengths < 9)):  # perhaps blank: spaces or a CR
                 file.seek(ends[i] + 1)
                 lengths[i] *= bool(file.read(lengths[i]).strip())
         self.number = np.flatnonzero(lengths)
@@ -159,19 +176,22 @@ class JsonLines:
         where = f"{self.path}:{self.number[i] + 1}"
         with open(self.path, "rb") as file:
             file.seek(self.start[i])
-            line = file.read(self.end[i] - self.start[i])
-        try:
-            return where, _parse(line.decode("utf-8-sig"), where)
-        except UnicodeDecodeError as error:
-            raise RowError(f"{where}: not UTF-8: {error}") from None
+            return where, _parse(file.read(self.end[i] - self.start[i]), where)
 
 
 class Parquet:
-    """The row group that was read last is in memory. Item: ("file[row]", object)."""
+    """A parquet file, of which these columns are read (None: all). Item: ("file[row]", object).
 
-    def __init__(self, path: Path):
-        self.path, self.group, self.table, self.lock = path, None, None, threading.Lock()
-        about = self.read(lambda file: file.metadata)
+    A row is cut out of its row group. All files together keep the groups that were read last, as many as fit
+    into KEPT_BYTES, and always the last one."""
+
+    KEPT_BYTES = 256 << 20
+    kept, lock = OrderedDict(), threading.Lock()  # {(file, number of the group): table}, the latest last
+
+    def __init__(self, path: Path, columns: set[str] | None = None):
+        self.path = path
+        about, self.names = self.read(lambda file: (file.metadata, file.schema_arrow.names))
+        self.columns = None if columns is None else [name for name in self.names if name in columns]
         self.start = np.cumsum([0, *(about.row_group(g).num_rows for g in range(about.num_row_groups))])
 
     def read(self, what):
@@ -185,16 +205,33 @@ class Parquet:
         except (OSError, ValueError) as error:  # pyarrow's own are among them
             raise RowError(f"{self.path}: not a whole parquet file: {error}") from None
 
+    def read_group(self, number: int):
+        """The table of a row group, kept or read anew."""
+        def fresh(file):
+            about = file.metadata.row_group(number)
+            chunks = [about.column(i) for i in range(about.num_columns)]
+            self.make_room(sum(chunk.total_uncompressed_size for chunk in chunks if self.columns is None
+                               or chunk.path_in_schema.split(".")[0] in self.columns))
+            return file.read_row_group(number, columns=self.columns)
+
+        with self.lock:  # of the loader's threads
+            table = self.kept.pop((self, number), None)
+            if table is None:
+                table = self.read(fresh)
+                self.make_room(table.nbytes)  # which may be more than the file's metadata says
+            self.kept[self, number] = table
+            return table
+
+    def make_room(self, size: int):
+        while self.kept and size + sum(table.nbytes for table in self.kept.values()) > self.KEPT_BYTES:
+            self.kept.popitem(last=False)
+
     def __len__(self):
         return int(self.start[-1])
 
     def __getitem__(self, i):
-        group = int(np.searchsorted(self.start, i, side="right")) - 1
-        with self.lock:  # of the loader's threads
-            if group != self.group:
-                self.group = self.table = None  # never two of them
-                self.table, self.group = self.read(lambda file: file.read_row_group(group)), group
-            row = self.table.slice(i - self.start[group], 1)
+        number = int(np.searchsorted(self.start, i, side="right")) - 1
+        row = self.read_group(number).slice(i - self.start[number], 1)
         try:
             return f"{self.path}[{i}]", row.to_pylist()[0]
         except UnicodeDecodeError as error:
@@ -205,7 +242,7 @@ class Rows(Sequence):
     """The rows of some files, each read when it is asked for, with its columns under their canonical names.
 
     parts: (JsonLines | Parquet | list, folder of its images under the root) of each file; shares: how often
-    draws take from each (`draw_shares`), None: every row once an epoch. A slice is such a view, too.
+    draws take from each (`Plan`), None: every row once an epoch. A slice is such a view, too.
     """
 
     def __init__(self, parts, image_root, need, shares=None):
@@ -226,22 +263,29 @@ class Rows(Sequence):
         p = int(np.searchsorted(self.ends, at, side="right"))
         part, folder = self.parts[p]
         source, value = part[at - int(self.ends[p]) + self.sizes[p]]
-        return canonical(value, source, self.image_root, folder, self.need)
+        row = canonical(value, source, self.image_root, folder)
+        for name in self.need:
+            if row.get(name) in (None, ""):
+                has = getattr(part, "names", value)  # a parquet file has columns that were not read
+                raise RowError(f"{source}: no {' or '.join(ALIASES.get(name, (name,)))} column, or an empty "
+                               f"one; it has {', '.join(has)}")
+        return row
 
 
 def read_rows(names, image_root: str | None, need: tuple[str, ...], split="train", weights=None,
-              flag="--dataset") -> Rows:
+              flag="--dataset", columns: set[str] | None = None) -> Rows:
     """The rows of the named datasets, in order (`find_files`); JSONL and parquet are not held in memory.
 
     A row is checked for `need` when it is read; images are opened by load_image. weights: one a dataset, its
-    share of the draws; MMPR's repeat_time weighs its files in the same way.
+    share of the draws; MMPR's repeat_time weighs its files in the same way. columns: the only ones that are
+    read from parquet, None: all.
     """
     parts, shares = [], []
     names = [names] if isinstance(names, str) else names
     for name, weight in zip(names, weights or [None] * len(names), strict=True):
         new, times = [], []
         for file in find_files(name, split, flag):
-            for part, folder, repeat in open_file(file):
+            for part, folder, repeat in open_file(file, columns):
                 if not len(part):
                     raise RowError(f"{file}: no rows")
                 new.append((part, folder))
@@ -252,29 +296,31 @@ def read_rows(names, image_root: str | None, need: tuple[str, ...], split="train
     return Rows(parts, image_root, need, shares if uneven else None)
 
 
-def rows_of_run(args, need: tuple[str, ...]):
-    """(training rows, held-out rows) that the flags name; without --dataset those of the built-in task."""
+def rows_of_run(args, need: tuple[str, ...], columns: set[str] | None = None):
+    """(training rows, held-out rows) that the flags name; without --dataset those of the built-in task.
+    columns: those that the run uses beside the ones that this file knows by name; None: every column."""
+    if columns is not None:
+        known = {"rejected", "conversations", "messages", "reward_model"}.union(*ALIASES.values())
+        columns = known | {*need, args.sort_by} | columns
     if args.dataset is None:
         train, held_out = shapes_rows(4096, args.seed, "train"), shapes_rows(256, args.seed, "test")
     else:
-        train, held_out = read_rows(args.dataset, args.image_root, need, weights=args.dataset_weights), []
+        train, held_out = read_rows(args.dataset, args.image_root, need, weights=args.dataset_weights,
+                                    columns=columns), []
     if args.eval_dataset is not None:
-        held_out = read_rows(args.eval_dataset, args.image_root, need, "test", flag="--eval_dataset")
+        held_out = read_rows(args.eval_dataset, args.image_root, need, "test", flag="--eval_dataset",
+                             columns=columns)
     return train, held_out
 
 
-def open_file(file: Path):
+def open_file(file: Path, columns: set[str] | None = None):
     """[(rows, folder of their images under --image_root, the weight of its draws), ...]: several for
     MMPR's meta.json, whose annotation files lie in or beside its folder."""
-    if file.suffix != ".json":
-        return [((JsonLines if file.suffix == ".jsonl" else Parquet)(file), "", 1)]
-    try:
-        content = _parse(file.read_text(encoding="utf-8-sig"), str(file))
-    except UnicodeDecodeError as error:
-        raise RowError(f"{file}: not UTF-8: {error}") from None
-    except RowError as error:
-        raise RowError(f"{error} (one object a line is a .jsonl file)"
-                       if "Extra data" in str(error) else str(error)) from None
+    if file.suffix == ".jsonl":
+        return [(JsonLines(file), "", 1)]
+    if file.suffix == ".parquet":
+        return [(Parquet(file, columns), "", 1)]
+    content = _parse(file.read_bytes(), str(file))
     if isinstance(content, list):
         return [([(f"{file}[{i}]", value) for i, value in enumerate(content)], "", 1)]
     parts = []
@@ -293,7 +339,7 @@ def open_file(file: Path):
     return parts
 
 
-def canonical(value, source: str, image_root: str | None, folder: str, need: tuple[str, ...]) -> dict:
+def canonical(value, source: str, image_root: str | None, folder: str) -> dict:
     """A row as the rest of the program takes it: ALIASES, `images` a list, `_source` and `_image_root`."""
     if not isinstance(value, dict):
         raise RowError(f"{source}: expected an object, got {type(value).__name__}")
@@ -307,10 +353,6 @@ def canonical(value, source: str, image_root: str | None, folder: str, need: tup
         row |= _from_turns(turns, row, source)
     if row.get("solution") is None and isinstance(value.get("reward_model"), dict):
         row["solution"] = value["reward_model"].get("ground_truth")
-    for name in need:
-        if row.get(name) in (None, ""):
-            columns = " or ".join(ALIASES.get(name, (name,)))
-            raise RowError(f"{source}: no {columns} column, or an empty one; it has {', '.join(value)}")
     images = row.get("images")
     images = [] if images is None else images if isinstance(images, list) else [images]
     row["images"] = [os.path.join(folder, x) if folder and isinstance(x, str) else x for x in images]
@@ -338,21 +380,19 @@ def _from_turns(turns, row: dict, source: str) -> dict:
     return new | {"prompt": messages}
 
 
-def _distinct(pairs: list[tuple]) -> dict:
-    """A JSON object; json would keep the last of two equal names and drop the first without a word."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError(f"a column stands twice among {', '.join(name for name, _ in pairs)}")
-    return dict(pairs)
+def try_rows(rows):
+    """(row, None), or (None, what is wrong with it) of each, in order."""
+    for i in range(len(rows)):
+        try:
+            found = rows[i], None
+        except RowError as error:
+            found = None, str(error)
+        yield found
 
 
 def readable(rows):
     """The rows that can be read, in order; `check_rows` and `check_eval_rows` report the others."""
-    for i in range(len(rows)):
-        try:
-            row = rows[i]
-        except RowError:
-            continue
-        yield row
+    return (row for row, error in try_rows(rows) if error is None)
 
 
 def refuse(errors: list[str]):
@@ -367,14 +407,11 @@ def refuse(errors: list[str]):
 def check_numbers(rows, name: str, low: float, high: float, why: str):
     """RowError unless row[name] is a number from low to high in every row. why: the flag that takes it."""
     errors = []
-    for i in range(len(rows)):
-        try:
-            row = rows[i]
-        except RowError as error:
-            errors.append(str(error))
-            continue
-        value = row.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+    for row, error in try_rows(rows):
+        value = None if error else row.get(name)
+        if error:
+            errors.append(error)
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             errors.append(f"{row['_source']}: {why} takes a number from {low:g} to {high:g} from the column "
                           f"{name}, got {str(value)[:80]!r}")
     refuse(errors)
@@ -393,7 +430,7 @@ def load_image(image, row: dict) -> Image.Image:
 
 def find_image(image, row: dict) -> Image.Image | bytes | str:
     """What a row names as its image: a PIL image, the bytes of {"bytes", "path"}, or a file's real path under
-    the row's image root. Refuses URLs and paths out of the root."""
+    the row's image root. Refuses URLs, paths and links out of the root, and what is no regular file."""
     source = row["_source"]
     if isinstance(image, dict) and image.keys() <= {"bytes", "path"}:
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
@@ -406,15 +443,19 @@ def find_image(image, row: dict) -> Image.Image | bytes | str:
     if row["_image_root"] is None:
         raise RowError(f"{source}: the row names an image ({image}), but --image_root is not given")
     root = os.path.realpath(row["_image_root"])
-    path = os.path.realpath(os.path.join(root, image.replace("\0", "?")))
+    named = os.path.normpath(os.path.join(root, image.replace("\0", "?")))
+    path = os.path.realpath(named)
     if os.path.commonpath([root, path]) != root:
-        raise RowError(f"{source}: image {image} lies outside --image_root {row['_image_root']}")
+        leads = "" if os.path.commonpath([root, named]) != root else f": it is a link to {path}"
+        raise RowError(f"{source}: image {image} lies outside --image_root {row['_image_root']}{leads}")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise RowError(f"{source}: image {image} is not a regular file but a folder, a pipe or a device")
     return path
 
 
 def image_digest(image, row: dict) -> str:
-    """sha256 of an image's content, not decoded. A file is read whole, since one that was changed may keep
-    its size and time; that takes a hundredth of the time that decoding takes."""
+    """sha256 of an image's content, not decoded. A file is read whole, since a changed one may keep its size
+    and time; reading takes a hundredth of the time of decoding."""
     found = find_image(image, row)
     if isinstance(found, Image.Image):
         found = f"{found.mode} {found.size} ".encode() + found.tobytes()
@@ -425,22 +466,33 @@ def image_digest(image, row: dict) -> str:
 
 
 def decode_image(file, source: str, name: str) -> Image.Image:
-    """Pillow, with limits on the formats that it may read, and on the pixels that it may make of them."""
+    """Pillow, limited in the formats that it may read, in a picture's pixels, and in the memory that threads
+    take at once."""
     try:
         with Image.open(file, formats=IMAGE_FORMATS) as opened:
-            if opened.width * opened.height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"{opened.width} x {opened.height} pixels are more than {MAX_IMAGE_PIXELS}")
-            shown = opened.getexif().get(0x0112)  # not exif_transpose: it writes all tags anew, odd ones fail
-            shown = opened.transpose(TURNS[shown]) if shown in TURNS else opened
-            if shown.mode == "I;16":  # convert() would clip it to white
-                shown = shown.point(lambda value: value / 256).convert("L")
-            if shown.has_transparency_data:  # convert() would show the colour beneath, mostly black
-                shown = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown.convert("RGBA"))
-            return shown.convert("RGB")
+            pixels = opened.width * opened.height
+            if pixels > MAX_IMAGE_PIXELS:
+                raise ValueError(f"{opened.width} x {opened.height} pixels are more than {MAX_IMAGE_PIXELS}, "
+                                 "the most that are decoded; make it smaller")
+            with LARGE_IMAGE_LOCK if pixels > LARGE_IMAGE else nullcontext():
+                return to_rgb(opened)
     except FileNotFoundError:
         raise RowError(f"{source}: image {name} does not exist") from None
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:  # corrupt
         raise RowError(f"{source}: image {name} cannot be read: {error}") from None
+
+
+def to_rgb(opened: Image.Image) -> Image.Image:
+    shown = opened.getexif().get(0x0112)  # not exif_transpose: it writes all tags anew, odd ones fail
+    shown = opened.transpose(TURNS[shown]) if shown in TURNS else opened
+    if shown.mode == "I;16":  # convert() would clip it to white
+        shown = shown.point(lambda value: value / 256).convert("L")
+    if not shown.has_transparency_data:
+        return shown.convert("RGB")
+    white = Image.new("RGB", shown.size, "white")  # convert() would show the colour beneath, mostly black
+    shown = shown.convert("RGBA") if shown.mode != "RGBA" else shown
+    white.paste(shown, mask=shown)  # the same values as alpha_composite, in half of the memory
+    return white
 
 
 def to_messages(row: dict) -> list[dict]:
@@ -456,14 +508,13 @@ def to_messages(row: dict) -> list[dict]:
             isinstance(m, dict) and isinstance(m.get("role"), str)
             and isinstance(m.get("content"), (str, list)) for m in messages):
         raise RowError(f"{source}: prompt must be a string or a list of {{'role', 'content'}} messages")
-    roles = [ROLES.get(m["role"], m["role"]) for m in messages]
-    unknown = set(roles) - {"system", "user", "assistant"}
-    if unknown:  # many templates would print it as it is
-        raise RowError(f"{source}: a turn has the role {sorted(unknown)[0]!r}; expected system, user (human) "
-                       "or assistant (gpt)")
+
     out, placeholders = [], 0
-    for role, message in zip(roles, messages):
-        content, blocks = message["content"], []
+    for message in messages:
+        role, content, blocks = ROLES.get(message["role"], message["role"]), message["content"], []
+        if role not in ("system", "user", "assistant"):  # many templates would print it as it is
+            raise RowError(f"{source}: a turn has the role {role!r}; expected system, user (human) "
+                           "or assistant (gpt)")
         for block in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             kind = block.get("type") if isinstance(block, dict) else None
             if kind == "image":  # struct columns carry a null text beside each image: leave it behind
@@ -476,6 +527,7 @@ def to_messages(row: dict) -> list[dict]:
                 raise RowError(f"{source}: expected an image block or a text block, got {str(block)[:80]}")
         placeholders += sum(block["type"] == "image" for block in blocks)
         out.append({"role": role, "content": blocks})
+
     if placeholders == 0 and count:
         first_user = next((m for m in out if m["role"] == "user"), None)
         if first_user is None:
@@ -491,14 +543,19 @@ def to_messages(row: dict) -> list[dict]:
 # Encoding
 
 
+def as_ids(ids: list[int]) -> torch.Tensor:
+    """(len,) int64. By numpy, which reads a list five times as fast as torch.tensor does."""
+    return torch.from_numpy(np.array(ids, dtype=np.int64))
+
+
 def _special_tokens(tokenizer, text: str) -> dict:
     """A template that writes the BOS itself must not get a second one (transformers' own rule)."""
     return {"add_special_tokens": not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))}
 
 
 def token_ids(tokenizer, text: str, **special) -> list[int]:
-    """tokenizer(text)["input_ids"]; from the tokenizers library itself where transformers' wrapper around it,
-    which takes as long as a short text, adds nothing."""
+    """tokenizer(text)["input_ids"]. Where transformers' wrapper adds nothing, the tokenizers library is asked
+    directly: the wrapper takes as long as a short text."""
     if type(tokenizer)._encode_plus is PreTrainedTokenizerFast._encode_plus:
         library = tokenizer.backend_tokenizer
         if library.padding is library.truncation is None and not library.encode_special_tokens:
@@ -522,6 +579,44 @@ def _render_prompt(processor, messages: list[dict], source: str) -> str:
     return _render(processor, messages, source, continue_final_message=True)
 
 
+def one_message(text: str) -> list[dict]:
+    """The chat of a user who says this."""
+    return [{"role": "user", "content": [{"type": "text", "text": text}]}]
+
+
+@functools.lru_cache
+def turn_tokens(processor, template: str | None) -> frozenset[int]:
+    """The special tokens that the chat template (the key of the cache) writes around a message."""
+    tokenizer, text = processor.tokenizer, _render(processor, one_message("x"), "")
+    added = tokenizer.added_tokens_decoder
+    return frozenset(i for i in token_ids(tokenizer, text, add_special_tokens=False)
+                     if i in added and added[i].special)
+
+
+@functools.lru_cache
+def spelled(tokenizer, ids: frozenset[int]) -> list[str] | None:
+    """How these ids are written in a text; None if one of them may come from other text than its own."""
+    added = [tokenizer.added_tokens_decoder.get(i) for i in ids if i < len(tokenizer)]
+    return None if any(token is None or token.normalized for token in added) else [t.content for t in added]
+
+
+def refuse_control_tokens(policy: Policy, processor, text: str, what: str):
+    """RowError if text of a row spells a token that ends or begins a turn, or stands for an image: the model
+    would read turns and images that the row does not have."""
+    tokenizer = processor.tokenizer
+    turns = turn_tokens(processor, getattr(processor, "chat_template", None)).union(policy.eos_ids)
+    control = turns | policy.never_sampled_ids
+    spellings = spelled(tokenizer, control)
+    if spellings is not None and not any(spelling in text for spelling in spellings):
+        return  # a search, since tokenizing takes longer
+    found = control.intersection(token_ids(tokenizer, text, add_special_tokens=False))
+    if found:
+        hint = ("An image's place in a prompt is written <image>." if not found & turns else
+                "If a chat template has rendered it already, give the bare text, or messages.")
+        raise RowError(f"{what} contains {', '.join(tokenizer.convert_ids_to_tokens(sorted(found)))}, which "
+                       f"is for the chat template and the processor to write. {hint}")
+
+
 class Begun(NamedTuple):
     """What stands before a row's answer: the chat messages, the same rendered, and its ids, in which an image
     is still one placeholder."""
@@ -531,10 +626,12 @@ class Begun(NamedTuple):
     ids: list[int]
 
 
-def begin_row(processor, row: dict) -> Begun:
+def begin_row(policy: Policy, processor, row: dict) -> Begun:
     """The row's prompt up to where the answer begins, by chat template and tokenizer alone."""
     messages = to_messages(row)
     text = _render_prompt(processor, messages, row["_source"])
+    for block in (block for message in messages for block in message["content"] if block["type"] == "text"):
+        refuse_control_tokens(policy, processor, block["text"], f"{row['_source']}: the prompt")
     ids = token_ids(processor.tokenizer, text, **_special_tokens(processor.tokenizer, text))
     return Begun(messages, text, ids)
 
@@ -543,8 +640,7 @@ def begin_row(processor, row: dict) -> Begun:
 def leaves_text_alone(processor) -> bool:
     """Whether all that the processor does to a prompt without images is to tokenize it. Tried on one prompt:
     its __call__ takes five times as long as the tokenizer."""
-    block = {"type": "text", "text": "How many shapes are there?\n 7"}
-    text = _render_prompt(processor, [{"role": "user", "content": [block]}], "")
+    text = _render_prompt(processor, one_message("How many shapes are there?\n 7"), "")
     special = _special_tokens(processor.tokenizer, text)
     inputs = processor(text=[text], images=None, return_tensors="pt", **special)
     return (inputs["input_ids"].tolist() == [processor.tokenizer(text, **special)["input_ids"]]
@@ -552,20 +648,15 @@ def leaves_text_alone(processor) -> bool:
             and not any(inputs[name].any() for name in TEXT_KEYS[2:] if name in inputs))
 
 
-def tokenize_prompt(processor, row: dict, begun: Begun | None = None):
+def tokenize_prompt(processor, row: dict, begun: Begun):
     """(ids (P,) with the images' placeholders, image tensors, further text tensors by name) of one row, in
     one processor call."""
-    images = [load_image(image, row) for image in row["images"]]
-    source, image_token = row["_source"], getattr(processor, "image_token", None)
-    for block in (b for m in to_messages(row) for b in m["content"] if b["type"] == "text"):
-        if image_token and image_token in block["text"]:
-            raise RowError(f"{source}: the prompt's text contains the model's own image token {image_token}")
-    _, text, ids = begun or begin_row(processor, row)
+    images, source = [load_image(image, row) for image in row["images"]], row["_source"]
     if not images and leaves_text_alone(processor):
-        return torch.tensor(ids), {}, {}
+        return as_ids(begun.ids), {}, {}
     try:
-        inputs = processor(text=[text], images=[images] if images else None, return_tensors="pt",
-                           **_special_tokens(processor.tokenizer, text))
+        inputs = processor(text=[begun.text], images=[images] if images else None, return_tensors="pt",
+                           **_special_tokens(processor.tokenizer, begun.text))
     except Exception as error:  # e.g. an aspect ratio that the image processor refuses
         raise RowError(f"{source}: the processor refused it: {type(error).__name__}: {error}") from error
     pixels = {k: v for k, v in inputs.items() if k not in TEXT_KEYS}
@@ -574,14 +665,14 @@ def tokenize_prompt(processor, row: dict, begun: Begun | None = None):
 
 def encode_prompt(policy: Policy, processor, row: dict, begun: Begun | None = None) -> Prompt:
     """`tokenize_prompt`, and where the tokens stand."""
-    tokens, pixels, text_inputs = tokenize_prompt(processor, row, begun)
+    tokens, pixels, text_inputs = tokenize_prompt(processor, row, begun or begin_row(policy, processor, row))
     positions = policy.prompt_positions(tokens, text_inputs, pixels)
     return Prompt(tokens, positions, pixels, row, policy.prompt_images(tokens))
 
 
 def chat_request(row: dict) -> dict:
     """What encode_prompt encodes, for a server's own processor (rollout.VLLMServer): OpenAI chat messages,
-    images as PNG in data URLs, and whether the answer begins a turn or goes on with the last."""
+    images as PNG in data URLs, and whether the answer begins a turn or continues the last."""
     messages, images = to_messages(row), iter([load_image(image, row) for image in row["images"]])
     for block in (b for m in messages for b in m["content"] if b["type"] == "image"):
         png = BytesIO()
@@ -592,29 +683,9 @@ def chat_request(row: dict) -> dict:
     return {"messages": messages, "add_generation_prompt": not begun, "continue_final_message": begun}
 
 
-@functools.lru_cache
-def spelled(tokenizer, ids: tuple[int, ...]) -> list[str] | None:
-    """How these ids are written in a text; None if one of them may come from other text than its own."""
-    added = [tokenizer.added_tokens_decoder.get(i) for i in ids]
-    return None if any(token is None or token.normalized for token in added) else [t.content for t in added]
-
-
-def may_hold(tokenizer, ids: tuple[int, ...], text: str) -> bool:
-    """False if none of these ids can be among the text's: a search instead of tokenizing."""
-    spellings = spelled(tokenizer, ids)
-    return spellings is None or any(spelling in text for spelling in spellings)
-
-
-def encode_completion(policy: Policy, processor, row: dict, column: str,
-                      begun: Begun | None = None) -> torch.Tensor:
-    """The ids (len,) that the policy should have produced after the prompt to say row[column], EOS included.
-
-    The conversation is rendered with and without the answer; the rest is tokenized in place where the
-    prompt's ids are a prefix of the whole's, and by itself where a token would straddle the boundary (the
-    sampler's prompt ends there). What the template writes after the first EOS is left out, since sampling
-    stops there; a template that ends no turn gets the tokenizer's EOS.
-    """
-    source, answer, tokenizer = row["_source"], row[column], processor.tokenizer
+def answer_text(row: dict, column: str) -> str:
+    """row[column], a string or one assistant message of text."""
+    answer = row[column]
     if (isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict)
             and answer[0].get("role", "assistant") == "assistant"):
         answer = answer[0].get("content")
@@ -622,11 +693,25 @@ def encode_completion(policy: Policy, processor, row: dict, column: str,
                                             and isinstance(block.get("text"), str) for block in answer):
             answer = "".join(block["text"] for block in answer)
     if not isinstance(answer, str) or not answer.strip():
-        raise RowError(f"{source}: {column} must be a non-empty string or one assistant message of text, "
-                       f"got {str(answer)[:80]!r}")
-    messages, prompt, prompt_ids = begun or begin_row(processor, row)
-    last = messages[-1]["role"] == "assistant"  # it goes on with that message
-    messages, blocks = (messages[:-1], messages[-1]["content"]) if last else (messages, [{"text": ""}])
+        raise RowError(f"{row['_source']}: {column} must be a non-empty string or one assistant message of "
+                       f"text, got {str(answer)[:80]!r}")
+    return answer
+
+
+def encode_completion(policy: Policy, processor, row: dict, column: str,
+                      begun: Begun | None = None) -> torch.Tensor:
+    """The ids (len,) that the policy should have produced after the prompt to say row[column], EOS included.
+
+    The conversation is rendered with and without the answer, and tokenized whole. If the prompt's ids begin
+    the whole's, what follows them is the answer. Else a token would cross the boundary, where the sampler's
+    prompt ends, and the answer is tokenized by itself. What the template writes after the first EOS is left
+    out, since sampling stops there; a template that ends no turn gets the tokenizer's EOS.
+    """
+    source, answer, tokenizer = row["_source"], answer_text(row, column), processor.tokenizer
+    messages, prompt, prompt_ids = begun or begin_row(policy, processor, row)
+    refuse_control_tokens(policy, processor, answer, f"{source}: {column}")
+    continued = messages[-1]["role"] == "assistant"
+    messages, blocks = (messages[:-1], messages[-1]["content"]) if continued else (messages, [{"text": ""}])
     text = {"type": "text", "text": blocks[-1]["text"] + answer}
     whole = _render(processor, [*messages, {"role": "assistant", "content": [*blocks[:-1], text]}], source)
     rest = whole.removeprefix(prompt)
@@ -637,33 +722,24 @@ def encode_completion(policy: Policy, processor, row: dict, column: str,
     if whole_ids[:len(prompt_ids)] == prompt_ids:
         ids = whole_ids[len(prompt_ids):]
     else:
-        ids = tokenizer(rest, add_special_tokens=False)["input_ids"]
-    if may_hold(tokenizer, tuple(policy.eos_ids), answer):
-        if set(tokenizer(answer, add_special_tokens=False)["input_ids"]) & set(policy.eos_ids):
-            raise RowError(f"{source}: {column} contains the end-of-turn token; "
-                           "what follows it would be lost")
-    end = next((i for i, token in enumerate(ids) if token in policy.eos_ids), None)
-    ids = [*ids, tokenizer.eos_token_id] if end is None else ids[:end + 1]
-    bad = set(ids) & policy.never_sampled_ids
-    if bad:
-        tokens = tokenizer.convert_ids_to_tokens(sorted(bad))
-        raise RowError(f"{source}: {column} contains placeholder tokens {tokens}")
-    return torch.tensor(ids)
+        ids = token_ids(tokenizer, rest, add_special_tokens=False)
+    end = min((ids.index(eos) for eos in policy.eos_ids if eos in ids), default=None)
+    return as_ids([*ids, tokenizer.eos_token_id] if end is None else ids[:end + 1])
+
+
+def encode_answers(policy: Policy, processor, row: dict, columns: tuple[str, ...]):
+    """(what stands before the row's answers, [completion ids of each column])"""
+    begun = begin_row(policy, processor, row)
+    completions = [encode_completion(policy, processor, row, column, begun) for column in columns]
+    if len(columns) == 2 and completions[0].tolist() == completions[1].tolist():
+        raise RowError(f"{row['_source']}: {columns[0]} and {columns[1]} are the same")
+    return begun, completions
 
 
 def encode_group(policy: Policy, processor, row: dict, columns: tuple[str, ...]):
     """(Prompt, [completion ids of each column]): one preference pair, or one SFT example."""
     begun, completions = encode_answers(policy, processor, row, columns)
     return encode_prompt(policy, processor, row, begun), completions
-
-
-def encode_answers(policy: Policy, processor, row: dict, columns: tuple[str, ...]):
-    """(what stands before the row's answers, [completion ids of each column])"""
-    begun = begin_row(processor, row)
-    completions = [encode_completion(policy, processor, row, column, begun) for column in columns]
-    if len(columns) == 2 and completions[0].tolist() == completions[1].tolist():
-        raise RowError(f"{row['_source']}: {columns[0]} and {columns[1]} are the same")
-    return begun, completions
 
 
 def in_order(function, items, workers: int, ahead: int | None = None):
@@ -690,46 +766,73 @@ def in_order(function, items, workers: int, ahead: int | None = None):
 # The order of draws
 
 
-def draw_plan(num_rows: int, num_draws: int, seed: int, dropped: set[int] = frozenset(),
-              keys: list | None = None) -> list[int]:
-    """The row of every draw of a run: epoch by epoch a permutation keyed by (seed, epoch), less `dropped`.
-    With keys, one of each row, an epoch goes by them, lowest first; rows of the same key stay permuted.
+class Plan(Sequence):
+    """The row of every draw of a run, computed when it is asked for: a list of them would outgrow the rows.
 
-    A pure function, so that a run can continue anywhere and no rank's data depends on how many ranks there
-    are. There is no ragged last batch: a batch that crosses an epoch's end goes on into the next one.
-    """
-    kept = num_rows - len(dropped)
-    if kept == 0 and num_draws:
-        raise InputError("no row is left: every one of them is too long")
-    plan, epoch = [], 0
-    while len(plan) < num_draws:
-        order = np.random.default_rng([seed, epoch]).permutation(num_rows).tolist()
-        if keys is not None:
-            order.sort(key=keys.__getitem__)
-        plan += [i for i in order if i not in dropped][:num_draws - len(plan)]
-        epoch += 1
-    return plan
+    Each epoch is a permutation keyed by (seed, epoch), less the dropped rows. With keys, one a row, an epoch
+    is sorted by them, lowest first; rows of equal keys stay permuted. With shares, sizes are those of several
+    datasets, of which each draw takes the one furthest below its share, in that dataset's own order:
 
-
-def draw_shares(sizes: list[int], shares: list[float], num_draws: int, seed: int, dropped=frozenset(),
-                keys: list | None = None) -> list[int]:
-    """`draw_plan` of datasets that stand one after the other, sizes[j] rows each, drawn in these proportions:
-    every draw is of the one that is furthest behind its share, in which rows come as in its own draw_plan.
-
-    >>> [int(i >= 10) for i in draw_shares([10, 2], [3, 1], 8, 0)]
+    >>> [int(i >= 10) for i in Plan([10, 2], 8, 0, shares=[3, 1])]
     [0, 0, 1, 0, 0, 0, 1, 0]
+
+    A row depends on the arguments and the draw's number alone, so a run can continue anywhere, on any number
+    of ranks. No batch is ragged: one that crosses an epoch's end goes on into the next epoch.
     """
-    share, count, order = np.array(shares) / sum(shares), np.zeros(len(sizes)), []
-    for n in range(num_draws):
-        order.append(int(np.argmax(share * (n + 1) - count)))
-        count[order[-1]] += 1
-    plans, start = [], 0
-    for j, size in enumerate(sizes):
-        gone = {i - start for i in dropped if start <= i < start + size}
-        own = draw_plan(size, int(count[j]), seed + j, gone, keys and keys[start:start + size])
-        plans.append(iter([start + i for i in own]))
-        start += size
-    return [next(plans[j]) for j in order]
+
+    BLOCK = 4096  # draws of a mixture; how many are of each dataset is kept for the start of each block
+
+    def __init__(self, sizes: list[int], num_draws: int, seed: int, dropped=frozenset(),
+                 keys: list | None = None, shares: list[float] | None = None):
+        self.num_draws, self.seed, self.keys = num_draws, seed, keys
+        self.starts = np.cumsum([0, *(sizes if shares else [sum(sizes)])])
+        self.dropped, self.orders = np.array(sorted(dropped), dtype=np.int64), {}
+        self.kept = np.diff(self.starts - np.searchsorted(self.dropped, self.starts)).tolist()
+        self.counts = [num_draws]  # of each dataset
+        if shares:
+            self._mix((np.array(shares) / sum(shares)).tolist())
+        if any(count and not kept for count, kept in zip(self.counts, self.kept)):
+            raise InputError("no row is left: every one of them is too long")
+
+    def _mix(self, shares: list[float]):
+        self.dataset, self.before, self.counts = np.empty(len(self), np.uint16), [], [0] * len(shares)
+        for n in range(len(self)):
+            if n % self.BLOCK == 0:
+                self.before.append(list(self.counts))
+            behind = [share * (n + 1) - count for share, count in zip(shares, self.counts)]
+            j = behind.index(max(behind))
+            self.dataset[n] = j
+            self.counts[j] += 1
+
+    def _order(self, j: int, epoch: int) -> np.ndarray:
+        """The rows of an epoch of dataset j, in order; the latest epoch of each is kept."""
+        known, order = self.orders.get(j, (None, None))
+        if known != epoch:
+            start, end = self.starts[j:j + 2].tolist()
+            order = np.random.default_rng([self.seed + j, epoch]).permutation(end - start) + start
+            if self.keys is not None:
+                order = np.array(sorted(order.tolist(), key=self.keys.__getitem__))
+            order = order[~np.isin(order, self.dropped)] if len(self.dropped) else order
+            self.orders[j] = epoch, order
+        return order
+
+    def __len__(self):
+        return self.num_draws
+
+    def __getitem__(self, draw):
+        if isinstance(draw, slice):
+            return [self[i] for i in range(*draw.indices(len(self)))]
+        if not 0 <= draw < len(self):
+            raise IndexError(draw)
+        j, n = 0, draw
+        if len(self.kept) > 1:
+            j, first = int(self.dataset[draw]), draw - draw % self.BLOCK
+            n = self.before[draw // self.BLOCK][j] + np.count_nonzero(self.dataset[first:draw] == j)
+        return int(self._order(j, n // self.kept[j])[n % self.kept[j]])
+
+    def rows(self) -> list[int]:
+        """All rows that are drawn, sorted."""
+        return sorted(i for j, count in enumerate(self.counts) for i in self._order(j, 0)[:count].tolist())
 
 
 def length_limit(policy: Policy, max_length: int | None) -> int:
@@ -771,9 +874,9 @@ def group_key(tokens, pixels: dict, completions) -> str:
 class RowCache:
     """cache(row) -> its Size, from disk if an earlier run encoded a row of the same content.
 
-    A row's key is the sha256 of what encode_group reads of it, images included; the folder is named after the
-    rest that an encoding depends on. Files are named after their own content, so that a damaged one is
-    noticed, and are never changed. A context manager: at its end what is new is written, also after an error.
+    A row's key is the sha256 of what encode_group reads of it, images included; the folder is named after all
+    else that an encoding depends on. A file is named after its own content, so that damage is noticed, and is
+    never changed. A context manager: at its end what is new is written, also after an error.
     """
 
     def __init__(self, folder: str | Path, policy: Policy, processor, columns: tuple[str, ...]):
@@ -801,19 +904,19 @@ class RowCache:
             prompt, answer, group = self.known[key].split(" ")
             return Size(int(prompt), int(answer), group)
         begun, completions = encode_answers(self.policy, self.processor, row, self.columns)
-        tokens, pixels, _ = tokenize_prompt(self.processor, row, begun)
+        tokens, pixels, _ = tokenize_prompt(self.processor, row, begun)  # no positions: nothing asks for them
         size = Size(len(tokens), max(map(len, completions), default=0),
                     group_key(tokens, pixels, completions) if self.columns else "")
         with self.lock:
             self.computed += 1
-            if key is not None and (not row["images"] or key == self.key(row)):  # no image changed meanwhile
+            if key is not None and (not row["images"] or key == self.key(row)):  # else an image changed
                 self.known[key] = self.new[key] = " ".join(map(str, size))
-            if time.monotonic() - self.stored > 60:  # so that a killed run has not worked for nothing
+            if time.monotonic() - self.stored > 60:  # a killed run keeps what it had measured by then
                 self.store()
         return size
 
     def key(self, row: dict) -> str | None:
-        """The row's key; None where an image cannot be found or read: encoding it says what is wrong."""
+        """The row's key; None if an image cannot be found or read: encoding the row says what is wrong."""
         try:
             images = [image_digest(image, row) for image in row["images"]]
         except (RowError, OSError):
@@ -822,7 +925,7 @@ class RowCache:
         return hashlib.sha256(json.dumps(content, default=repr).encode()).hexdigest()[:32]
 
     def store(self):
-        """Write what is new to a file of its own. A folder that cannot be written costs time, no more."""
+        """Write what is new to a file of its own. Without a folder to write to, a run only starts slower."""
         with self.lock:
             content = "".join(f"{key} {size}\n" for key, size in self.new.items()).encode()
             self.new, self.stored = {}, time.monotonic()
@@ -840,7 +943,7 @@ class RowCache:
 
 def encoding_fingerprint(policy: Policy, processor, columns: tuple[str, ...]) -> str:
     """What a row's encoding depends on besides the row: the processor with its tokenizer and chat template as
-    save_pretrained writes them, the answer's columns and special ids, this file, the libraries and the CPU,
+    save_pretrained writes them, the answer's columns and special ids, this file, the libraries, and the CPU,
     whose kernels may round pixels differently."""
     packages = ("torch", "torchvision", "transformers", "tokenizers", "jinja2", "pillow", "numpy")
     versions = [(name, found.version) for name in packages for found in distributions(name=name)]
@@ -869,7 +972,7 @@ def measure_rows(rows, places, measure, limit: float, rank: int, workers: int) -
         except RowError as error:
             return i, str(error)
 
-    found, step = {}, 8  # rows a thread takes at once: to hand over single ones costs as much as short texts
+    found, step = {}, 8  # rows a thread takes at once: handing over single ones costs as much as short texts
     parts = [places[i:i + step] for i in range(0, len(places), step)]
     with tqdm(desc="rows", total=len(places), unit="row", delay=1, leave=False,
               disable=None if rank == 0 else True) as bar:
@@ -880,8 +983,8 @@ def measure_rows(rows, places, measure, limit: float, rank: int, workers: int) -
 
 
 def gather_sizes(found: dict) -> dict[int, Size]:
-    """The ranks' `measure_rows` together, in the order of rows; one RowError for all that are wrong. A
-    collective."""
+    """The ranks' `measure_rows` together, in the order of rows; one RowError for all that are wrong. All
+    ranks must call this."""
     found = dict(sorted(pair for part in all_gather_object(found) for pair in part.items()))
     refuse([size for size in found.values() if isinstance(size, str)])
     return found
@@ -889,27 +992,27 @@ def gather_sizes(found: dict) -> dict[int, Size]:
 
 def check_rows(rows, num_draws: int, seed: int, overlong: str, limit: int, rank: int, world_size: int,
                measure, sort_by: str | None = None, workers: int = 0):
-    """Read and measure every row the run will visit, before it starts -> (its `draw_plan`, the rows' indices
+    """Read and measure every row that the run will visit, before it starts -> (its Plan, the rows' indices
     from the longest to the shortest, {index: Size}), alike on all ranks.
 
     measure(row) -> Size; it raises RowError for a row that cannot be used. Rows beyond `limit` are an error,
-    too, or with overlong "skip" left out, counted and printed; then others take their place, which are
-    checked in turn. The work is split over the ranks, and on each over `workers` threads.
+    too; with overlong "skip" they are left out, counted and printed, and others take their places, which are
+    checked in turn. The ranks share the work, each with `workers` threads.
     """
     dropped, sizes, lengths = set(), {}, {}
     keys = None if sort_by is None else [row[sort_by] for row in rows]
+    shares = getattr(rows, "shares", None)
     while True:
-        shares = getattr(rows, "shares", None)
-        plan = (draw_plan(len(rows), num_draws, seed, dropped, keys) if shares is None else
-                draw_shares(rows.sizes, shares, num_draws, seed, dropped, keys))
-        todo = sorted(set(plan) - sizes.keys())
+        plan = Plan([len(rows)] if shares is None else rows.sizes, num_draws, seed, dropped, keys, shares)
+        visited = plan.rows()
+        todo = [i for i in visited if i not in sizes]
         if not todo:
             break
         sizes |= gather_sizes(measure_rows(rows, todo[rank::world_size], measure,
                                            limit if overlong == "error" else math.inf, rank, workers))
         lengths = {i: size.prompt + size.answer for i, size in sizes.items()}
         dropped = {i for i, length in lengths.items() if length > limit}
-    longest = sorted(set(plan), key=lambda i: (-lengths[i], i))
+    longest = sorted(visited, key=lambda i: (-lengths[i], i))
     if rank == 0:
         print(f"data: {len(rows)} rows, {len(longest)} of them in this run, {len(dropped)} skipped as longer "
               f"than {limit} tokens; lengths {lengths[longest[-1]]} to {lengths[longest[0]]}, "
@@ -918,7 +1021,7 @@ def check_rows(rows, num_draws: int, seed: int, overlong: str, limit: int, rank:
 
 
 def show_sample(processor, group):
-    """Print what the model is fed for a row, (Prompt, completions), decoded; image tokens are counted."""
+    """Print what the model reads of a row, (Prompt, completions), decoded; image tokens as a count."""
     prompt, completions = group
     for name, ids in (("prompt", prompt.tokens), *(("completion", c) for c in completions)):
         text = processor.tokenizer.decode(ids)
@@ -927,13 +1030,12 @@ def show_sample(processor, group):
 
 
 def check_eval_rows(rows, limit: int, rank: int, world_size: int, measure, workers: int = 0):
-    """This rank's held-out rows and the Size of each; all ranks' are read, measured and checked. None is ever
-    skipped."""
+    """This rank's held-out rows and the Size of each, after a check of all ranks' rows. None is skipped."""
     if 0 < len(rows) < world_size:
         raise InputError(f"{len(rows)} held-out rows for {world_size} ranks: every rank needs at least one")
     mine = range(rank, len(rows), world_size)
     sizes = gather_sizes(measure_rows(rows, mine, measure, limit, rank, workers))
-    return rows[rank::world_size], [sizes[i] for i in mine]  # of files: a view, read anew when it is needed
+    return rows[rank::world_size], [sizes[i] for i in mine]  # of files: a view, which reads when asked
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def main():
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
     base, began = status("VmRSS"), time.perf_counter()
     rows = data.read_rows(args.file, None, ())
-    order = range(len(rows)) if args.sorted else data.draw_plan(len(rows), len(rows), 0)
+    order = range(len(rows)) if args.sorted else data.Plan([len(rows)], len(rows), 0)
 
     def size(i):
         row = rows[i]

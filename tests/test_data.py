@@ -1,12 +1,15 @@
 """Rows, images, templates: what is read, and what is refused with one clear error."""
 
+import copy
 import itertools
 import json
 import os
 import threading
 import time
+import tracemalloc
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, TEXT_ONLY, VISION, make_row
@@ -26,6 +29,9 @@ def root(tmp_path):
     (folder / "truncated.png").write_bytes(good[:len(good) // 2])
     (folder / "empty.png").write_bytes(b"")
     (folder / "page.png").write_text("<html>404</html>")
+    (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "pipe.png")
+    os.symlink("good.png", folder / "inside.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
     os.symlink(tmp_path / "outside.png", folder / "link.png")
     return folder
@@ -68,6 +74,13 @@ def test_malformed_rows_name_file_and_line(tmp_path, lines, message):
     assert "rows.jsonl" in str(error.value)
 
 
+def test_a_row_cannot_write_to_the_terminal(tmp_path):
+    """Escape sequences of a row's text reached the terminal by way of the error that quotes it."""
+    with pytest.raises(data.RowError) as error:
+        data.load_image("\x1b[2J\u202egood.png", {"_source": "f:1", "_image_root": str(tmp_path)})
+    assert "\\x1b[2J\\u202egood.png does not exist" in str(error.value) and str(error.value).isprintable()
+
+
 def test_a_row_cannot_move_its_root(tmp_path):
     """A dataset is data: a row that carries our own keys must not leave --image_root or forge its place."""
     path = write(tmp_path, GOOD | {"_image_root": "/", "_source": "elsewhere"})
@@ -88,19 +101,51 @@ def test_missing_or_odd_file(tmp_path):
 
 @pytest.mark.parametrize("image, message", [
     ("missing.png", "does not exist"), ("truncated.png", "cannot be read"), ("empty.png", "cannot be read"),
-    ("page.png", "cannot be read"), ("../outside.png", "outside --image_root"), ("link.png", "outside --image_root"),
+    ("page.png", "cannot be read"), ("../outside.png", "outside --image_root images$"),
+    ("link.png", "outside --image_root images: it is a link to .*outside.png"),
+    ("pipe.png", "pipe.png is not a regular file"), ("folder.png", "folder.png is not a regular file"),
     ("/etc/hostname", "outside --image_root"), ("https://example.com/a.png", "URLs are not fetched"),
     ("data:image/png;base64,AAAA", "URLs are not fetched"), ("a\0b.png", "does not exist"),
     (7, "must be a path")])
-def test_bad_images_name_row_and_file(root, image, message):
-    """F20, F23: missing, corrupt, outside the root (also by a symbolic link), or a URL."""
-    row = {"_source": "rows.jsonl:12", "_image_root": str(root)}
+def test_bad_images_name_row_and_file(root, monkeypatch, image, message):
+    """F20, F23: missing, corrupt, outside the root (also by a symbolic link), or a URL. To open a pipe hung for ever. A
+    link that stays inside is followed."""
+    monkeypatch.chdir(root.parent)
+    row = {"_source": "rows.jsonl:12", "_image_root": "images"}
     with pytest.raises(data.RowError, match=message) as error:
         data.load_image(image, row)
     assert "rows.jsonl:12" in str(error.value)
-    assert data.load_image("good.png", row).getpixel((3, 3)) == (255, 0, 0)
+    assert data.load_image("good.png", row).getpixel((3, 3)) == data.load_image("inside.png", row).getpixel((3, 3)) == (255, 0, 0)
     with pytest.raises(data.RowError, match="--image_root is not given"):
         data.load_image("good.png", row | {"_image_root": None})
+
+
+def test_transparency_is_shown_over_white(tmp_path):
+    """Every value at every opacity is what Pillow's alpha_composite gives; that took 1.4 GB for 89 megapixels."""
+    value, alpha = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
+    picture = Image.fromarray(np.stack([value, 255 - value, value // 2, alpha], 2))
+    picture.save(tmp_path / "a.png")
+    white = Image.new("RGBA", picture.size, "white")
+    ours = data.load_image("a.png", {"_source": "f:1", "_image_root": str(tmp_path)})
+    assert np.array_equal(np.array(ours), np.array(Image.alpha_composite(white, picture).convert("RGB")))
+
+
+def test_large_pictures_are_decoded_one_at_a_time(root, monkeypatch):
+    """Each thread decoded one of 89 megapixels, of 0.7 to 1.8 GB."""
+    monkeypatch.setattr(data, "LARGE_IMAGE", 48 * 48 - 1)
+    to_rgb, active, most = data.to_rgb, [], []
+
+    def spy(opened):
+        active.append(opened)
+        time.sleep(0.01)  # lets the other threads in, if anything does
+        most.append(len(active))
+        active.remove(opened)
+        return to_rgb(opened)
+
+    monkeypatch.setattr(data, "to_rgb", spy)
+    row = {"_source": "f:1", "_image_root": str(root)}
+    assert len(list(data.in_order(lambda name: data.load_image(name, row), ["good.png"] * 8, 4))) == 8
+    assert most == [1] * 8
 
 
 def kinds(row):
@@ -210,14 +255,33 @@ def test_a_begun_turn_is_continued(loaded, family):
     ("chosen", [{"role": "assistant", "content": [{"type": "image"}, {"type": "text", "text": "see"}]}], "message of text"),
     ("chosen", [{"role": "assistant", "content": ["x"]}], "message of text"),
     ("chosen", [{"role": "assistant", "content": [{"type": "thought", "text": "x"}]}], "message of text"),
-    ("chosen", "same", "are the same"), ("chosen", "4<|im_end|>lost", "end-of-turn token"), ("chosen", "a <|image_pad|>", "placeholder tokens"),
-    ("prompt", "what is <|image_pad|>?", "own image token")])
+    ("chosen", "same", "are the same"),
+    ("chosen", "4<|im_end|>lost", r"chosen contains <\|im_end\|>, which is for the chat template"),
+    ("chosen", "a <|image_pad|>", r"chosen contains <\|image_pad\|>, which"),
+    ("prompt", "what is <|image_pad|>?", r"prompt contains <\|image_pad\|>, which.* is written <image>"),
+    ("prompt", "x<|im_end|>\n", r"prompt contains <\|im_end\|>, which.*give the bare text, or messages"),
+    ("prompt", [{"role": "system", "content": "<|im_start|>system"}, {"role": "user", "content": "x"}],
+     r"prompt contains <\|im_start\|>, which.*If a chat template has rendered it")])
 def test_bad_pairs_are_refused(loaded, column, value, message):
-    """F26: empty or equal answers, placeholder tokens in text: an error that names the row."""
+    """F26: empty or equal answers, placeholder tokens in text: an error that names the row. A prompt that spelled a turn's
+    end made turns of its own, without a word."""
     policy, processor = loaded("qwen2_5_vl")
     row = make_row(1, 5) | {"chosen": "good", "rejected": "same", column: value}
     with pytest.raises(data.RowError, match=f"row 5.*{message}"):
         data.encode_group(policy, processor, row, ("chosen", "rejected"))
+
+
+def test_words_that_no_template_writes_are_text(loaded):
+    """The check for a template's own tokens must let markup pass, and tags that a tokenizer holds as special tokens: a
+    prompt may ask for them."""
+    policy, processor = loaded("qwen2_5_vl")
+    row = make_row(1, 5) | {"prompt": "<b>Say</b> <think>, </s> or <|box_start|>.", "chosen": "<think>a</think> <|x|>"}
+    prompt, (ids,) = data.encode_group(policy, processor, row, ("chosen",))
+    assert processor.tokenizer.decode(ids[:-1]) == row["chosen"] and row["prompt"] in processor.tokenizer.decode(prompt.tokens)
+    processor = copy.deepcopy(processor)
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]}, replace_extra_special_tokens=False)
+    prompt = data.encode_prompt(policy, processor, row)
+    assert processor.tokenizer.convert_tokens_to_ids("<think>") in prompt.tokens
 
 
 def test_token_across_the_boundary(loaded, monkeypatch):
@@ -308,26 +372,78 @@ def test_in_order(workers):
     assert threading.active_count() == threads
 
 
-def test_draw_plan_covers_each_row_once_an_epoch():
+def test_plan_covers_each_row_once_an_epoch():
     """P21: every epoch is a permutation, a longer plan begins with a shorter one (resume at any cut), seeds differ."""
-    plan = data.draw_plan(7, 24, seed=3)
+    plan = data.Plan([7], 24, seed=3)
     for epoch in range(3):
         assert sorted(plan[7 * epoch:7 * epoch + 7]) == list(range(7))
     assert plan[:7] != plan[7:14]
-    assert data.draw_plan(7, 10, seed=3) == plan[:10] and data.draw_plan(7, 24, seed=4) != plan
-    kept = data.draw_plan(7, 10, seed=3, dropped={2, 5})
+    assert data.Plan([7], 10, seed=3)[:] == plan[:10] and data.Plan([7], 24, seed=4)[:] != plan[:]
+    kept = data.Plan([7], 10, seed=3, dropped={2, 5})
     assert Counter(kept) == Counter([0, 1, 3, 4, 6] * 2)
 
 
-def test_draw_plan_by_a_column():
+def test_plan_by_a_column():
     """Curry-DPO: each epoch goes by the column, equal ones in an order of the seed's; skipped rows leave no gap."""
     keys = [3, 1, 2, 1, 1.5, 1, -4]
-    plan = data.draw_plan(7, 14, seed=3, keys=keys)
+    plan = data.Plan([7], 14, seed=3, keys=keys)
     for epoch in (plan[:7], plan[7:]):
         assert sorted(epoch) == list(range(7)) and [keys[i] for i in epoch] == sorted(keys)
-    orders = {tuple(data.draw_plan(7, 7, seed=seed, keys=keys)) for seed in range(20)}
+    orders = {tuple(data.Plan([7], 7, seed=seed, keys=keys)) for seed in range(20)}
     assert len(orders) == 6  # three rows of the same key
-    assert Counter(data.draw_plan(7, 10, seed=3, dropped={2, 5}, keys=keys)) == Counter([0, 1, 3, 4, 6] * 2)
+    assert Counter(data.Plan([7], 10, seed=3, dropped={2, 5}, keys=keys)) == Counter([0, 1, 3, 4, 6] * 2)
+
+
+def eager_plan(num_rows, num_draws, seed, dropped, keys):
+    """The order of draws as a list, written out."""
+    plan, epoch = [], 0
+    while len(plan) < num_draws:
+        order = np.random.default_rng([seed, epoch]).permutation(num_rows).tolist()
+        if keys is not None:
+            order.sort(key=keys.__getitem__)
+        plan += [i for i in order if i not in dropped][:num_draws - len(plan)]
+        epoch += 1
+    return plan
+
+
+def eager_mixture(sizes, shares, num_draws, seed, dropped, keys):
+    """The same of a mixture: each draw from the dataset furthest below its share."""
+    share, count, order = np.array(shares) / sum(shares), np.zeros(len(sizes)), []
+    for n in range(num_draws):
+        order.append(int(np.argmax(share * (n + 1) - count)))
+        count[order[-1]] += 1
+    plans, start = [], 0
+    for j, size in enumerate(sizes):
+        gone = {i - start for i in dropped if start <= i < start + size}
+        plans.append(iter([start + i for i in eager_plan(size, int(count[j]), seed + j, gone, keys and keys[start:start + size])]))
+        start += size
+    return [next(plans[j]) for j in order]
+
+
+@pytest.mark.parametrize("dropped", [set(), {0, 5, 13}])
+@pytest.mark.parametrize("keys", [None, [i % 3 for i in range(20)]])
+def test_plan_is_the_written_out_order(monkeypatch, dropped, keys):
+    """Draws that are computed when they are asked for, in any order, must be those of the list that a run once held."""
+    monkeypatch.setattr(data.Plan, "BLOCK", 7)
+    for draws in (0, 5, 20, 64):
+        one, mixed = eager_plan(20, draws, 3, dropped, keys), eager_mixture([6, 4, 10], [0.3, 1, 0.7], draws, 3, dropped, keys)
+        for plan, expected in ((data.Plan([6, 4, 10], draws, 3, dropped, keys), one),
+                               (data.Plan([6, 4, 10], draws, 3, dropped, keys, [0.3, 1, 0.7]), mixed)):
+            assert list(plan) == expected == plan[:] and plan.rows() == sorted(set(expected))
+            assert [plan[i] for i in reversed(range(draws))] == expected[::-1]
+    with pytest.raises(model.InputError, match="no row is left"):
+        data.Plan([2, 18], 5, 3, {0, 1}, shares=[1, 9])
+
+
+def test_a_long_plan_is_small():
+    """The plan of a million steps was a list of every draw, 1.16 GB on each rank."""
+    tracemalloc.start()
+    plan = data.Plan([1000], 32_000_000, 3)
+    assert len(plan) == 32_000_000 and plan.rows() == list(range(1000))
+    assert sorted(plan[i] for i in range(31_999_000, 32_000_000)) == list(range(1000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 def test_shapes_task():

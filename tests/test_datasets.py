@@ -4,14 +4,16 @@ import base64
 import hashlib
 import io
 import json
+import random
 import re
+import sys
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
-from conftest import InProcess, script
+from conftest import ROOT, InProcess, run, script
 from PIL import Image
 from test_runs import SCRIPTS, launch, task  # noqa: F401 (fixtures)
 
@@ -157,7 +159,7 @@ def test_mmpr(root, loaded):
     assert found[0]["images"] == ["MMPR/images/a/0.png"] and found[0]["solution"] == "cat" and found[2]["images"] == []
     assert data.load_image(found[1]["images"][1], found[1]).size == (48, 32)
     data.encode_group(*loaded("qwen2_5_vl"), found[1], ("chosen", "rejected"))
-    plan = data.draw_shares(found.sizes, found.shares, 50, 0)
+    plan = data.Plan(found.sizes, 50, 0, shares=found.shares)
     assert sum(i < 2 for i in plan) == 30
     for entry, message in ((dict(annotation="../../secret.jsonl"), "no annotation"), (dict(root="x"), "expected a list of objects")):
         (root / "MMPR" / "meta.json").write_text(json.dumps({"a": entry}))
@@ -294,6 +296,59 @@ def test_parquet_faults(root, monkeypatch):
         data.read_rows(str(path), None, ())
 
 
+READING = """
+import sys, pathlib
+sys.path.insert(0, %r)
+import data, pyarrow.parquet
+data.Parquet.KEPT_BYTES = 50 << 20
+
+def status(name):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) / 1024
+
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+base = status("VmRSS")
+for columns in ({"prompt"}, None):
+    rows = data.read_rows("set", None, ("prompt",), columns=columns)
+    texts = [rows[i]["prompt"] for i in data.Plan([len(rows)], 2 * len(rows), 0)]
+    assert sorted(texts) == sorted(2 * [str(i) for i in range(32)])
+    print("peak", status("VmHWM") - base)
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_eight_shards(tmp_path):
+    """Shards kept a row group of every file in memory, with every column, here 320 MB and more. Columns that the run does
+    not use cost nothing; of those that it uses, as many row groups are kept as the bound says, here 50 MB."""
+    for n in range(8):
+        rows = [dict(prompt=str(i), scan=random.Random(i).randbytes(10 << 20)) for i in range(4 * n, 4 * n + 4)]
+        write_parquet(tmp_path / "set" / f"train-{n}.parquet", rows, group=4)
+    used, every = map(float, re.findall(r"peak (\S+)", run(sys.executable, "-c", READING % str(ROOT), cwd=tmp_path)))
+    assert used < 50 and every < 300, (used, every)
+
+
+def test_unused_columns_are_not_read(root):
+    """Only the named columns of a parquet file are read, nested ones whole; an error still lists all that the file has."""
+    path = write_parquet(root / "a.parquet", [dict(prompt="a", reward_model={"ground_truth": "3"}, scan="x", note="y")])
+    rows = data.read_rows(str(path), None, ("prompt",), columns={"prompt", "reward_model", "note", "none"})
+    assert {k: v for k, v in rows[0].items() if not k.startswith("_")} == dict(
+        prompt="a", images=[], reward_model={"ground_truth": "3"}, note="y", solution="3")
+    with pytest.raises(data.RowError, match="no chosen or completion column, or an empty one; it has .*scan, note$"):
+        data.read_rows(str(path), None, ("chosen",), columns={"chosen"})[0]
+
+
+def test_row_groups_of_all_files_share_one_bound(root, monkeypatch):
+    """Of the row groups of all files those that were read last stay, as far as they fit, and always the last one."""
+    rows = [dict(prompt=str(i) * 1000) for i in range(12)]
+    for n in range(3):
+        write_parquet(root / "set" / f"train-{n}.parquet", rows[4 * n:4 * n + 4])
+    for bound, kept in ((0, 1), (10500, 2), (1 << 20, 6)):
+        monkeypatch.setattr(data.Parquet, "kept", OrderedDict())
+        monkeypatch.setattr(data.Parquet, "KEPT_BYTES", bound)
+        found = data.read_rows(str(root / "set"), None, ("prompt",))
+        assert [row["prompt"] for row in found] == [row["prompt"] for row in rows]
+        assert len(data.Parquet.kept) == kept and next(reversed(data.Parquet.kept)) == (found.parts[2][0], 1)
+
+
 def test_parquet_and_threads(root):
     """The loader's threads share one row group in memory: a row must not be cut out of another thread's."""
     class Slow(str):
@@ -302,7 +357,7 @@ def test_parquet_and_threads(root):
             return str(self)
 
     path = write_parquet(root / "a.parquet", [dict(prompt=f"{i}") for i in range(20)], group=3)
-    rows, places = data.read_rows(str(path), None, ("prompt",)), data.draw_plan(20, 40, 0)
+    rows, places = data.read_rows(str(path), None, ("prompt",)), data.Plan([20], 40, 0)
     rows.parts[0][0].path = Slow(path)
     assert [row["prompt"] for row in data.in_order(rows.__getitem__, places, 4)] == [str(i) for i in places]
 
@@ -335,18 +390,18 @@ def test_mixtures(root):
     rows = data.read_rows(names, None, ("prompt",), weights=[1, 2, 1])
     assert len(rows) == 12 and [rows[i]["prompt"] for i in (0, 5, 6, 9, 10, 11)] == ["a0", "a5", "b0", "b3", "c0", "c1"]
     assert data.read_rows(names, None, ("prompt",)).shares is None
-    plan = data.draw_shares(rows.sizes, rows.shares, 64, 3)
+    plan = data.Plan(rows.sizes, 64, 3, shares=rows.shares)[:]
     kinds = [rows[i]["prompt"][0] for i in plan]
     for n in range(1, 65):
         counts = Counter(kinds[:n])
         assert all(abs(counts[k] - w * n / 4) <= 1 for k, w in zip("abc", (1, 2, 1)))
     assert Counter(i for i in plan if 6 <= i < 10) == Counter({i: 8 for i in range(6, 10)})
-    assert data.draw_shares(rows.sizes, rows.shares, 20, 3) == plan[:20] != data.draw_shares(rows.sizes, rows.shares, 20, 4)
-    assert not {6, 7} & set(data.draw_shares(rows.sizes, rows.shares, 64, 3, dropped={6, 7}))
+    assert data.Plan(rows.sizes, 20, 3, shares=rows.shares)[:] == plan[:20] != data.Plan(rows.sizes, 20, 4, shares=rows.shares)[:]
+    assert not {6, 7} & set(data.Plan(rows.sizes, 64, 3, dropped={6, 7}, shares=rows.shares))
     keys = [-i for i in range(12)]
-    assert [i for i in data.draw_shares(rows.sizes, rows.shares, 16, 3, keys=keys) if 6 <= i < 10] == [9, 8, 7, 6] * 2
+    assert [i for i in data.Plan(rows.sizes, 16, 3, keys=keys, shares=rows.shares) if 6 <= i < 10] == [9, 8, 7, 6] * 2
     checked, *_ = data.check_rows(rows, 64, 3, "error", 9, 0, 1, lambda row: data.Size(5, 0))
-    assert checked == plan
+    assert checked[:] == plan
     view = rows[1::2]
     assert [row["prompt"] for row in view] == ["a1", "a3", "a5", "b1", "b3", "c1"] and view[1:3][1]["prompt"] == "a5"
 

@@ -424,7 +424,7 @@ def test_an_aspect_ratio_that_the_processor_refuses(loaded):
 def test_few_rows():
     """F27: a batch larger than the data goes on into the next epoch; held-out rows that cannot serve every rank are an
     error and no empty rank."""
-    assert sorted(data.draw_plan(3, 9, seed=0)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert sorted(data.Plan([3], 9, seed=0)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     with pytest.raises(model.InputError, match="2 held-out rows for 4 ranks"):
         data.check_eval_rows([{}, {}], 100, 3, 4, lambda row: 1)
     assert data.check_eval_rows([], 100, 3, 4, lambda row: 1) == ([], [])

@@ -9,7 +9,6 @@ anew, and its exhibits stay. One that moves takes its exhibit along: the name he
 # ruff: noqa: F401 (checks and their fixtures are taken by name)
 
 import inspect
-import itertools
 import json
 import math
 import os
@@ -315,15 +314,13 @@ def slope_of_temperature_1(original, ctx, grad_logps, *others):
 # --- room 6: resume, checkpoints, export
 
 
-def first_epoch_again(original, num_rows, num_draws, *args, **kwargs):
-    epoch = original(num_rows, num_rows, *args, **kwargs)
-    return list(itertools.islice(itertools.cycle(epoch), num_draws))
+def first_epoch_again(original, plan, dataset, epoch):
+    return original(plan, dataset, 0)
 
 
-def skipped_for_good(original, num_rows, num_draws, seed, **kwargs):
+def skipped_for_good(original, sizes, num_draws, seed, **kwargs):
     """The two draws that a resume passes over are rows that never come again."""
-    gone = set(original(num_rows, 2, seed))
-    return original(num_rows, num_draws, seed, **{"dropped": gone, **kwargs})
+    return original(sizes, num_draws, seed, **{"dropped": set(original(sizes, 2, seed)), **kwargs})
 
 
 def no_manifest_is_no_run(original, output_dir, *args):
@@ -437,7 +434,7 @@ SHOWN = "test_faults.test_images_are_rgb_as_shown"
 SAMPLER = "test_sampler.test_sampler_equals_trainer"
 CUTS = "test_runs.test_grpo_gradients_do_not_depend_on_micro_batches"
 CLIP = "test_losses.test_clip_geometry"
-PLAN = "test_data.test_draw_plan_covers_each_row_once_an_epoch"
+PLAN = "test_data.test_plan_covers_each_row_once_an_epoch"
 
 EXHIBITS = [
     # --- room 1: images and prompts
@@ -477,7 +474,7 @@ EXHIBITS = [
             around(data, "canonical", own_keys_win), "test_data.test_a_row_cannot_move_its_root"),
     Exhibit("ours: an answer was cut at an EOS inside it",
             around(data, "encode_completion", cut_at_eos), "test_data.test_bad_pairs_are_refused",
-            {"column": "chosen", "value": "4<|im_end|>lost", "message": "end-of-turn token"}),
+            {"column": "chosen", "value": "4<|im_end|>lost", "message": "for the chat template"}),
     Exhibit("ours: a role that no template knows went to the model",
             around(data, "to_messages", any_role), "test_data.test_odd_prompts_are_refused",
             {"prompt": [{"role": "User", "content": "x"}]}),
@@ -568,9 +565,9 @@ EXHIBITS = [
 
     # --- room 6: resume, checkpoints, export
     Exhibit("transformers #40691: every epoch in the order of the first",
-            around(data, "draw_plan", first_epoch_again), PLAN),
+            around(data.Plan, "_order", first_epoch_again), PLAN),
     Exhibit("open-instruct #681: what a resume skips is skipped in every epoch",
-            around(data, "draw_plan", skipped_for_good), PLAN),
+            around(data, "Plan", skipped_for_good), PLAN),
     Exhibit("ours: checkpoints without a manifest were a fresh start",
             around(model, "load_checkpoint", no_manifest_is_no_run),
             "checkpoints_without_a_manifest_are_no_fresh_start"),

@@ -467,7 +467,7 @@ def test_columns_reach_the_losses(monkeypatch, tmp_path, task):
     guide, _ = model.load_policy("out/final")
     policy, processor = model.load_policy("out/tiny_vlm")
     rows = data.read_rows(str(task / "columns.jsonl"), str(task), ())
-    groups = [data.encode_group(policy, processor, rows[i], ("chosen", "rejected")) for i in data.draw_plan(12, 12, 0)]
+    groups = [data.encode_group(policy, processor, rows[i], ("chosen", "rejected")) for i in data.Plan([12], 12, 0)]
     batches = [groups[i:i + 4] for i in range(0, 12, 4)]
 
     def scored(weights, batch):
@@ -551,7 +551,7 @@ def test_variance_sampling(launch, task, tmp_path, capsys):
                         "--algo", "grpo", "variance_sampling")
     assert "variance sampling: no rollout more, but an epoch leaves out 50% of its rows" in capsys.readouterr().err
     args = Namespace(seed=0, variance_sampling=0.5)
-    plan, variance, drawn = data.draw_plan(12, 16, 0), {}, []
+    plan, variance, drawn = data.Plan([12], 16, 0)[:], {}, []
     for step, m in enumerate(metrics, 1):
         rows = rows_of_step(tmp_path / "run0", step)
         draws = range(4 * step - 4, 4 * step)

@@ -236,7 +236,7 @@ def test_prompts_without_images_are_what_the_processor_makes(loaded, family):
     assert data.leaves_text_alone(processor)
     for text in ("how many?", "a\nb", "10 % of <|x|>  two spaces"):
         row = make_row(0, text=text)
-        rendered = data.begin_row(processor, row).text
+        rendered = data.begin_row(policy, processor, row).text
         special = data._special_tokens(processor.tokenizer, rendered)
         inputs = processor(text=[rendered], images=None, return_tensors="pt", **special)
         prompt = data.encode_prompt(policy, processor, row)

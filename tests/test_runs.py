@@ -704,7 +704,7 @@ def test_dpo_steps_are_the_formula(monkeypatch, tmp_path, task, bco_delta):
     policy, processor = model.load_policy("out/tiny_vlm")
     rows = data.read_rows(str(task / "pairs.jsonl"), str(task), ())
     groups = [data.encode_group(policy, processor, rows[i], ("chosen", "rejected")) for i in
-              data.draw_plan(12, 12, 0)]
+              data.Plan([12], 12, 0)]
     batches = [groups[i:i + 4] for i in range(0, 12, 4)]
 
     def logratios(weights, batch):
@@ -987,7 +987,7 @@ def test_dynamic_sampling(launch, task, monkeypatch, tmp_path):
             "--max_steps", 3]
     metrics, _ = launch("train_grpo", *rare, "--dynamic_sampling", 9)
     assert all(m["frac_reward_zero_std"] == 0 and m["reward_std"] > 0 for m in metrics) and len(rounds) > 4
-    plan, start = data.draw_plan(12, 60, 0), 0
+    plan, start = data.Plan([12], 60, 0), 0
     for step, m in enumerate(metrics, 1):
         lines = [json.loads(line) for line in open(tmp_path / "run0" / "completions" / f"step_{step}.jsonl")]
         tried = round(2 / m["frac_groups_accepted"])
