@@ -5,10 +5,13 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import functools
 import random
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from argparse import Namespace
 from pathlib import Path
 
@@ -28,6 +31,9 @@ from rewards import process
 # {name: module} of every file of papers/: tests that go over the tables of losses.py cover its methods, too.
 METHODS = {name: model.load_method(name, script) for script in ("train_dpo.py", "train_grpo.py")
            for name in model.papers_for(script).split(", ")}
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # of command lines
+LOCK = threading.Lock()
 
 torch.set_num_threads(1)  # two threads on shared cores are slower, and sums then depend on the load
 
@@ -402,16 +408,29 @@ def after_log(monkeypatch, call):
     return lambda: monkeypatch.setattr(model.Run, "log", original)
 
 
+@functools.cache
+def start_server():
+    folder = tempfile.mkdtemp()
+    server = subprocess.Popen([sys.executable, ROOT / "tests" / "warm.py", folder], env=ENVIRONMENT, start_new_session=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert server.stdout.readline() == b"ready\n"
+    return folder, server  # it ends when this process does
+
+
+def python():
+    """A Python that has torch and transformers imported when it starts (warm.py); one server for each worker."""
+    with LOCK:  # some tests start their command lines in threads
+        return f"{start_server()[0]}/python"
+
+
 def run(*command, cwd, ok=True, env=None, timeout=600):
     """A command from `cwd` with the project's scripts by absolute path; returns its output (stdout + stderr)."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})}
-    result = subprocess.run([str(c) for c in command], cwd=cwd, env=environment, text=True, timeout=timeout,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    result = subprocess.run([str(c) for c in command], cwd=cwd, env=ENVIRONMENT | (env or {}), text=True,
+                            timeout=timeout, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert (result.returncode == 0) == ok, f"exit code {result.returncode}:\n{result.stdout}"
     return result.stdout
 
 
 def script(name, *flags, ranks=1, **kwargs):
-    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                  f"--nproc_per_node={ranks}"]
-    return run(*launch, ROOT / name, *flags, **kwargs)
+    launch = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return run(python(), *launch, ROOT / name, *flags, **kwargs)

@@ -5,12 +5,11 @@ no longer has, wastes them.
 """
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ENVIRONMENT, ROOT, python
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu
@@ -19,9 +18,9 @@ import gpu
 @pytest.mark.slow
 def test_every_section_runs_on_a_cpu(tmp_path):
     """All sections end, none fails, every check is ok."""
-    out, env = tmp_path / "gpu.jsonl", os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--device", "cpu", "--budget", "1200", "--out", out]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    out = tmp_path / "gpu.jsonl"
+    command = [python(), ROOT / "benchmarks" / "gpu.py", "--device", "cpu", "--budget", "1200", "--out", out]
+    done = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert not [line for line in lines if {"error", "skipped"} & set(line)]

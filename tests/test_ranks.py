@@ -1,11 +1,10 @@
 """One, two and four ranks compute the same: gradients, weights, losses and metrics, tensor by tensor."""
 
 import json
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, build_tiny_gemma3, build_tiny_qwen, build_tiny_text, run
+from conftest import ROOT, build_tiny_gemma3, build_tiny_qwen, build_tiny_text, python, run
 from safetensors.torch import load_file
 from test_runs import write_task
 
@@ -91,7 +90,7 @@ def results(folder):
             listed = [(name, script, list(map(str, flags))) for name, script, flags in cases(world)]
             (folder / f"{world}.json").write_text(json.dumps(listed))
             launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
-            run(sys.executable, *launch, DRIVER, f"{world}.json", cwd=folder)
+            run(python(), *launch, DRIVER, f"{world}.json", cwd=folder)
             made[world] = {name: (load_file(folder / f"{name}.safetensors"),
                                   [json.loads(line) for line in open(folder / name / "metrics.jsonl")])
                            for name, *_ in listed}
@@ -164,7 +163,7 @@ def test_bf16_is_one_program_on_ranks(folder):
     driver, results = ROOT / "tests" / "bf16_ranks.py", []
     for name, launch in (("alone", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]),
                          ("sharded", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])):
-        run(sys.executable, *launch, driver, folder / "start", folder / f"{name}.safetensors", cwd=folder)
+        run(python(), *launch, driver, folder / "start", folder / f"{name}.safetensors", cwd=folder)
         results.append(load_file(folder / f"{name}.safetensors"))
     alone, sharded = results
     assert alone["trained"].dtype == torch.bfloat16 and alone["trained"].float().std() > 0.1

@@ -10,7 +10,7 @@ import types
 import pytest
 import train_dpo
 import train_grpo
-from conftest import METHODS, ROOT, run, script
+from conftest import METHODS, ROOT, python, run, script
 from PIL import Image
 
 import data
@@ -236,7 +236,7 @@ def test_mpo_default_raises_accuracy_and_margins(tmp_path):
 def test_digits_commands(tmp_path):
     """The real-image recipe, cut to a few steps: files are written and read, each run starts from the one before."""
     pytest.importorskip("sklearn")
-    run(sys.executable, ROOT / "benchmarks" / "digits.py", "digits", cwd=tmp_path)
+    run(python(), ROOT / "benchmarks" / "digits.py", "digits", cwd=tmp_path)
     command("python train_dpo.py", "runs/digits-sft/final")  # starts from there as well
     for line in (command("python train_dpo.py", "--algo sft"), command("python train_grpo.py", "runs/digits-sft/final")):
         name, *flags = shlex.split(line)[1:]

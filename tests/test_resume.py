@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT, InProcess, after_log, run
+from conftest import ENVIRONMENT, ROOT, InProcess, after_log, python, run
 from safetensors.torch import load_file
 from test_runs import REWARD, SCRIPTS, grpo, write_task
 
@@ -65,7 +65,7 @@ def assert_bit_equal(ours, theirs):
 
 @pytest.fixture(scope="session")
 def whole(folder):
-    """name -> the results of an uninterrupted run, in its own process."""
+    """name -> the results of an uninterrupted run, in its own process, which is Python's own and not forked by warm.py."""
     made = {}
 
     def get(name):
@@ -89,11 +89,10 @@ def test_killed_again_and_again(folder, whole, tmp_path):
     def killed(name):
         expected = whole(name)
         for phase, n in KILLS[name]:
-            command = [sys.executable, DRIVER, phase, str(n), "SIGKILL", name, *flags(folder, name, tmp_path / name, *WORKERS)]
-            code = subprocess.run(command, cwd=tmp_path, capture_output=True,
-                                  env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+            command = [python(), DRIVER, phase, str(n), "SIGKILL", name, *flags(folder, name, tmp_path / name, *WORKERS)]
+            code = subprocess.run(command, cwd=tmp_path, capture_output=True, env=ENVIRONMENT).returncode
             assert code == -9, (phase, n, code)
-        output = run(sys.executable, DRIVER, "none", 0, "-", name, *flags(folder, name, tmp_path / name, *WORKERS), cwd=tmp_path)
+        output = run(python(), DRIVER, "none", 0, "-", name, *flags(folder, name, tmp_path / name, *WORKERS), cwd=tmp_path)
         assert "resumed from" in output
         assert_bit_equal(results(tmp_path / name), expected)
 
@@ -104,7 +103,7 @@ def test_killed_again_and_again(folder, whole, tmp_path):
 def launch_ranks(folder, ranks, name, output, *extra, phase="none", n=0, signal="-", rank=0, ok=True):
     size = (["--per_device_train_batch_size", 8 // ranks] if name == "train_grpo" else
             ["--per_device_train_batch_size", 4 // ranks, "--gradient_accumulation_steps", 1])  # one update as of one rank
-    return run(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", DRIVER, phase, n,
+    return run(python(), "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", DRIVER, phase, n,
                signal, name, *flags(folder, name, output, *size, *WORKERS, *extra), cwd=folder, ok=ok, timeout=300,
                env={"KILL_RANK": str(rank)})
 
@@ -117,7 +116,7 @@ def test_resume_on_other_numbers_of_ranks(folder, whole, tmp_path):
     assert "stopped at step 4" in output
     rows = load_file(tmp_path / "r" / "checkpoints" / "step_4" / "rollout.safetensors")
     assert len(rows["draws"]) == 6 and len(rows["completion_ids"]) == 24, "step 4 lies inside the second rollout"
-    run(sys.executable, DRIVER, "none", 0, "-", "train_grpo", *flags(folder, "train_grpo", tmp_path / "r"), cwd=tmp_path)
+    run(python(), DRIVER, "none", 0, "-", "train_grpo", *flags(folder, "train_grpo", tmp_path / "r"), cwd=tmp_path)
     ours, theirs = results(tmp_path / "r"), whole("train_grpo")
     assert len(ours[0]) == 10
     for a, b in zip(ours[0][:7], theirs[0][:7]):  # later a sampled token may differ by rounding
@@ -534,8 +533,8 @@ def test_a_folder_that_was_not_finished(trained, monkeypatch, tmp_path):
 def test_sigterm_in_the_cold_start(tmp_path):
     """SIGTERM while the built-in model has its supervised start hung for ever: the handler waited for the child under the
     lock of the wait that it had interrupted."""
-    command = [sys.executable, ROOT / "train_grpo.py", "--output_dir", "r"]
-    child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [python(), ROOT / "train_grpo.py", "--output_dir", "r"]
+    child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     assert any(line.startswith("sft in ") for line in child.stdout)  # the child's: by now its parent waits for it
     child.terminate()
     assert child.wait(60) == 143

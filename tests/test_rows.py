@@ -4,10 +4,9 @@ a row is kept on disk by its content, so that the next start on the same data de
 import json
 import os
 import re
-import sys
 
 import pytest
-from conftest import FAMILIES, ROOT, InProcess, few, make_row, run
+from conftest import FAMILIES, ROOT, InProcess, few, make_row, python, run
 from PIL import Image
 from test_runs import SCRIPTS, flags, grpo, launch, task  # noqa: F401 (fixtures)
 
@@ -271,7 +270,7 @@ def test_two_ranks(task, tmp_path):  # noqa: F811
     def start(ranks, *more, ok=True):
         size = ["--per_device_train_batch_size", 6 // ranks]
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        return run(sys.executable, *torchrun, tmp_path / "driver.py", "train_dpo",
+        return run(python(), *torchrun, tmp_path / "driver.py", "train_dpo",
                    *flags(task, "--max_steps", 2, "--model_name_or_path", tmp_path / "start", *size, *more),
                    cwd=tmp_path, ok=ok)
 
