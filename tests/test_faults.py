@@ -83,7 +83,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, run
+from conftest import ROOT, python, run
 from PIL import Image, ImageOps
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -727,6 +727,7 @@ LATE_THREADS = """
 import os, sys
 import torch
 import torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
 import model
 
 bad = 0
@@ -753,7 +754,7 @@ print("aborted", bad)
 def test_a_late_thread_aborts_no_finished_run(tmp_path):
     """F48, pytorch #179291: a thread of gloo's that lets go of a tensor after the interpreter began to end is "terminate
     called without an active exception", and torchrun calls the run failed. (Without the wait 12 of 20 trials abort.)"""
-    assert "aborted 0" in run(sys.executable, "-c", LATE_THREADS, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    assert "aborted 0" in run(python(), "-c", LATE_THREADS, ROOT, cwd=tmp_path)
 
 
 def means_of_two_ranks(nothing=False):

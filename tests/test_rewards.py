@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ENVIRONMENT, ROOT, python
 from test_runs import flags, task  # noqa: F401 (fixture)
 
 import rollout
@@ -554,6 +554,7 @@ def test_a_reward_may_print(of_the_process, capfd):
     assert "out of 3 answers\n" in out and "bytes\n" in out and "and an error\n" in err
 
 
+@pytest.mark.xdist_group("warm")
 def test_the_reward_process_ends_with_its_trainer(tmp_path):
     """Killed, or at its end without a close(): no reward process is left."""
     (tmp_path / "mine.py").write_text(OF_THE_PROCESS)
@@ -561,7 +562,7 @@ def test_the_reward_process_ends_with_its_trainer(tmp_path):
         program = (f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import rollout\n"
                    "runner = rollout.RewardRunner(['mine.py:memory']); runner.wait_until_ready()\n"
                    f"print(runner.process.pid, flush=True); {end}")
-        result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, text=True, capture_output=True)
+        result = subprocess.run([python(), "-c", program], cwd=tmp_path, env=ENVIRONMENT, text=True, capture_output=True)
         deadline = time.monotonic() + 30
         while not gone(int(result.stdout)):
             assert time.monotonic() < deadline

@@ -11,6 +11,7 @@ import sys
 import pytest
 from conftest import ENVIRONMENT, ROOT, python, run
 
+pytestmark = pytest.mark.xdist_group("warm")  # one worker's server
 PROGRAM = """
 import atexit, os, signal, sys, threading, time
 import beside
@@ -47,12 +48,13 @@ def program(tmp_path):
     return tmp_path / "code" / "program.py"
 
 
-@pytest.mark.parametrize("case", ["fine", "error", "message", "code", "abort"])
+@pytest.mark.parametrize("case", ["fine", "error", "message", "code", "abort", "-c"])
 def test_it_is_what_python_does(program, case):
     """Arguments, folder, standard files, environment, import path, exit code or signal, and what runs at exit."""
     ends = []
     for interpreter in (sys.executable, python()):
-        child = start(interpreter, program, case, "an argument", cwd=program.parent.parent, env=ENVIRONMENT | {"NEW": "1"})
+        how = [program] if case != "-c" else ["-c", f"import sys; sys.path.insert(0, 'code'); __file__ = 1\n{PROGRAM}"]
+        child = start(interpreter, *how, case, "an argument", cwd=program.parent.parent, env=ENVIRONMENT | {"NEW": "1"})
         ends.append((*child.communicate("in"), child.returncode))
     (out, errors, code), (ours, our_errors, our_code) = ends
     assert (out, code) == (ours, our_code)

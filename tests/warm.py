@@ -25,8 +25,9 @@ def read_at_import():
 
 def client(folder, served):
     """What FOLDER/python runs. `served`: what libraries have read of the server's environment."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "-u"]
-    if arguments[:1] != ["-m"] and "".join(arguments)[:1] in ("", "-") or read_at_import() != served:
+    arguments = sys.argv[1:][sys.argv[1:2] == ["-u"]:]
+    able = arguments and (arguments[0] in ("-m", "-c") or not arguments[0].startswith("-"))
+    if not able or read_at_import() != served:
         os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 
     passed_on = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -130,12 +131,17 @@ if __name__ == "__main__":
     os.environ.clear()
     os.environ.update(environment)
     sys.executable = str(program)
+    sys.argv = arguments
     if arguments[0] == "-m":
         sys.argv, sys.path[0] = arguments[1:], cwd
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
-        sys.argv, sys.path[0] = arguments, os.path.dirname(os.path.realpath(arguments[0]))
         server = sys.modules["__main__"]  # kept, or what it defines would be cleared
         main = sys.modules["__main__"] = ModuleType("__main__")
-        main.__file__ = os.path.abspath(arguments[0])
-        exec(compile(Path(arguments[0]).read_bytes(), main.__file__, "exec"), main.__dict__)
+        if arguments[0] == "-c":
+            sys.path[0], text, name = "", arguments.pop(1), "<string>"
+        else:
+            sys.path[0] = os.path.dirname(os.path.realpath(arguments[0]))
+            text, name = Path(arguments[0]).read_bytes(), os.path.abspath(arguments[0])
+            main.__file__ = name
+        exec(compile(text, name, "exec"), main.__dict__)
