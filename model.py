@@ -1377,6 +1377,7 @@ def within(interval: str, kind=float):
     return read
 
 
+@functools.cache
 def help_of(cls) -> dict[str, tuple[str, str]]:
     """{field: (section, help)}: its comment, with the comment lines below it. A section is `# --- name`."""
     found, section, name = {}, getattr(cls, "SECTION", ""), None

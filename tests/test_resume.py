@@ -674,9 +674,10 @@ def test_a_full_disk_is_one_line(trained, monkeypatch, tmp_path, name):
         trained("train_dpo")
 
 
+@pytest.mark.xdist_group("warm")
 def test_a_run_that_fails_early_leaves_no_folder(tmp_path):
     """Every failed attempt left a folder runs/mpo-N, and the next was runs/mpo-N+1. The dataset does not exist."""
-    run(sys.executable, ROOT / "train_dpo.py", "--model_name_or_path", "tiny", "--dataset", "x.jsonl", cwd=tmp_path, ok=False)
+    run(python(), ROOT / "train_dpo.py", "--model_name_or_path", "tiny", "--dataset", "x.jsonl", cwd=tmp_path, ok=False)
     assert list((tmp_path / "runs").iterdir()) == []
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -59,10 +60,13 @@ def flags(task, *extra):
 
 
 @pytest.fixture
-def launch(monkeypatch, tmp_path, task):
+def launch(monkeypatch, tmp_path, task, folders):
     """launch("train_dpo", flags...) -> (metrics of each step, gradients of each step); main() and rewards in this
-    process."""
+    process. The tiny model of seed 0 is made once."""
     monkeypatch.chdir(tmp_path)
+    made, make = folders["qwen2_5_vl"], data.build_tiny_vlm
+    monkeypatch.setattr(data, "build_tiny_vlm", lambda folder, seed=0: (
+        make(folder, seed) if seed else shutil.copytree(made, folder)))
 
     def run(name, *extra):
         module, grads = SCRIPTS[name], []
