@@ -58,7 +58,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -73,7 +73,7 @@ from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, 
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 import losses
 
@@ -573,8 +573,9 @@ class Policy(nn.Module):
         eos = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         of_template = {end_of_turn(processor)} - eos - {None}
         eos |= of_template
-        if not eos:
-            raise InputError(f"{family}: neither generation_config nor the tokenizer names an EOS token")
+        if not eos or not all(isinstance(i, int) for i in eos):
+            raise InputError(f"{hf.config.name_or_path}: neither generation_config.json nor the tokenizer "
+                             f"names an EOS token by its id: {[*eos]}")
 
         text_config._attn_implementation = "flatpo"
         for module in hf.modules():
@@ -613,6 +614,7 @@ class Policy(nn.Module):
                 self.casting.append((module, compute_in(module, dtype), own))
         self.kept, self.copies = {}, {}  # what sampler and `compute_weights` keep on a GPU; see `let_go`
         self.whole = False  # within `gathered`
+        self.source, self.files = None, {}  # where it was loaded from, and the files that `export` copies
         self.spare_memory = 0  # bytes of the GPU that training does not need: `preflight` measures them
 
     @property
@@ -939,6 +941,155 @@ def add_lora(hf, args):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# A model's folder is data: it is checked before transformers reads it
+
+INDEX = "model.safetensors.index.json"
+CONFIGS = re.compile(r"(generation_|tokenizer_|(video_)?(pre)?processor_)?config\.json")
+# The files that belong to a model, beside its weights and their config. `export` copies these and no others.
+MODEL_FILES = re.compile(
+    r"(added_tokens|special_tokens_map|tokenizer|vocab|tekken|chat_template)\.json|(vocab|merges)\.txt"
+    r"|(tokenizer_|(video_)?(pre)?processor_)config\.json|.+\.(model|spm|tiktoken)|(LICENSE|NOTICE)[\w.]*"
+    r"|(additional_chat_templates/.+|chat_template)\.jinja")
+# Keys of a config with which transformers runs, fetches or reads what is not in the folder.
+REFUSED = {
+    "auto_map": "code of its own, which is never run (models for transformers' classes often end in -hf)",
+    "audio_tokenizer": "another model", "transformers_weights": "other weights",
+    "fast_tokenizer_files": "other files", "repo_path": "other files", "model_file": "other files"}
+
+
+def model_folder(path: str, weights: bool) -> Path:
+    """The folder itself, or a hub id's snapshot in the hub's cache, fetched if it is not there."""
+    if os.path.isdir(path):
+        return Path(path)
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise InputError(f"the model {path}: no such folder (and not a hub id like owner/name)")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model", "*.spm", "*.tiktoken", "LICENSE*", "NOTICE*"]
+    try:
+        folder = Path(snapshot_download(path, allow_patterns=patterns))
+        if weights:  # not every safetensors: some repositories hold several copies
+            index = json.loads((folder / INDEX).read_text()) if (folder / INDEX).exists() else {}
+            names = ["model.safetensors", *set(index.get("weight_map", {}).values())]
+            snapshot_download(path, revision=folder.name, allow_patterns=names)
+    except Exception as error:  # of many kinds: no network, no such model, no right to it
+        raise InputError(f"the model {path}: no such folder, and the hub cannot give it: {one_line(error)}")
+    return folder
+
+
+def listed(names, most: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + ", ..." * (len(names) > most)
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def fault_of(file: Path, folder: Path, needed: bool = True) -> str | None:
+    """Why this is not a plain file of the folder, or, if needed, why it cannot be read. A link must stay in
+    the folder; in the hub's cache it may lead from a snapshot to the blobs."""
+    if not file.exists():
+        return "a link to nothing" if file.is_symlink() else "missing"
+    root = folder.resolve()
+    blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
+    if not any(file.resolve().is_relative_to(place) for place in (root, blobs)):
+        return "a link that leaves the folder (copy the file)"
+    if not file.is_file():
+        return "a folder" if file.is_dir() else "not a regular file"
+    if not needed:
+        return None
+    try:
+        with open(file, "rb") as opened:
+            start = opened.read(64).lstrip().lower()
+    except OSError as error:
+        return str(error.strerror)
+    if start.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file itself (git lfs pull)"
+    return "a web page" if start.startswith((b"<!doctype", b"<html")) else None
+
+
+def read_model_folder(path: str, weights: bool = True) -> tuple[Path, dict[str, bytes], list[str]]:
+    """Refuse a model's folder (or hub id) in which a file is damaged, or would make transformers unpickle,
+    run code or read outside it. -> the folder, {name: content} of its small files, what is no plain file.
+    """
+    folder, files, contents, odd = model_folder(path, weights), {}, {}, []
+    for file in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
+        name = file.relative_to(folder).as_posix()
+        needed = bool(MODEL_FILES.fullmatch(name) or CONFIGS.fullmatch(name) or name == INDEX)
+        fault = fault_of(file, folder, needed)
+        if name == "adapter_config.json":
+            raise InputError(f"{file}: a PEFT adapter; pass the whole model (a run's final/), or merge it "
+                             "(peft's merge_and_unload)")
+        if name == "audio_tokenizer_config.json" or name.startswith("shard-"):
+            raise InputError(f"{file}: no part of a model that can be trained here")
+        if needed and fault is not None:
+            raise InputError(f"{file}: {fault}")
+        if needed:
+            files[name] = file.read_bytes()
+        elif fault is not None and (file.suffix or not file.is_dir()):
+            odd.append(f"{name} ({fault})")
+
+    for name in [name for name in files if name.endswith(".json")]:
+        try:
+            contents[name] = json.loads(files[name])
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{folder / name}: not JSON: {one_line(error)}") from error
+        if CONFIGS.fullmatch(name):
+            check_config(folder / name, contents[name])
+    if "config.json" not in files:
+        raise InputError(f"{folder}/config.json: missing, so this is no model")
+    if weights:
+        check_weights(folder, contents.get(INDEX))
+    return folder, files, odd
+
+
+def models_of(args) -> list[str]:
+    """The folders or hub ids that a run reads: the start, and the models that files of --algo score with."""
+    further = [path for scorers in hooks(args, "scorers") for path in scorers(args).values()]
+    return [path for path in (args.model_name_or_path, *further) if not is_tiny(path)]
+
+
+def check_config(file: Path, config):
+    """Refuse a config that is no object, or names what transformers would run, fetch or read elsewhere."""
+    if not isinstance(config, dict):
+        raise InputError(f"{file}: expected a JSON object, got {type(config).__name__}")
+    values = [config]
+    for value in values:  # which grows
+        values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        for key, x in value.items() if isinstance(value, dict) else ():
+            asked = REFUSED.get(key) if x else None
+            if key.endswith("_implementation") and "/" in str(x):
+                asked = "a kernel from a hub"
+            if key == "model_type" and str(x).startswith("timm"):
+                asked = "timm, which loads weights of its own"
+            if asked:
+                raise InputError(f"{file} asks for {asked} ({key}: {str(x)[:100]})")
+
+
+def check_weights(folder: Path, index):
+    """Refuse weights that are missing, cut, pickled or elsewhere. index: what INDEX holds, if it is there."""
+    names = ["model.safetensors"]
+    if not os.path.lexists(folder / names[0]) and index is None:
+        raise InputError(f"{folder}: no model.safetensors and no {INDEX} (only safetensors are read)")
+    if not os.path.lexists(folder / names[0]):
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not isinstance(index.get("metadata"), dict):
+            raise InputError(f"{folder / INDEX}: expected the objects metadata and weight_map")
+        names = sorted(set(map(str, weight_map.values())))
+    for name in names:
+        if "/" in name or not name.endswith(".safetensors"):
+            raise InputError(f"{folder / INDEX} names {name}: only safetensors in the folder are read")
+        if (fault := fault_of(folder / name, folder)) is not None:
+            raise InputError(f"{folder / name}: {fault}")
+        try:
+            with safe_open(folder / name, "pt"):  # checks its header against its size
+                pass
+        except Exception as error:
+            raise InputError(f"{folder / name}: cut or damaged: {one_line(error)}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Load and export
 
 
@@ -1010,15 +1161,15 @@ def load_processor(path: str):
     return without_video(PROCESSOR_MAPPING[type(config)]).from_pretrained(path)
 
 
-def refuse_remote_code(path: str):
-    """A model whose files ask for code of their own is an error; transformers would ask, or pass over it."""
-    silent = {f"_raise_exceptions_for_{what}": False for what in (
-        "gated_repo", "missing_entries", "connection_errors")}  # as AutoProcessor does; it raises them later
-    for part in ("config", "processor_config", "preprocessor_config", "tokenizer_config"):
-        file = cached_file(path, f"{part}.json", **silent)
-        if file is not None and "auto_map" in json.loads(Path(file).read_text()):
-            raise InputError(f"--model_name_or_path {path}: {part}.json asks for code of its own (auto_map), "
-                             "which is never run; take one for transformers' own classes, often named -hf")
+@contextmanager
+def loading(what):
+    """What transformers raises within it, of whatever kind, is one line about `what`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: {one_line(error)}") from error
 
 
 def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkpointing: bool = False,
@@ -1031,25 +1182,29 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
     that `add_lora` reads, which then trains adapters alone. With several ranks the policy comes sharded
     (`shard`): rank 0 reads the files, once, and the others never hold more than their part of the weights.
     """
-    if not os.path.isdir(path) and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        raise InputError(f"--model_name_or_path {path}: no such folder (and not a hub id like owner/name)")
-    if os.path.isfile(os.path.join(path, "adapter_config.json")):
-        raise InputError(f"--model_name_or_path {path}: a PEFT adapter; pass the whole model (of a run's "
-                         "final/adapter that is final/), or merge it (peft's merge_and_unload)")
-    try:
-        refuse_remote_code(path)
-        processor = load_processor(path)
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:  # not on disk or hub, or a processor that needs what is missing
-        raise InputError(f"--model_name_or_path {path}: {error}") from error
+    rank_0 = not dist.is_initialized() or dist.get_rank() == 0
+    folder, files, odd = read_model_folder(path, weights=rank_0)
+    with loading(folder / "config.json"):
+        config = AutoConfig.from_pretrained(folder)
+    with loading(folder):
+        processor = load_processor(str(folder))
     if not getattr(processor, "chat_template", None):
         raise InputError(f"{path}: its processor has no chat template")
+    template = next((n for n in files if n.startswith("chat_template")), "tokenizer_config.json")
+    with loading(folder / template):
+        text = [{"type": "text", "text": "hello"}]
+        processor.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
     tokenizer = getattr(processor, "tokenizer", processor)
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise InputError(f"--eos_token {eos_token}: the tokenizer of {path} has no such token")
         tokenizer.eos_token = eos_token
+    quantized = (getattr(config, "quantization_config", None)
+                 or getattr(config.get_text_config(), "quantization_config", None))
+    if quantized and not (quantized.get("quant_method") == "bitsandbytes" and quantized.get("load_in_4bit")
+                          and lora is not None and lora.lora_r and not dist.is_initialized()):
+        raise InputError(f"{path}: of quantized weights only bitsandbytes' 4-bit ones can be used, with "
+                         "--lora_r, on one rank")
     text_only = isinstance(processor, TextProcessor)
     auto = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
 
@@ -1064,20 +1219,27 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
             hf.get_encoder(modality="image").requires_grad_(False)
         if lora is not None and lora.lora_r:
             add_lora(hf, lora)
-        return Policy(hf, processor, getattr(torch, dtype)).train()
+        policy = Policy(hf, processor, getattr(torch, dtype)).train()
+        policy.source, policy.files = path, files
+        policy.notes += [f"final/ will not have {', '.join(odd)}"] if odd else []
+        return policy
 
     def load():  # on a CPU
-        try:
-            hf = auto.from_pretrained(
-                path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True)
-        except OSError as error:  # pickled weights (pytorch_model.bin) only, above all
-            raise InputError(f"--model_name_or_path {path}: {error} (only safetensors are read)") from error
-        quantized = getattr(hf.config, "quantization_config", None)
-        if quantized is not None:
-            four_bit = getattr(quantized, "load_in_4bit", False)
-            if not four_bit or lora is None or not lora.lora_r or dist.is_initialized():
-                raise InputError(f"{path}: of quantized weights only bitsandbytes' 4-bit ones can be used, "
-                                 "with --lora_r, on one rank")
+        with loading(folder):
+            hf, report = auto.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True,
+                local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True)
+        file = folder / ("model.safetensors" if (folder / "model.safetensors").exists() else INDEX)
+        if missing := sorted(report["missing_keys"] - hf.all_tied_weights_keys.keys()):
+            raise InputError(f"{file}: {len(missing)} tensors of the model are missing ({listed(missing)}); "
+                             f"{len(report['unexpected_keys'])} have other names")
+        if wrong := sorted(report["mismatched_keys"]):
+            raise InputError(f"{file}: {len(wrong)} tensors are of another shape than config.json says: "
+                             + listed(f"{name} {[*found]}, not {[*asked]}" for name, found, asked in wrong))
+        for name, p in hf.named_parameters():
+            if p.is_floating_point() and not p.sum().isfinite():
+                raise InputError(f"{file}: {name} holds nan or infinity")
+        if quantized:
             hf.hf_quantizer = hf._weight_conversions = None  # `final/` is merged, and no longer quantized
             del hf.config.quantization_config
             for module in hf.modules():  # in eval() bitsandbytes packs weights for some CPUs, never to unpack
@@ -1135,15 +1297,15 @@ def check_logps(policy: Policy, path: str):
                          f"row differ from its own by up to {(ours - theirs).abs().max():.2g}")
 
 
-def export(policy: Policy, processor, source: str, folder: str | Path, rank: int = 0):
-    """Write a complete Hugging Face folder: weights and config by save_pretrained, all else as in `source`.
+def export(policy: Policy, folder: str | Path, rank: int = 0):
+    """Write a complete Hugging Face folder: weights and config by save_pretrained, all else as it was loaded.
 
-    The source's processor, tokenizer and chat-template files are copied, not re-saved, so that files unknown
-    to this processor (a video_preprocessor_config.json, say) stay. Weights are in the training dtype. With
-    LoRA they are the merged ones, and `adapter/` in it holds the adapter alone, in PEFT's format and fp32. A
-    collective: every rank calls it, tensors are gathered one by one, rank 0 alone keeps them (on its CPU).
+    The files of processor, tokenizer and chat template are written as they were read, so that those which
+    this processor does not know (video_preprocessor_config.json) stay. Weights are in the training dtype.
+    With LoRA they are the merged ones, and `adapter/` holds the adapter alone, in PEFT's format and fp32. All
+    ranks must call this: tensors are gathered one by one, and rank 0 alone keeps them (on its CPU).
     """
-    folder, base, state, adapter = Path(folder), source, {}, {}
+    folder, state, adapter = Path(folder), {}, {}
     tensors = policy.hf.state_dict(keep_vars=True)
     names = {id(x): name for name, x in reversed(tensors.items())}  # tied weights once, by their first name
     for name in names.values():
@@ -1172,25 +1334,14 @@ def export(policy: Policy, processor, source: str, folder: str | Path, rank: int
     for part in (config, *(v for v in config.values() if isinstance(v, dict) and "dtype" in v)):
         part["dtype"] = str(policy.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    suffixes = (".json", ".jinja", ".txt", ".model")
-    if not os.path.isdir(source):  # a hub id: its snapshot holds only the files that were asked for
-        from huggingface_hub import snapshot_download
-
-        processor.save_pretrained(folder)
-        commit = Path(cached_file(source, "config.json")).parent.name
-        try:
-            source = snapshot_download(source, revision=commit, allow_patterns=["*" + s for s in suffixes])
-        except Exception as error:  # out of reach by now: what is in its cache must do
-            print(f"warning: {source}: {error}: final/ has only its files that were needed here", flush=True)
-            source = os.path.dirname(cached_file(source, "config.json"))
-    written = {"config.json", "generation_config.json", "model.safetensors.index.json"}
-    for file in Path(source).iterdir():
-        if file.suffix in suffixes and file.name not in written:
-            shutil.copyfile(file, folder / file.name)
+    for name, content in policy.files.items():
+        if MODEL_FILES.fullmatch(name):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
     if adapter:
         (folder / "adapter").mkdir()
         save_file(adapter, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
-        text = json.dumps(policy.hf.adapter_config | {"base_model_name_or_path": base}, indent=2)
+        text = json.dumps(policy.hf.adapter_config | {"base_model_name_or_path": policy.source}, indent=2)
         (folder / "adapter" / "adapter_config.json").write_text(text + "\n")
     shutil.rmtree(final, ignore_errors=True)
     folder.rename(final)
@@ -1698,15 +1849,13 @@ def code_of(args) -> dict[str, Path]:
 
 
 def start_files(path: str) -> dict[str, str]:
-    """{file: sha256} of everything that is read from a model's folder: weights, config, tokenizer, processor,
-    chat template, generation config. A model of a hub: its revision."""
+    """{file: sha256} of everything that is read from a model's folder. A model of a hub: its revision."""
+    folder, files, _ = read_model_folder(path)
     if not os.path.isdir(path):
-        config = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False,
-                             _raise_exceptions_for_connection_errors=False)
-        return {f"{path}, revision": Path(config).parent.name} if config else {}
-    files = [f for f in sorted(Path(path).rglob("*")) if f.is_file() and ".git" not in f.parts
-             and f.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken")]
-    return {str(file): digest_of([file]) for file in files}
+        return {f"{path}, revision": folder.name}
+    weights = [file for file in sorted(folder.glob("*.safetensors")) if fault_of(file, folder) is None]
+    return ({str(folder / name): hashlib.sha256(content).hexdigest() for name, content in files.items()}
+            | {str(file): digest_of([file]) for file in weights})
 
 
 def describe_run(args, world_size: int) -> dict:
@@ -1717,7 +1866,6 @@ def describe_run(args, world_size: int) -> dict:
              if file.is_file() and file.suffix in (".parquet", ".jsonl", ".json")]
     kinds = {args.loss_type} if isinstance(args.loss_type, str) else set(args.loss_type)
     cut = kinds & {"aot", "aot_unpaired", "bnpo"} or any(hooks(args, "OF_MICRO_BATCH"))
-    further = [path for scorers in hooks(args, "scorers") for path in scorers(args).values()]
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
     packages = ("torch", "transformers", "safetensors", "pillow", "numpy")
     return vars(args) | {
@@ -1726,8 +1874,7 @@ def describe_run(args, world_size: int) -> dict:
         "micro-batch, on which this loss depends": (args.per_device_train_batch_size,
                                                     args.max_tokens_per_batch) if cut else None,
         "data": digest_of(given), "code": digest_of(code_of(args).values()),
-        "model": {file: digest for path in (args.model_name_or_path, *further) if path
-                  for file, digest in start_files(path).items()},
+        "model": {file: digest for path in models_of(args) for file, digest in start_files(path).items()},
         "versions": {name: version(name) for name in packages}}
 
 
@@ -2370,7 +2517,7 @@ class Run:
         self.save(state, must=True)
         before, after = state["start"], state["end"]
         with writing(self.folder / "final"):
-            export(policy, processor, source, self.folder / "final", self.rank)
+            export(policy, self.folder / "final", self.rank)
             if self.rank == 0:
                 write_card(self.args, self.folder, before, after)
         for key in sorted(before.keys() & after.keys()):

@@ -553,7 +553,7 @@ class VLLMServer:
         head, embeddings = policy.hf.get_output_embeddings(), policy.hf.get_input_embeddings()
         if self.device == "cpu" and head.weight is embeddings.weight:
             raise self.error("on a CPU vLLM keeps the old output head where it is tied to the embeddings")
-        export(policy, processor, source, self.folder, rank)
+        export(policy, self.folder, rank)
         reload = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
         steps = ("/pause", {}), ("/collective_rpc", reload), ("/resume", {})
         on_rank_0(self.url, lambda: [self.ask(path, body) for path, body in steps])

@@ -59,9 +59,9 @@ def main(cases: Path):
             steps.append(norm)
             return norm
 
-        def keep(policy, processor, source, folder, rank):
+        def keep(policy, folder, rank):
             tensors.update({f"weight {n}": model.full(p).detach().clone() for n, p in policy.named_parameters()})
-            export(policy, processor, source, folder, rank)
+            export(policy, folder, rank)
 
         load = model.load_policy
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import FAMILIES, TEXT_ONLY, VISION, make_row
 from PIL import Image
+from safetensors.torch import save_file
 
 import data
 import model
@@ -474,7 +475,7 @@ def test_export_round_trip(loaded, folders, families, tmp_path):
             for i, p in enumerate(policy.parameters()):
                 p += 0.001 * (i + 1)
         try:
-            model.export(policy, processor, str(folders[family]), tmp_path / family)
+            model.export(policy, tmp_path / family)
             torch.save(policy.hf.state_dict(), tmp_path / f"{family}.pt")
         finally:
             with torch.no_grad():
@@ -511,7 +512,7 @@ def test_bf16_export_is_bf16_and_tied_weights_stay_one(folders, tmp_path):
     from safetensors import safe_open
 
     policy, processor = model.load_policy(str(folders["qwen2_5_vl"]), "bfloat16")
-    model.export(policy, processor, str(folders["qwen2_5_vl"]), tmp_path / "final")
+    model.export(policy, tmp_path / "final")
     names = []
     for folder in (folders["qwen2_5_vl"], tmp_path / "final"):
         with safe_open(folder / "model.safetensors", "pt") as file:
@@ -522,32 +523,15 @@ def test_bf16_export_is_bf16_and_tied_weights_stay_one(folders, tmp_path):
     assert model.load_policy(str(tmp_path / "final"))[0].hf.dtype == torch.float32  # weights are held in fp32
 
 
-def test_export_from_a_hub_id(folders, tmp_path, monkeypatch):
-    """A hub cache holds links into a folder of nameless files: the processor must still reach final/."""
-    import shutil
-
-    snapshot, blobs = tmp_path / "cache" / "snapshots" / "abc", tmp_path / "cache" / "blobs"
-    snapshot.mkdir(parents=True), blobs.mkdir()
-    for i, file in enumerate(sorted(folders["qwen2_5_vl"].iterdir())):
-        shutil.copyfile(file, blobs / f"{i}")
-        if file.suffix != ".jinja":  # and it may lack files that were never asked for
-            (snapshot / file.name).symlink_to(blobs / f"{i}")
-    policy, processor = model.load_policy(str(folders["qwen2_5_vl"]))
-    with monkeypatch.context() as patch:
-        patch.setattr(model, "cached_file", lambda source, name: str(snapshot / name))
-        model.export(policy, processor, "owner/name", tmp_path / "final")
-    assert {f.name for f in folders["qwen2_5_vl"].iterdir()} <= {f.name for f in (tmp_path / "final").iterdir()}
-    assert model.load_policy(str(tmp_path / "final"))[1].chat_template == processor.chat_template
-
-
 def test_wrong_model_paths_are_one_error(tmp_path):
     """A folder that is not there is not looked up on the hub; a model that neither sees nor writes says so."""
     from transformers import ViTConfig
 
-    with pytest.raises(model.InputError, match="--model_name_or_path ./nowhere: no such folder"):
+    with pytest.raises(model.InputError, match="the model ./nowhere: no such folder"):
         model.load_policy("./nowhere")
-    with pytest.raises(model.InputError, match="--model_name_or_path runs/nowhere"):
+    with pytest.raises(model.InputError, match="the model runs/nowhere: no such folder, and the hub"):
         model.load_policy("runs/nowhere")
     ViTConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=1).save_pretrained(tmp_path)
+    save_file({}, tmp_path / "model.safetensors")
     with pytest.raises(model.InputError, match="vit is neither a vision-language nor a language model"):
         model.load_policy(str(tmp_path))

@@ -65,6 +65,7 @@ F48  gloo's threads end late      exit code 0 for a run that is done   test_a_la
 """
 
 import ast
+import functools
 import io
 import json
 import multiprocessing
@@ -85,6 +86,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, python, run
 from PIL import Image, ImageOps
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -433,34 +435,163 @@ def test_few_rows():
 # --- models
 
 
-def test_models_that_are_not_loaded(folders, tmp_path):
-    """F47 and security: weights that only a pickle has, a model that brings code, a processor without template: one
-    line that names the file, and nothing of it is run."""
-    def variant(name, change):
-        shutil.copytree(folders["qwen2_5_vl"], tmp_path / name)
-        change(tmp_path / name)
-        with pytest.raises(model.InputError) as error:
-            model.load_policy(str(tmp_path / name))
-        return str(error.value)
+def json_file(name, at=(), **changes):
+    """A change of a model's folder: keys of one of its JSON files, at a path of keys."""
+    def change(folder):
+        content = json.loads((folder / name).read_text())
+        functools.reduce(lambda value, key: value[key], at, content).update(changes)
+        (folder / name).write_text(json.dumps(content))
+    return change
 
-    def pickled(folder):
-        torch.save(model.load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-        (folder / "model.safetensors").unlink()
 
-    def with_code(part):
-        def change(folder):
-            content = json.loads((folder / part).read_text())
-            classes = ("AutoConfig", "AutoProcessor", "AutoModelForImageTextToText")
-            content["auto_map"] = {name: "code.Evil" for name in classes}
-            (folder / part).write_text(json.dumps(content))
-            (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
-        return change
+def file(name, content):
+    """Another content of a file: text, bytes, or what a function makes of the bytes that it has."""
+    def change(folder):
+        old = (folder / name).read_bytes() if callable(content) else b""
+        new = content(old) if callable(content) else content
+        (folder / name).write_bytes(new.encode() if isinstance(new, str) else new)
+    return change
 
-    assert "only safetensors are read" in variant("pickled", pickled)
-    for part in ("config.json", "processor_config.json", "tokenizer_config.json"):
-        assert f"{part} asks for code of its own (auto_map)" in variant(part, with_code(part))
-    assert "has no chat template" in variant("mute", lambda folder: (folder / "chat_template.jinja").unlink())
-    assert not (tmp_path / "ran").exists()
+
+def replaced(name, make):
+    """A link, FIFO or folder in place of a file."""
+    def change(folder):
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+    return change
+
+
+def tensors(function):
+    def change(folder):
+        content = function(model.load_file(folder / "model.safetensors"))
+        save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
+    return change
+
+
+def indexed(name):
+    """Weights in a.safetensors and, pickled, in a.bin; the index names another file."""
+    def change(folder):
+        content = model.load_file(folder / "model.safetensors")
+        torch.save(content, folder / "a.bin")
+        (folder / "model.safetensors").rename(folder / "a.safetensors")
+        index = {"metadata": {}, "weight_map": dict.fromkeys(content, name)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return change
+
+
+def down_proj(content, of=lambda x: x):
+    return {k: of(x) if "0.mlp.down_proj" in k and "visual" not in k else x for k, x in content.items()}
+
+
+CODE = {name: "code.Evil" for name in ("AutoConfig", "AutoProcessor", "AutoModelForImageTextToText", "AutoTokenizer")}
+SECRET = "../secret.json"  # outside the folder; it exists
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+NO_MODELS = {  # name: (what is changed in the folder, what the one line says)
+    "code in config": (json_file("config.json", auto_map=CODE), "config.json asks for code of its own"),
+    "code in processor": (json_file("processor_config.json", auto_map=CODE), "processor_config.json asks for code of its own"),
+    "code in tokenizer": (json_file("tokenizer_config.json", auto_map=CODE), "tokenizer_config.json asks for code of its own"),
+    "kernel": (json_file("config.json", _attn_implementation="owner/kernel"), "config.json asks for a kernel from a hub"),
+    "kernel of a part": (json_file("config.json", ["text_config"], attn_implementation="owner/kernel"), "asks for a kernel from a hub"),
+    "other weights": (json_file("config.json", transformers_weights="b.safetensors"), "config.json asks for other weights"),
+    "timm": (json_file("config.json", ["vision_config"], model_type="timm_wrapper"), "asks for timm"),
+    "other model": (json_file("processor_config.json", audio_tokenizer={
+        "audio_tokenizer_class": "LlamaForCausalLM", "audio_tokenizer_name_or_path": ".."}), "asks for another model"),
+    "other tokenizer": (json_file("tokenizer_config.json", fast_tokenizer_files=["../tokenizer.4.0.json"]), "asks for other files"),
+    "other classes": (json_file("processor_config.json", image_processor={
+        "image_processor_type": "OneFormerImageProcessor", "repo_path": "..", "class_info_file": "secret.json"}), "asks for other files"),
+    "a pickle": (lambda folder: (indexed("a.bin")(folder), (folder / "a.safetensors").unlink()), "names a.bin: only safetensors"),
+    "only a pickle": (replaced("model.safetensors", lambda path: torch.save({}, path.with_name("pytorch_model.bin"))),
+                      "only safetensors are read"),
+    "weights outside": (indexed("../a.safetensors"), "names ../a.safetensors: only safetensors in the folder"),
+    "a shard less": (indexed("b.safetensors"), "b.safetensors: missing"),
+    "an index of nothing": (lambda folder: (indexed("a")(folder), file("model.safetensors.index.json", "[]")(folder)),
+                            "model.safetensors.index.json: expected the objects"),
+    "an adapter": (file("adapter_config.json", "{}"), "adapter_config.json: a PEFT adapter"),
+    "half the weights": (file("model.safetensors", lambda old: old[:9999]), "model.safetensors: cut or damaged"),
+    "weights of git-lfs": (file("model.safetensors", LFS), "model.safetensors: a git-lfs pointer"),
+    "tokenizer of git-lfs": (file("tokenizer.json", LFS), "tokenizer.json: a git-lfs pointer"),
+    "a web page": (file("config.json", "<!DOCTYPE html><html>"), "config.json: a web page"),
+    "half a tokenizer": (file("tokenizer.json", lambda old: old[:999]), "tokenizer.json: not JSON"),
+    "generation config": (file("generation_config.json", "{"), "generation_config.json: not JSON"),
+    "no object": (file("processor_config.json", "[]"), "processor_config.json: expected a JSON object, got list"),
+    "EOS": (json_file("generation_config.json", eos_token_id="x"), "neither generation_config.json nor the tokenizer names an EOS token"),
+    "no config": (replaced("config.json", lambda path: None), "config.json: missing"),
+    "no class": (json_file("config.json", model_type="nosuch"), "config.json: ValueError: .*nosuch"),
+    "a FIFO": (replaced("tokenizer.json", os.mkfifo), "tokenizer.json: not a regular file"),
+    "a folder": (replaced("generation_config.json", os.mkdir), "generation_config.json: a folder"),
+    "link outside": (replaced("tokenizer_config.json", lambda path: path.symlink_to(SECRET)), "tokenizer_config.json: a link that leaves"),
+    "weights linked": (replaced("model.safetensors", lambda path: path.symlink_to(SECRET)), "model.safetensors: a link that leaves"),
+    "templates linked": (lambda folder: (folder / "additional_chat_templates").symlink_to("../templates"), "a.jinja: a link that leaves"),
+    "dangling": (replaced("chat_template.jinja", lambda path: path.symlink_to("/nowhere")), "chat_template.jinja: a link to nothing"),
+    "no template": (replaced("chat_template.jinja", lambda path: None), "has no chat template"),
+    "template's syntax": (file("chat_template.jinja", "{% for"), "chat_template.jinja: TemplateSyntaxError"),
+    "template's include": (file("chat_template.jinja", "{% include '../secret.json' %}"), "chat_template.jinja: "),
+    "8 bits": (json_file("config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}), "only bitsandbytes' 4-bit"),
+    "GPTQ": (json_file("config.json", quantization_config={"quant_method": "gptq", "bits": 4}), "only bitsandbytes' 4-bit"),
+    "a tensor less": (tensors(lambda x: {k: v for k, v in x.items() if k not in down_proj(x) or "0.mlp.down_proj" not in k or "visual" in k}),
+                      r"model.safetensors: 1 tensors of the model are missing \(\S*down_proj.weight\); 0 have other names"),
+    "renamed": (tensors(lambda x: {"x." + k: v for k, v in x.items()}), "model.safetensors: 56 tensors of the model are missing .*; 56 have"),
+    "shape": (tensors(lambda x: down_proj(x, lambda w: w[:5].clone())), r"1 tensors are of another shape .*\[5, 256\], not \[128, 256\]"),
+    "nan": (tensors(lambda x: down_proj(x, lambda w: w * float("nan"))), r"model.safetensors: \S*down_proj.weight holds nan"),
+}
+
+
+def test_models_that_are_not_loaded(folders, tmp_path, capfd):
+    """F47 and security: a model's folder is data. Each of these folders is refused in one line that names the file, and
+    nothing outside of it is opened, fetched, unpickled or run meanwhile. A missing tensor was once trained from random
+    numbers, an unreadable generation_config.json passed over, and a pickle read because an index named it."""
+    folder, seen = tmp_path / "models" / "m", []
+    (tmp_path / "models" / "templates").mkdir(parents=True)
+    (tmp_path / "models" / "templates" / "a.jinja").write_text("x")
+    for name in ("secret.json", "tokenizer.4.0.json"):
+        (tmp_path / "models" / name).write_text("{}")
+
+    def hook(event, args):  # cannot be taken away again: `watching` ends it
+        if watching and event in ("open", "socket.connect", "subprocess.Popen", "pickle.find_class", "os.system"):
+            path = os.path.abspath(os.fsdecode(args[0])) if event == "open" and not isinstance(args[0], int) else ""
+            if event != "open" or path.startswith(str(tmp_path)) and not path.startswith(str(folder)) or path.endswith(".bin"):
+                seen.append((event, *args))
+
+    watching = True
+    sys.addaudithook(hook)
+    for name, (change, expected) in NO_MODELS.items():
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(folders["qwen2_5_vl"], folder)
+        watching = False
+        change(folder)
+        watching = True
+        try:
+            model.load_policy(str(folder))
+            message = "loaded"
+        except model.InputError as error:
+            message = str(error)
+        assert re.search(expected, message) and str(folder) in message and "\n" not in message, (name, message)
+        assert not seen, (name, seen)
+    watching = False
+
+
+def test_only_a_models_files_reach_final(folders, tmp_path):
+    """A note that links out of the model's folder was copied to final/ and uploaded; a dangling link, a FIFO or a folder
+    named like a file ended the run at its export. They are named before training; links of a hub's cache are read."""
+    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    snapshot.mkdir(parents=True), blobs.mkdir()
+    for i, source in enumerate(sorted(folders["qwen2_5_vl"].iterdir())):
+        shutil.copyfile(source, blobs / f"{i}")
+        (snapshot / source.name).symlink_to(f"../../blobs/{i}")
+    (tmp_path / "private.txt").write_text("not part of the model")
+    (snapshot / "notes.txt").symlink_to(tmp_path / "private.txt")
+    (snapshot / "old.json").symlink_to("/nowhere/x")
+    os.mkfifo(snapshot / "pipe.json")
+    (snapshot / "extra.json").mkdir()
+    (snapshot / "train.json").write_text("{}")
+    policy, processor = model.load_policy(str(snapshot))
+    note = next(note for note in policy.notes if note.startswith("final/ will not have"))
+    assert all(name in note for name in ("notes.txt (a link that leaves", "old.json (a link to nothing)",
+                                         "pipe.json (not a regular file)", "extra.json (a folder)"))
+    shutil.rmtree(snapshot)  # what the start has read is what final/ gets
+    model.export(policy, tmp_path / "final")
+    assert {f.name for f in (tmp_path / "final").iterdir()} == {f.name for f in folders["qwen2_5_vl"].iterdir()}
+    assert model.load_policy(str(tmp_path / "final"))[1].chat_template == processor.chat_template
 
 
 def test_every_import_is_known():

@@ -271,7 +271,7 @@ def test_resume_is_bit_equal_and_saves_adapters_only(launch, task, monkeypatch, 
 def grow(folder, tmp_path, *extra):
     """A trained adapter, exported. -> (policy, processor, final)"""
     policy, processor = adapted(folder, *extra)
-    model.export(policy, processor, str(folder), tmp_path / "final")
+    model.export(policy, tmp_path / "final")
     return policy, processor, tmp_path / "final"
 
 
@@ -405,7 +405,7 @@ def test_vllm_loads_adapter_and_merged_model(folders, tmp_path):
     policy, processor = adapted(start, "--freeze_vision_tower")
     for p in policy.parameters():
         p.data *= 4 if p.requires_grad else 1  # enough to change the greedy ids
-    model.export(policy, processor, str(start), tmp_path / "final")
+    model.export(policy, tmp_path / "final")
     for i, row in enumerate(rows):
         row["images"][0].save(tmp_path / f"{i}.png")
     text = processor.apply_chat_template(data.to_messages(rows[0]), tokenize=False, add_generation_prompt=True)

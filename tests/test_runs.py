@@ -1014,7 +1014,7 @@ def test_dynamic_sampling(launch, task, monkeypatch, tmp_path):
 
 ERRORS = [
     ("train_dpo.py", ["--model_name_or_path", "tiny", "--dataset", "rows.jsonl", "--image_root", "."], "error: rows.jsonl:1: not valid JSON"),
-    ("train_grpo.py", ["--model_name_or_path", "./nowhere"], "error: --model_name_or_path ./nowhere: no such folder"),
+    ("train_grpo.py", ["--model_name_or_path", "./nowhere"], "error: the model ./nowhere: no such folder"),
     ("train_dpo.py", ["--algo", "sft", "--model_name_or_path", "tiny", "--dataset", "good.jsonl", "--stop_at_accuracy", "0.5"],
      "error: --stop_at_accuracy needs eval/accuracy"),
     ("train_dpo.py", ["--model_name_or_path", "tiny", "--dataset", "absent.jsonl"], "error: --dataset absent.jsonl")]
