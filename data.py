@@ -887,11 +887,14 @@ class RowCache:
 
     def __enter__(self):
         for file in sorted(self.folder.glob("*.txt")):
-            content = file.read_bytes()
-            if hashlib.sha256(content).hexdigest() == file.stem:
-                self.known |= (line.split(" ", 1) for line in content.decode().splitlines())
-            else:  # emptied by a power cut, perhaps
-                print(f"warning: {file} is damaged: what it held is computed anew", flush=True)
+            try:
+                content = file.read_bytes()
+                if hashlib.sha256(content).hexdigest() != file.stem:  # emptied by a power cut, perhaps
+                    raise OSError(f"{file} is damaged")
+            except OSError as error:
+                print(f"warning: {error}: what it held is computed again", flush=True)
+                continue
+            self.known |= (line.split(" ", 1) for line in content.decode().splitlines())
         return self
 
     def __exit__(self, *_):
@@ -1030,12 +1033,13 @@ def show_sample(processor, group):
 
 
 def check_eval_rows(rows, limit: int, rank: int, world_size: int, measure, workers: int = 0):
-    """This rank's held-out rows and the Size of each, after a check of all ranks' rows. None is skipped."""
+    """This rank's held-out rows, and {index: Size} of all ranks'. Each is read, measured and checked; none is
+    ever skipped."""
     if 0 < len(rows) < world_size:
         raise InputError(f"{len(rows)} held-out rows for {world_size} ranks: every rank needs at least one")
     mine = range(rank, len(rows), world_size)
     sizes = gather_sizes(measure_rows(rows, mine, measure, limit, rank, workers))
-    return rows[rank::world_size], [sizes[i] for i in mine]  # of files: a view, which reads when asked
+    return rows[rank::world_size], sizes  # of files: a view, which reads when asked
 
 
 # ------------------------------------------------------------------------------------------------------------

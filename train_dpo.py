@@ -37,15 +37,16 @@ import functools
 import hashlib
 import itertools
 import math
-import socket
 import time
+import uuid
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from tqdm import tqdm
 
 import data
@@ -255,66 +256,122 @@ def group_key(group) -> str:
     return data.group_key(prompt.tokens, prompt.pixels, completions)
 
 
+def scorer_fingerprint(policy) -> str:
+    """sha256 of all that log-probs depend on besides ids and pixels. All ranks must call this."""
+    config = policy.hf.config.to_json_string(use_diff=False).splitlines()  # with transformers' version
+    config = [line for line in config if "_name_or_path" not in line]
+    attention = {str(module.config._attn_implementation)
+                 for module in policy.hf.modules() if hasattr(module, "config")}
+    parts = (model.weights_fingerprint(policy), config, sorted(attention), sorted(policy.never_sampled_ids),
+             str(policy.dtype), policy.device.type, torch.__version__, "format 2")
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
 class ReferenceCache:
-    """Per-token log-probs of the starting policy, {group key: (all completions' tokens,)}, in safetensors
-    files in a folder named after weights and dtype. A new model, template, image or answer is a new key."""
+    """{group key: log-probs (tokens,) of all its completions} of a model that is not trained, kept on disk.
 
-    def __init__(self, folder: str, policy):
-        name = f"{model.weights_fingerprint(policy)[:32]}-{str(policy.dtype).removeprefix('torch.')}"
-        self.folder, self.known = Path(folder) / name, {}
-        for file in sorted(self.folder.glob("*.safetensors")):
+    The last bits of a row depend on the batch in which it was computed. So its first value stands, in this
+    run and in all others: the files are numbered in the order in which they came (`os.link` gives each number
+    once), they are never changed, and of the files that hold a row the first one counts.
+    """
+
+    def __init__(self, folder: str, policy, wanted: set[str]):
+        """wanted: the keys of this run, which alone are held in memory."""
+        self.flag, self.folder = f"--ref_cache {folder}", Path(folder) / scorer_fingerprint(policy)
+        self.wanted, self.known, self.files_read = wanted, {}, 0
+        with self.errors():
+            files = os.listdir(self.folder) if self.folder.exists() else []
+        numbers = [name.removesuffix(".safetensors") for name in files]
+        self.read(max((int(number) for number in numbers if number.isdecimal()), default=0))
+        if wanted - self.known.keys():
+            with self.errors():
+                self.folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK):
+                raise model.InputError(f"{self.flag}: {self.folder} cannot be written, and lacks "
+                                       f"{len(wanted - self.known.keys())} rows of this run")
+
+    @contextmanager
+    def errors(self):
+        """What the file system refuses becomes one line that names the flag."""
+        try:
+            yield
+        except OSError as error:
+            raise model.InputError(f"{self.flag}: {error}") from None
+
+    def read(self, last: int):
+        """Read the files up to number `last`. A row that an earlier file holds keeps its value."""
+        for number in range(self.files_read + 1, last + 1):
+            file = self.folder / f"{number:06}.safetensors"
+            if not file.exists():  # somebody has removed it
+                continue
+            with self.errors():
+                content = file.read_bytes()
             try:
-                with safe_open(file, "pt") as tensors:
-                    self.known |= {key: tensors.get_tensor(key) for key in tensors.keys()}
-            except SafetensorError as error:  # emptied by a power cut, perhaps
-                print(f"warning: {file} cannot be read ({error}): what it held is computed anew", flush=True)
+                tensors = load(content)
+                if not tensors.pop("sha256").equal(checksum(tensors)):
+                    raise KeyError("sha256")
+            except (SafetensorError, KeyError):
+                print(f"warning: {file} is damaged: what it held is computed again", flush=True)
+                continue
+            for key in self.wanted & tensors.keys():
+                self.known.setdefault(key, tensors[key])
+        self.files_read = max(self.files_read, last)
 
-    def add(self, policy, groups_in_batches, share_prompt: bool, stop) -> int:
-        """Compute and store what is missing. -> how many distinct groups were computed"""
-        before, new = len(self.known), {}
-        for groups in groups_in_batches:
-            keyed = {group_key(g): g for g in groups}
-            missing = {k: g for k, g in keyed.items() if k not in self.known and k not in new}
-            if missing:
-                batch = model.to_device(policy.pack(list(missing.values()), share_prompt), policy.device)
-                with torch.no_grad():
-                    logps, *_ = policy(batch, entropies=False)                                  # (N, T)
-                mask, n = batch["completion_mask"], 0
-                for key, (_, completions) in missing.items():
-                    rows = slice(n, n + len(completions))
-                    new[key] = logps[rows][mask[rows]].cpu()
-                    n += len(completions)
+    def store(self, new: dict):
+        """Write the next file, and read it with those that others have written meanwhile."""
+        if not new:
+            return
+        temporary, number = self.folder / f"{uuid.uuid4().hex}.tmp", self.files_read + 1
+        with self.errors():
+            temporary.write_bytes(save(new | {"sha256": checksum(new)}))
+            while True:
+                try:
+                    os.link(temporary, self.folder / f"{number:06}.safetensors")
+                    break
+                except FileExistsError:
+                    number += 1
+            temporary.unlink()
+        self.read(number)
+
+    def add(self, policy, batches, share_prompt: bool, stop):
+        """Score the groups of these batches, and store those that are not known."""
+        new, stored = {}, time.monotonic()
+        for groups in batches:
+            batch = model.to_device(policy.pack(groups, share_prompt), policy.device)
+            with torch.no_grad():
+                logps, *_ = policy(batch, entropies=False)                                      # (N, T)
+            mask, n = batch["completion_mask"], 0
+            for group in groups:
+                rows = slice(n, n + len(group[1]))
+                new[group_key(group)] = logps[rows][mask[rows]].cpu()
+                n = rows.stop
             asked = stop()
-            if asked or len(new) >= 1024:  # now and then, so that a killed run has not worked for nothing
-                new = self._store(new)
+            if asked or time.monotonic() - stored > 60:  # so that a killed run has not worked for nothing
+                self.store(new)
+                new, stored = {}, time.monotonic()
             if asked:
                 raise model.Interrupted
-        self._store(new)
-        return len(self.known) - before
-
-    def unknown(self, places, sizes, size: int) -> list[int]:
-        """The places, less the batches of `size` of which every row is known: those need not be encoded. The
-        other batches stay whole, since log-probs may depend on the batch in their last bit."""
-        places = list(places)
-        batches = [places[i:i + size] for i in range(0, len(places), size)]
-        return [i for batch in batches if any(sizes[i].key not in self.known for i in batch) for i in batch]
-
-    def _store(self, new: dict) -> dict:
-        if new:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            name = hashlib.sha256("".join(sorted(new)).encode()).hexdigest()[:32]
-            file = self.folder / f"{name}.safetensors"
-            temporary = file.with_suffix(f".tmp-{socket.gethostname()}-{os.getpid()}")  # a shared folder
-            save_file(new, temporary)
-            temporary.rename(file)  # a killed run leaves no half-written cache
-            self.known |= new
-        return {}
+        self.store(new)
 
     def logps(self, groups, batch) -> torch.Tensor:
         """(N, T) like the policy's, 0 where the mask is False."""
-        mask, trained = batch["completion_mask"], batch["trained"]
-        flat = model.to_device(torch.cat([self.known[group_key(g)] for g in groups]), mask.device)
+        mask, trained, flat = batch["completion_mask"], batch["trained"], []
+        for group in groups:
+            key = group_key(group)
+            if key not in self.known:
+                raise model.InputError(f"{group[0].row['_source']}: the row, or an image of it, has changed "
+                                       "since this run began")
+            flat.append(self.known[key])
+        flat = model.to_device(torch.cat(flat), mask.device)
         return torch.zeros(mask.numel(), device=mask.device).scatter(0, trained, flat).view(mask.shape)
+
+
+def checksum(tensors: dict) -> torch.Tensor:
+    """sha256 of tensors and their names, (32,), as it stands in a file of the reference cache."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.numpy().tobytes())
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
 def score_groups(args, policy, groups, references, state):
@@ -512,8 +569,9 @@ def load_policy(args, run, source: str):
 class Groups:
     """The rows of a run as groups, (Prompt, [completion ids of each column]), checked before the first step.
 
-    `train` and `held_out` are rows, sizes and eval_sizes their data.Size; plan[draw] is the row of each draw,
-    longest the visited rows from the longest on. Of an update, rank_rows are this rank's, step_rows of all.
+    `train` are the rows of all ranks, held_out this rank's; sizes and eval_sizes the data.Size of all ranks'.
+    plan[draw] is the row of each draw, longest the visited rows from the longest on. Of an update, rank_rows
+    are this rank's, step_rows of all.
     """
 
     def __init__(self, args, run, policy, processor, columns, train, held_out, answered: bool):
@@ -539,6 +597,7 @@ class Groups:
                 run.world_size, measured, args.sort_by, args.dataloader_num_workers)
             self.held_out, self.eval_sizes = data.check_eval_rows(
                 held_out, limit, run.rank, run.world_size, held_out_size, args.dataloader_num_workers)
+        self.all_held_out = held_out
         if run.rank == 0 and measured.computed:  # else an earlier run has shown it
             data.show_sample(processor, self.encode(train[self.plan[0]]))
 
@@ -582,10 +641,32 @@ class Groups:
                 spans = model.spans_within(sizes, self.args.max_tokens_per_batch, alike=False)
             yield from (groups[a:b] for a, b in spans)
 
-    def eval_batches(self, places=None):
-        """The held-out rows (of these places), in batches as large as evaluation takes."""
-        places = range(len(self.held_out)) if places is None else places
-        return self.within_budget(self.batches(self.held_out, places, self.args.per_device_eval_batch_size))
+    def eval_batches(self):
+        """This rank's held-out rows, in batches as large as evaluation takes."""
+        return self.within_budget(self.batches(self.held_out, range(len(self.held_out)),
+                                               self.args.per_device_eval_batch_size))
+
+    def keys(self) -> set[str]:
+        """What the reference's log-probs of all ranks' rows are stored under."""
+        return {self.sizes[i].key for i in self.longest} | {size.key for size in self.eval_sizes.values()}
+
+    def batches_to_score(self, cache: ReferenceCache):
+        """This rank's share of the batches that hold a row which the cache lacks. The last bits of log-probs
+        depend on the cut into batches. So the cut is the same for any number of ranks and any cache."""
+        taken = set()  # keys of the batches before
+        for rows, places, sizes, size in (
+                (self.train, self.plan, self.sizes, self.args.per_device_train_batch_size),
+                (self.all_held_out, self.eval_sizes, self.eval_sizes, self.args.per_device_eval_batch_size)):
+            first = {}  # of each key the first place
+            for i in places:
+                if sizes[i].key not in taken:
+                    first.setdefault(sizes[i].key, i)
+            taken |= first.keys()
+            keys = list(first)
+            batches = [keys[i:i + size] for i in range(0, len(keys), size)]
+            todo = [first[key] for batch in batches[self.run.rank::self.run.world_size]
+                    if not cache.known.keys() >= set(batch) for key in batch]
+            yield from self.within_budget(self.batches(rows, todo, size))
 
     def largest_micro_batch(self) -> list:
         size = self.args.per_device_train_batch_size
@@ -599,29 +680,27 @@ def reference_logps(args, run, policy, processor, groups_of: Groups) -> dict | N
     """{"ref": ReferenceCache, and one for each further model of --algo's files}: log-probs of every row that
     the run will visit and of the held-out ones. None if the run is asked to stop meanwhile."""
     def cached(scorer, name):
-        cache, size = ReferenceCache(args.ref_cache, scorer), args.per_device_train_batch_size
-        places = dict.fromkeys(groups_of.places_from(0))
-        found = len({groups_of.sizes[i].key for i in places} & cache.known.keys())
-        batches = groups_of.batches(groups_of.train, cache.unknown(places, groups_of.sizes, size), size)
+        cache = ReferenceCache(args.ref_cache, scorer, groups_of.keys())
+        found = len(cache.known)
         with model.gathered(scorer), model.adapter_off(scorer), run.stop.passes():
-            computed = cache.add(scorer, groups_of.within_budget(batches), args.share_prompt, run.stop)
-            places = cache.unknown(range(len(groups_of.held_out)), groups_of.eval_sizes,
-                                   args.per_device_eval_batch_size)
-            cache.add(scorer, groups_of.eval_batches(places), args.share_prompt, run.stop)
-            run.say(f"{name} log-probs: {computed} pairs computed, {found} found in {cache.folder} "
-                    "(rank 0, training rows)")
+            cache.add(scorer, groups_of.batches_to_score(cache), args.share_prompt, run.stop)
+        if run.stopping():
+            return None
+        cache.read(max(model.all_gather_object(cache.files_read)))
+        if cache.wanted - cache.known.keys():
+            raise model.InputError(f"{cache.flag}: rows that other ranks wrote are missing; all ranks must "
+                                   "share this folder")
+        run.say(f"{name} log-probs: {len(cache.known) - found} pairs computed, {found} found in "
+                f"{cache.folder}")
         return cache
 
     references = {}
     if any(losses.PAIR_LOSSES[name].reference for name in args.loss_type if name != "sft"):
         references["ref"] = cached(policy, "reference")
-        if run.stopping():
-            return None
     for name, path in (item for scorers in model.hooks(args, "scorers") for item in scorers(args).items()):
-        references[name] = cached(load_scorer(args, path, policy, processor, run.device), name)
-        if run.stopping():
-            return None
-    return references
+        if None not in references.values():
+            references[name] = cached(load_scorer(args, path, policy, processor, run.device), name)
+    return None if None in references.values() else references
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -522,12 +522,11 @@ def our_steps(args):
         else:
             add = train_dpo.ReferenceCache.add
 
-            def timed(*a):
-                began = time.process_time()
-                result = add(*a)
-                if result[0]:
-                    BESIDE["reference"] = (time.process_time() - began) / result[0] * args.P
-                return result
+            def timed(cache, *rest):
+                began, before = time.process_time(), len(cache.known)
+                add(cache, *rest)
+                if len(cache.known) > before:
+                    BESIDE["reference"] = (time.process_time() - began) / (len(cache.known) - before) * args.P
             train_dpo.ReferenceCache.add = timed
             train_dpo.main([*flags, "--algo", "mpo", "--per_device_train_batch_size", str(args.P), "--ref_cache",
                             tempfile.mkdtemp()])

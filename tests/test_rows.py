@@ -4,6 +4,7 @@ a row is kept on disk by its content, so that the next start on the same data de
 import json
 import os
 import re
+import shutil
 
 import pytest
 from conftest import FAMILIES, ROOT, InProcess, few, make_row, python, run
@@ -165,13 +166,19 @@ def test_a_damaged_file_is_ignored_and_written_anew(loaded, pictured, tmp_path, 
     file.write_text({"emptied": "", "cut": text[:-30], "a digit": other}[damage])
     capsys.readouterr()
     assert sizes(tmp_path, *loaded("qwen2_5_vl"), pictured) == (before, 3)
-    assert f"warning: {file} is damaged: what it held is computed anew" in capsys.readouterr().out
+    assert f"warning: {file} is damaged: what it held is computed again" in capsys.readouterr().out
     assert file.read_text() == text and sizes(tmp_path, *loaded("qwen2_5_vl"), pictured) == (before, 0)
     assert capsys.readouterr().out == ""
 
 
 def test_a_folder_that_cannot_be_written(loaded, pictured, tmp_path, capsys):
-    """The cache saves time: without it a run goes on as before."""
+    """The cache saves time: without it a run goes on as before; so it does if one of its files cannot be read."""
+    sizes(tmp_path, *loaded("qwen2_5_vl"), pictured)
+    (file,) = (tmp_path / "rows").rglob("*.txt")
+    file.unlink(), file.mkdir()
+    assert sizes(tmp_path, *loaded("qwen2_5_vl"), pictured)[1] == 3
+    assert str(file) in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "rows")
     (tmp_path / "rows").write_text("a file")
     for _ in range(2):
         assert sizes(tmp_path, *loaded("qwen2_5_vl"), pictured)[1] == 3
