@@ -1862,6 +1862,11 @@ def describe_run(args, world_size: int) -> dict:
     """args.json: resolved flags, package versions, and what must not change under a run that is resumed."""
     named = [name for name in [*(args.dataset or []), args.eval_dataset] if name is not None]
     given = [Path(name if os.path.exists(name) else name.rsplit(":", 1)[0]) for name in named]  # less :split
+    output = Path(args.output_dir or "runs").resolve()
+    for folder in given:
+        if folder.is_dir() and output.is_relative_to(folder.resolve()):
+            raise InputError(f"--output_dir {args.output_dir or output} lies in the dataset's folder "
+                             f"{folder}: the run's own files would count as data; name another folder")
     given = [file for path in given for file in [path, *sorted(path.rglob("*"))]
              if file.is_file() and file.suffix in (".parquet", ".jsonl", ".json")]
     kinds = {args.loss_type} if isinstance(args.loss_type, str) else set(args.loss_type)

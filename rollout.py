@@ -712,6 +712,11 @@ class RewardRunner:
         self.failed = 0
         return torch.stack([self._score_one(i, columns, rows, step) for i in range(len(self.specs))])
 
+    def columns(self) -> set[str] | None:
+        """The names of all columns that the functions take; None: every column."""
+        every = any(others for _, others in self.takes)
+        return None if every else {name for names, _ in self.takes for name in names}
+
     def question(self, index: int, columns: dict) -> tuple[int, dict, dict]:
         """What the function is called with: the columns it takes, and trainer_state. Pixels stay out of the
         pipe unless it names them."""

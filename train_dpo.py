@@ -232,6 +232,10 @@ def columns_of(args, losses_only=False) -> dict[str, tuple[float, float]]:
     return found
 
 
+# Columns that some loss takes.
+NUMBERS = {"margin", "chosen_probs", "chosen_probs_win", "chosen_probs_lose", "weight"}
+
+
 def check_columns(args, train_rows, eval_rows):
     """The numbers that losses, --algo's files and --sort_by take from the data, in every row of it."""
     needs = columns_of(args)
@@ -240,9 +244,8 @@ def check_columns(args, train_rows, eval_rows):
             data.check_numbers(rows, column, *bounds, f"--algo {' '.join(args.algo)}")
     if args.sort_by is not None:
         data.check_numbers(train_rows, args.sort_by, -1e300, 1e300, "--sort_by")
-    known = {"margin", "chosen_probs", "chosen_probs_win", "chosen_probs_lose", "weight"}
     first = next(data.readable(train_rows), {})
-    for column in sorted(known & first.keys() - {*needs, args.sort_by}):
+    for column in sorted(NUMBERS & first.keys() - {*needs, args.sort_by}):
         if args.dataset is not None:
             model.warn(f"{first['_source']}: nothing uses the column {column}")
 
@@ -445,7 +448,7 @@ def main(argv=None):
         return
     pairs = any(name in losses.PAIR_LOSSES for name in args.loss_type)
     columns = ("chosen", "rejected") if pairs else ("chosen",)
-    train_rows, eval_rows = data.rows_of_run(args, ("prompt", *columns))
+    train_rows, eval_rows = data.rows_of_run(args, ("prompt", *columns), {*columns_of(args), *NUMBERS})
     check_columns(args, train_rows, eval_rows)
     rewards = accuracy_of(args, run, eval_rows)
     source = data.start_model(args, run.folder)

@@ -374,9 +374,11 @@ def main(argv=None):
     run = model.Run(args)
     if run.done:
         return
-    rewards = rollout.RewardRunner(args.reward_funcs, args.reward_timeout, run.folder)  # starts meanwhile
+    rewards = rollout.RewardRunner(args.reward_funcs, args.reward_timeout, run.folder)
+    rewards.wait_until_ready()  # what is wrong with a reward or the server shows before any work
+    server = start_server(args, run)
     need = ("prompt", "solution") if NEED_SOLUTION & set(args.reward_funcs) else ("prompt",)
-    train_rows, eval_rows = data.rows_of_run(args, need)
+    train_rows, eval_rows = data.rows_of_run(args, need, rewards.columns())
     sizes = sizes_of(args, run.world_size, len(train_rows))
     run.say(f"rollout: {sizes.prompts_per_rollout} prompts x {args.num_generations} completions, "
             f"{sizes.steps_per_rollout} updates each; {sizes.rollouts} rollouts, {sizes.max_steps} steps")
@@ -387,9 +389,7 @@ def main(argv=None):
     if args.preflight or args.preflight is None and run.device.type == "cuda":
         preflight(args, run, policy, prompts)
     optimizer, parameters = model.make_optimizer(args, policy)
-    rewards.wait_until_ready()
     rewards.max_steps = sizes.max_steps
-    server = start_server(args, run)
     policy_loss = losses.group_loss if args.loss_type in losses.GROUP_LOSSES else losses.policy_loss
     flags = vars(args) | {"beta": 0.0 if args.kl_in_reward else args.beta}  # what losses take by name
 

@@ -77,12 +77,13 @@ def allow_helpers(paths: list[str]):
 
 
 def parameters(function) -> tuple[list[str], bool]:
-    """The names of what the function takes, and whether it takes all others as well (**kwargs)."""
+    """The names of what the function takes, and whether it takes all others as well (**kwargs; `**_` is the
+    name for what is not used)."""
     try:
         found = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # written in C
         return [], True
-    return [p.name for p in found], any(p.kind is p.VAR_KEYWORD for p in found)
+    return [p.name for p in found], any(p.kind is p.VAR_KEYWORD and p.name != "_" for p in found)
 
 
 def plain_rewards(result):

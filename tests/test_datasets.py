@@ -8,6 +8,7 @@ import random
 import re
 import sys
 import time
+from argparse import Namespace
 from collections import Counter, OrderedDict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -334,6 +335,40 @@ def test_unused_columns_are_not_read(root):
         prompt="a", images=[], reward_model={"ground_truth": "3"}, note="y", solution="3")
     with pytest.raises(data.RowError, match="no chosen or completion column, or an empty one; it has .*scan, note$"):
         data.read_rows(str(path), None, ("chosen",), columns={"chosen"})[0]
+
+
+def test_a_run_reads_the_columns_that_its_rewards_take(root):
+    """A cell of 700 MB that nobody used cost 2.9 GB. Functions that name what they take leave the rest in the file; one
+    with **kwargs gets every column, as in TRL."""
+    (root / "mine.py").write_text("def named(completions, note, **_):\n    pass\n\n\ndef greedy(completions, **kwargs):\n    pass\n")
+    path = write_parquet(root / "a.parquet", [dict(question="a", answer="3", level=1.5, note="y", scan="x")])
+    for names, columns in ((["accuracy"], {"question", "answer", "level"}),
+                           (["accuracy", "mine.py:named"], {"question", "answer", "level", "note"}),
+                           (["mine.py:greedy"], {"question", "answer", "level", "note", "scan"})):
+        rewards = rollout.RewardRunner([name.replace("mine.py", str(root / "mine.py")) for name in names], folder=root)
+        rewards.wait_until_ready()
+        args = Namespace(dataset=[str(path)], dataset_weights=None, eval_dataset=str(path), image_root=None, sort_by="level")
+        for rows in data.rows_of_run(args, ("prompt",), rewards.columns()):
+            assert {k for k in rows[0] if not k.startswith("_")} == columns | {"prompt", "solution", "images"}
+        rewards.close()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--reward_funcs", "broken.py:f"], "broken.py.*invalid syntax|invalid syntax.*broken.py"),
+    (["--vllm_server_base_url", "http://127.0.0.1:9"], "--vllm_server_base_url http://127.0.0.1:9: /version"),
+    (["--output_dir", "set/run"], "--output_dir set/run lies in the dataset's folder set: the run's own files"),
+    (["--dataset", ".", "--output_dir", "run"], "--output_dir run lies in the dataset's folder .: the run's own files"),
+    (["--dataset", ".:set/train"], "--output_dir .*runs lies in the dataset's folder .: ")])
+def test_cheap_checks_come_first(root, monkeypatch, flags, message):
+    """Errors of a reward file or of vLLM's address came after the check of all rows, which may take long. An output folder
+    among the data changed the data's digest, so that the run could never be resumed."""
+    monkeypatch.chdir(root)
+    (root / "broken.py").write_text("def f(:\n")
+    write_jsonl(root / "set" / "train.jsonl", [dict(prompt="how many?", image="missing.png", solution="3")])
+    before = sorted(root.rglob("*"))
+    with pytest.raises(model.InputError, match=message):
+        SCRIPTS["train_grpo"].main(["--dataset", "set", "--model_name_or_path", "no/model", *flags])
+    assert flags[-1] != "set/run" or sorted(root.rglob("*")) == before
 
 
 def test_row_groups_of_all_files_share_one_bound(root, monkeypatch):
