@@ -2,7 +2,9 @@
 
     python benchmarks/learning.py runs/learning                       # every preset, seeds 0 1 2: an hour or so
     python benchmarks/learning.py runs/learning --algos rloo simpo    # some
+    python benchmarks/learning.py runs/curves --algos mpo grpo gspo --eval_steps 5 --figure learning.png
 
+The figure has a panel a preset: held-out greedy accuracy over the steps, a line a seed (pip install matplotlib).
 Prints one markdown row a preset: held-out greedy accuracy (256 pictures, guessing gives 0.17) before and after,
 and for the pair losses the held-out margin's change. A run that exists already is not run again.
 """
@@ -39,11 +41,32 @@ def run(script: str, folder: Path, *flags) -> list[dict]:
     return [json.loads(line) for line in open(folder / "metrics.jsonl")]
 
 
+def draw(results: dict, algos: list[str], seeds: list[int], file: Path):
+    """Held-out accuracy over steps: a panel an algo, a line a seed."""
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(algos), figsize=(3.4 * len(algos), 2.7), sharey=True, squeeze=False)
+    for panel, algo in zip(panels[0], algos):
+        for seed in seeds:
+            evaluated = [m for m in results[algo, seed] if "eval/accuracy" in m]
+            panel.plot([m["step"] for m in evaluated], [m["eval/accuracy"] for m in evaluated], label=f"seed {seed}")
+        panel.axhline(1 / 6, color="grey", linestyle=":", label="guessing")
+        panel.set(title=algo.upper(), xlabel="optimizer steps", ylim=(0, 1.03))
+    panels[0][0].set_ylabel("held-out accuracy")
+    panels[0][-1].legend(loc="lower right", frameon=False)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the runs go here")
     parser.add_argument("--algos", nargs="+", default=[*train_dpo.PRESETS, *train_grpo.PRESETS, *LEADS], help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--eval_steps", type=int, help="default: what the tiny model's runs have")
+    parser.add_argument("--figure", type=Path, help="draw the learning curves there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each")
     args = parser.parse_args()
 
@@ -57,6 +80,7 @@ def main():
         module = train_dpo if offline else train_grpo
         tiny = module.TINY_DEFAULTS | module.TINY_BY_ALGO.get(algo, {})  # what a run without a model path gets
         tiny |= getattr(LEADS.get(algo), "TINY", {})
+        tiny |= {} if args.eval_steps is None else {"eval_steps": args.eval_steps}
         flags = [part for name, value in tiny.items() for part in (f"--{name}", value)]
         if module is train_dpo:
             flags += ["--ref_cache", args.folder / "ref_cache"]
@@ -86,6 +110,8 @@ def main():
             seconds.append(sum(m.get("step_time", 0) for m in metrics))
         margin = ", ".join(f"{m:+.2g}" for m in margins)
         print(f"| `{algo}` | " + " | ".join(cells) + f" | {margin} | {min(seconds):.0f} to {max(seconds):.0f} |")
+    if args.figure is not None:
+        draw(results, args.algos, args.seeds, args.figure)
 
 
 if __name__ == "__main__":
