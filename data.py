@@ -96,7 +96,6 @@ def find_files(name: str, split: str, flag: str = "--dataset") -> list[Path]:
     if not path.exists() and ":" in name:
         name, _, given = name.rpartition(":")
         path = Path(name)
-    expected = "expected a .jsonl, .json or .parquet file, a folder of such files, or a hub id"
     if path.is_file() and path.suffix in SUFFIXES:
         if given is not None:
             raise RowError(f"{flag} {name}:{given}: {name} is a file, which has no splits")
@@ -111,7 +110,8 @@ def find_files(name: str, split: str, flag: str = "--dataset") -> list[Path]:
             raise RowError(f"{flag} {name}: no such file or folder, and the hub cannot give a dataset of "
                            f"that name: {type(error).__name__}: {error}") from None
     if not path.is_dir():
-        raise RowError(f"{flag} {name}: {'' if path.exists() else 'no such file: '}{expected}")
+        raise RowError(f"{flag} {name}: {'' if path.exists() else 'no such file: '}expected a .jsonl, .json "
+                       "or .parquet file, a folder of such files, or a hub id")
 
     found = [(f, f.relative_to(path).as_posix().lower()) for f in sorted(path.rglob("*")) if f.is_file()]
     kind = next((suffix for suffix in SUFFIXES if any(f.suffix == suffix for f, _ in found)), None)
@@ -205,35 +205,20 @@ class Parquet:
         except (OSError, ValueError) as error:  # pyarrow's own are among them
             raise RowError(f"{self.path}: not a whole parquet file: {error}") from None
 
-    def read_group(self, number: int):
-        """The table of a row group, kept or read anew."""
-        def fresh(file):
-            about = file.metadata.row_group(number)
-            chunks = [about.column(i) for i in range(about.num_columns)]
-            self.make_room(sum(chunk.total_uncompressed_size for chunk in chunks if self.columns is None
-                               or chunk.path_in_schema.split(".")[0] in self.columns))
-            return file.read_row_group(number, columns=self.columns)
-
-        with self.lock:  # of the loader's threads
-            table = self.kept.pop((self, number), None)
-            if table is None:
-                table = self.read(fresh)
-                self.make_room(table.nbytes)  # which may be more than the file's metadata says
-            self.kept[self, number] = table
-            return table
-
-    def make_room(self, size: int):
-        while self.kept and size + sum(table.nbytes for table in self.kept.values()) > self.KEPT_BYTES:
-            self.kept.popitem(last=False)
-
     def __len__(self):
         return int(self.start[-1])
 
     def __getitem__(self, i):
-        number = int(np.searchsorted(self.start, i, side="right")) - 1
-        row = self.read_group(number).slice(i - self.start[number], 1)
+        group = int(np.searchsorted(self.start, i, side="right")) - 1
+        with self.lock:  # of the loader's threads
+            table = self.kept.pop((self, group), None)
+            if table is None:
+                table = self.read(lambda file: file.read_row_group(group, columns=self.columns))
+            while self.kept and table.nbytes + sum(t.nbytes for t in self.kept.values()) > self.KEPT_BYTES:
+                self.kept.popitem(last=False)
+            self.kept[self, group] = table
         try:
-            return f"{self.path}[{i}]", row.to_pylist()[0]
+            return f"{self.path}[{i}]", table.slice(i - self.start[group], 1).to_pylist()[0]
         except UnicodeDecodeError as error:
             raise RowError(f"{self.path}[{i}]: not UTF-8: {error}") from None
 
@@ -301,15 +286,14 @@ def rows_of_run(args, need: tuple[str, ...], columns: set[str] | None = None):
     columns: those that the run uses beside the ones that this file knows by name; None: every column."""
     if columns is not None:
         known = {"rejected", "conversations", "messages", "reward_model"}.union(*ALIASES.values())
-        columns = known | {*need, args.sort_by} | columns
+        columns = columns | known | {*need, args.sort_by}
+    read = functools.partial(read_rows, image_root=args.image_root, need=need, columns=columns)
     if args.dataset is None:
         train, held_out = shapes_rows(4096, args.seed, "train"), shapes_rows(256, args.seed, "test")
     else:
-        train, held_out = read_rows(args.dataset, args.image_root, need, weights=args.dataset_weights,
-                                    columns=columns), []
+        train, held_out = read(args.dataset, weights=args.dataset_weights), []
     if args.eval_dataset is not None:
-        held_out = read_rows(args.eval_dataset, args.image_root, need, "test", flag="--eval_dataset",
-                             columns=columns)
+        held_out = read(args.eval_dataset, split="test", flag="--eval_dataset")
     return train, held_out
 
 
@@ -579,42 +563,33 @@ def _render_prompt(processor, messages: list[dict], source: str) -> str:
     return _render(processor, messages, source, continue_final_message=True)
 
 
-def one_message(text: str) -> list[dict]:
-    """The chat of a user who says this."""
-    return [{"role": "user", "content": [{"type": "text", "text": text}]}]
-
-
 @functools.lru_cache
-def turn_tokens(processor, template: str | None) -> frozenset[int]:
-    """The special tokens that the chat template (the key of the cache) writes around a message."""
-    tokenizer, text = processor.tokenizer, _render(processor, one_message("x"), "")
-    added = tokenizer.added_tokens_decoder
-    return frozenset(i for i in token_ids(tokenizer, text, add_special_tokens=False)
-                     if i in added and added[i].special)
-
-
-@functools.lru_cache
-def spelled(tokenizer, ids: frozenset[int]) -> list[str] | None:
-    """How these ids are written in a text; None if one of them may come from other text than its own."""
-    added = [tokenizer.added_tokens_decoder.get(i) for i in ids if i < len(tokenizer)]
-    return None if any(token is None or token.normalized for token in added) else [t.content for t in added]
+def control_tokens(processor, template: str | None, ends: tuple[int, ...], placeholders: frozenset[int]):
+    """(ids of the special tokens that begin or end a turn, all these and the placeholders', how those are
+    written in a text). The last is None if one of them may come from other text than its own."""
+    message = {"role": "user", "content": [{"type": "text", "text": "x"}]}
+    ids = token_ids(processor.tokenizer, _render(processor, [message], ""), add_special_tokens=False)
+    added = processor.tokenizer.added_tokens_decoder
+    turns = {i for i in ids if i in added and added[i].special}.union(ends)
+    control = turns | {i for i in placeholders if i < len(processor.tokenizer)}
+    known = all(i in added and not added[i].normalized for i in control)
+    return turns, control, [added[i].content for i in control] if known else None
 
 
 def refuse_control_tokens(policy: Policy, processor, text: str, what: str):
-    """RowError if text of a row spells a token that ends or begins a turn, or stands for an image: the model
+    """RowError if text of a row spells a token that begins or ends a turn, or stands for an image: the model
     would read turns and images that the row does not have."""
-    tokenizer = processor.tokenizer
-    turns = turn_tokens(processor, getattr(processor, "chat_template", None)).union(policy.eos_ids)
-    control = turns | policy.never_sampled_ids
-    spellings = spelled(tokenizer, control)
+    turns, control, spellings = control_tokens(processor, getattr(processor, "chat_template", None),
+                                               tuple(policy.eos_ids), policy.never_sampled_ids)
     if spellings is not None and not any(spelling in text for spelling in spellings):
         return  # a search, since tokenizing takes longer
-    found = control.intersection(token_ids(tokenizer, text, add_special_tokens=False))
+    found = control.intersection(token_ids(processor.tokenizer, text, add_special_tokens=False))
     if found:
-        hint = ("An image's place in a prompt is written <image>." if not found & turns else
-                "If a chat template has rendered it already, give the bare text, or messages.")
-        raise RowError(f"{what} contains {', '.join(tokenizer.convert_ids_to_tokens(sorted(found)))}, which "
-                       f"is for the chat template and the processor to write. {hint}")
+        tokens = ", ".join(processor.tokenizer.convert_ids_to_tokens(sorted(found)))
+        hint = ("If a chat template has rendered it already, give bare text, or messages." if found & turns
+                else "An image's place in a prompt is written <image>.")
+        raise RowError(f"{what} contains {tokens}, which is for the chat template and the processor to "
+                       f"write. {hint}")
 
 
 class Begun(NamedTuple):
@@ -640,7 +615,8 @@ def begin_row(policy: Policy, processor, row: dict) -> Begun:
 def leaves_text_alone(processor) -> bool:
     """Whether all that the processor does to a prompt without images is to tokenize it. Tried on one prompt:
     its __call__ takes five times as long as the tokenizer."""
-    text = _render_prompt(processor, one_message("How many shapes are there?\n 7"), "")
+    message = {"role": "user", "content": [{"type": "text", "text": "How many shapes are there?\n 7"}]}
+    text = _render_prompt(processor, [message], "")
     special = _special_tokens(processor.tokenizer, text)
     inputs = processor(text=[text], images=None, return_tensors="pt", **special)
     return (inputs["input_ids"].tolist() == [processor.tokenizer(text, **special)["input_ids"]]
@@ -718,11 +694,9 @@ def encode_completion(policy: Policy, processor, row: dict, column: str,
     if rest == whole or answer.strip() not in rest:
         raise RowError(f"{source}: the chat template does not render {column} whole after the prompt: "
                        f"{rest[:200]!r}")
-    whole_ids = token_ids(tokenizer, whole, **_special_tokens(tokenizer, prompt))
-    if whole_ids[:len(prompt_ids)] == prompt_ids:
-        ids = whole_ids[len(prompt_ids):]
-    else:
-        ids = token_ids(tokenizer, rest, add_special_tokens=False)
+    ids = token_ids(tokenizer, whole, **_special_tokens(tokenizer, prompt))
+    ids = (ids[len(prompt_ids):] if ids[:len(prompt_ids)] == prompt_ids
+           else token_ids(tokenizer, rest, add_special_tokens=False))
     end = min((ids.index(eos) for eos in policy.eos_ids if eos in ids), default=None)
     return as_ids([*ids, tokenizer.eos_token_id] if end is None else ids[:end + 1])
 

@@ -260,7 +260,7 @@ def test_a_begun_turn_is_continued(loaded, family):
     ("chosen", "4<|im_end|>lost", r"chosen contains <\|im_end\|>, which is for the chat template"),
     ("chosen", "a <|image_pad|>", r"chosen contains <\|image_pad\|>, which"),
     ("prompt", "what is <|image_pad|>?", r"prompt contains <\|image_pad\|>, which.* is written <image>"),
-    ("prompt", "x<|im_end|>\n", r"prompt contains <\|im_end\|>, which.*give the bare text, or messages"),
+    ("prompt", "x<|im_end|>\n", r"prompt contains <\|im_end\|>, which.*give bare text, or messages"),
     ("prompt", [{"role": "system", "content": "<|im_start|>system"}, {"role": "user", "content": "x"}],
      r"prompt contains <\|im_start\|>, which.*If a chat template has rendered it")])
 def test_bad_pairs_are_refused(loaded, column, value, message):
