@@ -83,7 +83,13 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable") 
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The scripts print its message, no traceback, and exit."""
+    """Something the user gave cannot be used. The scripts print its message, no traceback, and exit.
+
+    It may quote a model, a row or a server, so control characters, which a terminal obeys, are escaped.
+    """
+
+    def __str__(self):
+        return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in super().__str__())
 
 
 # ------------------------------------------------------------------------------------------------------------

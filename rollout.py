@@ -6,6 +6,7 @@ Sizes in comments: P prompts, G num_generations, N = P * G completions (group-ma
 longest completion, R position rows (3 for M-RoPE models, else 1).
 """
 
+import functools
 import json
 import math
 import multiprocessing
@@ -108,12 +109,14 @@ def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor | None, top_k: in
         cdf = sums.cumsum(-1)
         target = uniforms[:, None] * cdf[:, -1:]                                                # (N, 1)
         # right=True skips entries where the CDF does not rise; 1 - 2^-52 keeps it from running off the end.
-        chosen = torch.searchsorted(cdf, target, right=True)                                    # (N, 1)
+        # Without the clamps a nan, which `sample` reports, would be an index out of range.
+        chosen = torch.searchsorted(cdf, target, right=True).clamp(max=cdf.shape[-1] - 1)       # (N, 1)
         target = target - (cdf - sums).gather(-1, chosen)
         ids = chosen * block + torch.arange(block, device=p.device)                             # (N, block)
         within = likely.gather(-1, ids.clamp(max=V - 1)).double().masked_fill_(ids >= V, 0.0).cumsum(-1)
         target = torch.minimum(target.clamp(min=0.0), within[:, -1:] * (1 - 2.0**-52))
-        token = (chosen * block + torch.searchsorted(within, target, right=True)).squeeze(-1)
+        token = chosen * block + torch.searchsorted(within, target, right=True)
+        token = token.clamp(max=V - 1).squeeze(-1)
     logp = p.gather(-1, token[:, None]).squeeze(-1).double().log()
     return token, (logp - log_total).float()
 
@@ -461,12 +464,36 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
             if stop is not None and stop():
                 raise Interrupted
             steps.drop_ended(slot_of, age_of)
+        ids, logps = steps.ids[:P * G, :T], steps.logps[:P * G, :T]
+        if logps.isnan().any():
+            raise InputError(f"the model's logits are not finite: {first_not_finite(policy, prompts[0])}")
     policy.train(was_training)
-    ids, logps = steps.ids[:P * G, :T], steps.logps[:P * G, :T]
     ended = torch.isin(ids, steps.eos)
     mask = ended.long().cumsum(-1) - ended.long() == 0  # up to the first EOS, which is included
     longest = max(1, int(mask.sum(-1).max()))
     return Rollout(*(x[:, :longest].cpu() for x in (ids, mask, logps)), (~ended.any(-1)).cpu())
+
+
+def first_not_finite(policy: Policy, prompt: Prompt) -> str:
+    """The first layer whose output for this prompt is not finite, and its first weight that is not."""
+    found = []
+
+    def look(name, layer, _, output):
+        x = output[0] if isinstance(output, tuple) else output
+        if not found and isinstance(x, torch.Tensor) and not x.isfinite().all():
+            bad = [key for key, p in layer.named_parameters() if not p.isfinite().all()]
+            found.append(f"first in the output of {name}, " + (
+                f"whose {bad[0]} holds nan or inf" if bad else f"whose weights are finite in {policy.dtype}"))
+
+    hooks = [layer.register_forward_hook(functools.partial(look, name))
+             for name, layer in policy.hf.named_modules()]
+    batch = to_device(pack_groups([(prompt, [])], policy.pad_id), policy.device)
+    hidden = policy.hidden(batch["input_ids"], batch["position_ids"], attention_mask_of(batch),
+                           batch["pixels"])
+    policy.logits(hidden[0], 1.0)
+    for hook in hooks:
+        hook.remove()
+    return found[0] if found else "every layer's output for the prompt alone is finite"
 
 
 def steps_for(policy: Policy, sizes: tuple, T: int, wide_T: int, G: int, settings: tuple, R: int,
@@ -497,6 +524,13 @@ def steps_for(policy: Policy, sizes: tuple, T: int, wide_T: int, G: int, setting
 # Sampling by a vLLM server
 
 
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """What names another address is an error: weights and prompts go to the server of the flag alone."""
+
+    def redirect_request(self, *_):
+        return None
+
+
 SERVER_TIMEOUT = 1800  # seconds that one answer may take
 SERVER_REQUESTS = 64  # groups asked for at once, by each rank
 
@@ -523,30 +557,35 @@ class VLLMServer:
     def __init__(self, url: str, folder: str | Path, chat):
         """chat(row): the messages of a request, and how the prompt ends (data.chat_request)."""
         self.url, self.folder, self.chat = url.rstrip("/"), Path(folder).resolve(), chat
-        self.version = self.ask("/version")["version"]
+        self.opener = urllib.request.build_opener(NoRedirects)
+        self.version = self.ask("/version", read=lambda answer: str(answer["version"]))
         if [int(n) for n in re.findall(r"\d+", self.version)[:2]] < [0, 32]:
             raise self.error(f"vLLM {self.version} is older than 0.32, for which this was written")
-        config = self.ask("/server_info?config_format=json")["vllm_config"]
-        self.device, mode = config["device_config"]["device"], config["model_config"]["logprobs_mode"]
+        self.device, mode = self.ask("/server_info?config_format=json", read=lambda answer: [
+            answer["vllm_config"][part][name]
+            for part, name in (("device_config", "device"), ("model_config", "logprobs_mode"))])
         if mode != "processed_logprobs":
             raise self.error(f"it gives {mode}; start it with --logprobs-mode processed_logprobs")
 
     def error(self, text: str) -> InputError:
         return InputError(f"--vllm_server_base_url {self.url}: {text}")
 
-    def ask(self, path: str, body: dict | None = None):
-        """GET, or POST of a body; the JSON that is answered, None for nothing."""
-        data = None if body is None else json.dumps(body).encode()
+    def ask(self, path: str, body: dict | None = None, read=lambda answer: answer):
+        """GET, or POST of a body -> read(the JSON that is answered, None for nothing)"""
+        data, answer = None if body is None else json.dumps(body).encode(), b""
         try:
             request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=SERVER_TIMEOUT) as answer:
-                return json.loads(answer.read() or "null")
-        except (OSError, HTTPException, ValueError) as error:
-            reason = str(error)
-            if isinstance(error, HTTPError):
-                reason += " " + error.read().decode(errors="replace")[:500]
-                reason += " (was it started with VLLM_SERVER_DEV_MODE=1?)" if error.code == 404 else ""
-            raise self.error(f"{path}: {reason}") from None
+            with self.opener.open(request, timeout=SERVER_TIMEOUT) as response:
+                answer = response.read()
+            return read(json.loads(answer or "null"))
+        except HTTPError as error:
+            hint = " (was it started with VLLM_SERVER_DEV_MODE=1?)" if error.code == 404 else ""
+            raise self.error(f"{path}: {error} {error.read(500).decode(errors='replace')}{hint}") from None
+        except (OSError, HTTPException) as error:
+            raise self.error(f"{path}: {error}") from None
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise self.error(f"{path}: {error if type(error) is ValueError else 'no answer of vLLM'}: "
+                             f"{answer[:300].decode(errors='replace')}") from None
 
     def push(self, policy: Policy, processor, source: str, rank: int):
         """Give the server the policy's weights. A collective: rank 0 writes and asks, the others wait."""
@@ -562,28 +601,45 @@ class VLLMServer:
                max_completion_length: int, temperature: float, stop=None, **_) -> Rollout:
         """As `rollout.sample`; draws, seed and rollout_tokens mean nothing to a server, and top_k, top_p and
         min_p must be off: log-probs would be of what they leave (the script refuses)."""
-        T, eos, banned = max_completion_length, set(policy.eos_ids), sorted(policy.never_sampled_ids)
+        T, eos, banned = max_completion_length, set(policy.eos_ids), policy.never_sampled_ids
+        sampled = set(range(len(policy.hf.get_output_embeddings().weight))) - banned
         settings = dict(
             n=num_generations, max_completion_tokens=T, temperature=temperature, top_k=0, top_p=1.0,
             min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, logprobs=True,
             top_logprobs=0, return_token_ids=True, ignore_eos=True, stop_token_ids=policy.eos_ids,
-            logit_bias={str(token): -100 for token in banned})
+            logit_bias={str(token): -100 for token in sorted(banned)})
+
+        def read_choice(choice, where: str):
+            """(ids, log-probs) of a completion"""
+            ids, logps = choice["token_ids"], [x["logprob"] for x in choice["logprobs"]["content"]]
+            how = "stop" if ids and ids[-1] in eos else "length" if len(ids) == T else "neither"
+            for wrong, text in (
+                    (not sampled.issuperset(ids), "an id that is never sampled"),
+                    (eos.intersection(ids[:-1]), "an EOS before the end"),
+                    (choice["finish_reason"] != how, "cut off, neither at an EOS nor at the limit"),
+                    (len(ids) != len(logps), f"{len(logps)} log-probs for {len(ids)} ids"),
+                    # a rounding above 0 is no fault
+                    (not all(isinstance(x, float | int) and -math.inf < x < 1e-4 for x in logps),
+                     f"log-probs that are none: {str(logps)[:100]}")):
+                if wrong:
+                    raise ValueError(f"{where}: {text}")
+            return torch.tensor(ids), torch.tensor(logps, dtype=torch.float)
 
         def complete(prompt: Prompt):
             """[(ids, log-probs) of each of the prompt's completions]."""
-            answer = self.ask("/v1/chat/completions", self.chat(prompt.row) | settings)
-            theirs, ours, group = answer.get("prompt_token_ids"), prompt.tokens.tolist(), []
-            if theirs != ours:
-                raise self.error(f"{prompt.row['_source']}: another model, chat template or image processor: "
-                                 f"it reads {str(theirs)[:200]}, the trainer {str(ours)[:200]}")
-            for choice in sorted(answer["choices"], key=lambda choice: choice["index"]):
-                ids, logps = choice["token_ids"], [x["logprob"] for x in choice["logprobs"]["content"]]
-                how = "stop" if ids and ids[-1] in eos else "length" if len(ids) == T else "neither"
-                if choice["finish_reason"] != how or len(ids) != len(logps) or set(ids) & set(banned):
-                    raise self.error(f"{prompt.row['_source']}: cut off, or an id that is never sampled: "
-                                     f"{json.dumps(choice)[:500]}")
-                group.append((torch.tensor(ids), torch.tensor(logps)))
-            return group
+            where, ours = prompt.row["_source"], prompt.tokens.tolist()
+
+            def read(answer):
+                theirs = answer["prompt_token_ids"]
+                choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+                if theirs != ours:
+                    raise ValueError(f"{where}: another model, chat template or image processor: it reads "
+                                     f"{str(theirs)[:200]}, the trainer {str(ours)[:200]}")
+                if [choice["index"] for choice in choices] != list(range(num_generations)):
+                    raise ValueError(f"{where}: {len(choices)} completions, expected {num_generations}")
+                return [read_choice(choice, where) for choice in choices]
+
+            return self.ask("/v1/chat/completions", self.chat(prompt.row) | settings, read)
 
         pool = ThreadPoolExecutor(SERVER_REQUESTS)
         groups = [pool.submit(complete, prompt) for prompt in prompts]

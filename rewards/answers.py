@@ -215,7 +215,7 @@ FIRST_CHOICE = r"\(?([A-Ja-j])(?:\)|[.:](?!\w)|\.?$)(?! ?(?:and\b|or\b|[,/(]))"
 CHOICE_LETTER = (r"(?<![\w/])(?<!\w')(?<!\d )"
                  r"([B-HJ]|[AI](?! (?!(?:and|or|is|as|so|because|since)\b)[a-z]))"
                  r"(?!\w|['.]\w|/| ?[=+^])")
-NAMED_CHOICE = (r"(?i:answer|option|choice|choose|pick|select|it is|must be)(?i: is|:| option)* ?\(?"
+NAMED_CHOICE = (r"(?i:answer|option|choice|choose|pick|select|it is|must be)(?i: is|:| option){0,4} ?\(?"
                 + CHOICE_LETTER)
 
 

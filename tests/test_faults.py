@@ -572,6 +572,12 @@ def test_only_a_models_files_reach_final(folders, tmp_path):
     assert model.load_policy(str(tmp_path / "final"))[1].chat_template == processor.chat_template
 
 
+def test_error_lines_hold_no_control_characters():
+    """A model's text, a row or a server's answer in an error line could move the cursor, or clear the screen."""
+    assert str(model.InputError("a\x1b[2J\x9b\r\x07b\n汉 é")) == "a\\x1b[2J\\x9b\\r\\x07b\n汉 é"
+    assert str(data.RowError("\x1b")) == r"\x1b"
+
+
 def test_every_import_is_known():
     """Nothing can be unpickled, fetched or executed without an import for it: what the program imports is this. The one
     thing that speaks HTTP by itself is rollout.VLLMServer, to the address of its flag."""

@@ -127,6 +127,7 @@ def test_rewards_take_long_and_nasty_text_quickly():
     began = time.perf_counter()
     for text in ("<think>" * 20_000, "<think>" + "</think><answer>" * 5_000, "\\boxed{" * 20_000, "{" * 100_000,
                  "1," * 50_000, "111," * 25_000 + "1", "\\frac{" * 15_000, "minus " * 16_000, "answer is " * 10_000,
+                 "option " * 60_000,  # a letter was looked for behind each run of them: quadratic
                  "(A) " * 25_000, "-" * 100_000, " " * 100_000, "<answer>" + "\\text{1" * 15_000, "\ufdfa" * 100_000):
         for name in TEXT_REWARDS:
             built_in(name)([text], solution=["B" if name == "choice" else "4"])

@@ -419,6 +419,41 @@ def test_uniform_ends():
     assert rollout.sample_tokens(logits, torch.tensor([1 - 2.0**-52], dtype=torch.float64))[0].item() == 2
 
 
+def test_each_token_is_drawn_by_its_own_uniform(loaded):
+    """Closed form: token t of completion k is where the CDF of the trainer's own softmax passes keyed_uniform(seed, draw, k,
+    t). Guards against a uniform that two tokens share, which no log-prob and no mean of a token shows."""
+    policy, processor = loaded("qwen2_5_vl")
+    prompts, draws = mixed_prompts(policy, processor), [4, 9, 2]
+    sampled = rollout.sample(policy, prompts, draws, num_generations=3, max_completion_length=6, temperature=1.0, seed=7)
+    checked = 0
+    for n, (ids, mask) in enumerate(zip(sampled.completion_ids, sampled.completion_mask)):
+        batch = model.pack_groups([(prompts[n // 3], [ids[mask]])], policy.pad_id, True)
+        with torch.no_grad():
+            hidden = policy.hidden(batch["input_ids"], batch["position_ids"], model.attention_mask_of(batch), batch["pixels"])
+            cdf = policy.logits(hidden[0, batch["logit_index"][0]], 1.0).double().softmax(-1).cumsum(-1)  # (t, V)
+        for t, token in enumerate(ids[mask].tolist()):
+            u = rollout.keyed_uniform(7, torch.tensor(draws[n // 3]), torch.tensor(n % 3), torch.tensor(t)).item()
+            assert (cdf[t, token - 1] if token else 0) - 1e-5 <= u <= cdf[t, token] + 1e-5, (n, t)
+            checked += 1
+    assert checked > 30
+
+
+@pytest.mark.parametrize("value, message", [
+    (float("nan"), r"first in the output of model\.language_model\.layers\.1\.mlp\.up_proj, whose weight holds nan or inf"),
+    (3e38, r"first in the output of model\.language_model\.layers\.1\.mlp\.\w+, whose weights are finite in torch.float32")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_one_line(folders, value, message, temperature):
+    """A weight that is nan was an index error in the sampler, on a GPU an assertion of the device: it names the layer where
+    it begins, and the weight, if it is one."""
+    policy, processor = model.load_policy(str(folders["qwen2_5_vl"]))
+    layer = policy.hf.model.language_model.layers[1].mlp.up_proj
+    with torch.no_grad():
+        layer.weight.mul_(value)
+    with pytest.raises(model.InputError, match="the model's logits are not finite: " + message):
+        rollout.sample(policy, encode(policy, processor, make_row(1)), [0], num_generations=2, max_completion_length=3,
+                       temperature=temperature, seed=0)
+
+
 def test_keyed_uniforms_are_uniform_and_keyed():
     """Moments and distinctness over each of the four keys; a hash that ignores one would repeat its numbers."""
     for axis in range(4):

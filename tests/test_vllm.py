@@ -163,9 +163,11 @@ class Handler(BaseHTTPRequestHandler):
         asked = {"path": self.path, "state": self.server.state, "body": comparable(body)}
         found = [x["answer"] for x in self.server.recording if {k: x[k] for k in asked} == asked]
         answer = self.server.change(self.path, found[0]) if found else None
-        self.send_response(200 if found and answer != "gone" else 404 if found else 400)
+        self.send_response(302 if answer == "moved" else 404 if answer == "gone" else 200 if found else 400)
+        self.send_header("Location", self.server.url + "/version")
         self.end_headers()
-        self.wfile.write(json.dumps(answer if found else {"unexpected": asked}).encode())
+        text = json.dumps(answer if found else {"unexpected": asked})
+        self.wfile.write(("<html>\x1b" if answer == "a page" else text).encode())
 
     do_GET = do_POST
 
@@ -176,7 +178,7 @@ class Handler(BaseHTTPRequestHandler):
 class Recorder(rollout.VLLMServer):
     """Keeps what is asked and answered."""
 
-    def ask(self, path, body=None):
+    def ask(self, path, body=None, read=lambda answer: answer):
         self.log = getattr(self, "log", [])
         answer = super().ask(path, body)
         kept = answer
@@ -185,7 +187,7 @@ class Recorder(rollout.VLLMServer):
             kept = {"vllm_config": {part: {name: answer["vllm_config"][part][name]} for part, name in read.items()}}
         state = sum(x["path"] == "/collective_rpc" for x in self.log) + (path == "/collective_rpc")
         self.log.append({"path": path, "state": state, "body": comparable(body), "answer": kept})
-        return answer
+        return read(answer)
 
 
 def rollouts(server, policy, processor, prompts, folder):
@@ -257,8 +259,21 @@ def changed_choice(edit):
     (lambda path, answer: answer | {"prompt_token_ids": [1, 2]} if "chat" in path else answer, r"it reads \[1, 2\]"),
     (changed_choice(lambda choice: choice.update(finish_reason="abort")), "cut off"),
     (changed_choice(lambda choice: choice["token_ids"].__setitem__(0, 5)), "never sampled"),
-    (changed_choice(lambda choice: choice["token_ids"].pop(0)), "cut off"),
-], ids=["older", "no dev mode", "log-probs", "no reload", "other prompt", "aborted", "placeholder", "fewer ids"])
+    (changed_choice(lambda choice: choice["token_ids"].pop(0)), "cut off|log-probs for"),
+    (changed_choice(lambda choice: choice["token_ids"].__setitem__(0, 10**6)), "an id that is never sampled"),
+    (changed_choice(lambda choice: choice["token_ids"].__setitem__(0, 1.5)), "an id that is never sampled"),
+    (changed_choice(lambda choice: choice["token_ids"].__setitem__(0, 2)), "an EOS before the end"),
+    (changed_choice(lambda choice: choice["logprobs"]["content"][0].update(logprob=None)), r"are none: \[None"),
+    (changed_choice(lambda choice: choice["logprobs"]["content"][0].update(logprob=float("nan"))), r"are none: \[nan"),
+    (changed_choice(lambda choice: choice["logprobs"]["content"][0].update(logprob=0.5)), r"are none: \[0.5"),
+    (changed_choice(lambda choice: choice.update(logprobs=None)), "/v1/chat/completions: no answer of vLLM"),
+    (lambda path, answer: answer | {"choices": answer["choices"][1:]} if "chat" in path else answer, "3 completions, expected 4"),
+    (lambda path, answer: answer | {"choices": answer["choices"] * 2} if "chat" in path else answer, "8 completions, expected 4"),
+    (lambda path, answer: "a page" if "chat" in path else answer, r"/v1/chat/completions: no answer of vLLM: <html>\\x1b"),
+    (lambda path, answer: ["0.32"] if path == "/version" else answer, r'/version: no answer of vLLM: \["0.32"\]'),
+    (lambda path, answer: "moved" if "chat" in path else answer, "/v1/chat/completions: HTTP Error 302"),
+], ids=["older", "no dev mode", "log-probs", "no reload", "other prompt", "aborted", "placeholder", "fewer ids", "high id", "no int",
+        "early end", "null", "nan", "above 0", "no log-probs", "fewer", "more", "no JSON", "no version", "redirect"])
 def test_a_server_that_will_not_do_is_an_error_that_names_the_flag(started, tmp_path, change, message):
     """Guards against training on what the policy did not sample: other prompt ids, placeholders, half completions, log-
     probs of another softmax, weights that never arrived."""
