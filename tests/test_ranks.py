@@ -40,7 +40,8 @@ def cases(world: int):
             yield (f"mpo-{world}x{micro}", "train_dpo",
                    [*common, *held_out, "--algo", "mpo", "--per_device_train_batch_size", micro,
                     "--gradient_accumulation_steps", accumulate])
-    for algo, micro, extra in (("grpo", 2, ["--beta", "0.1"]), ("gspo", 4, []), ("rloo", 4, [])):
+    # gspo's held-out answers, which hang on the draw numbers of the rows, are those of one rank
+    for algo, micro, extra in (("grpo", 2, ["--beta", "0.1"]), ("gspo", 4, held_out), ("rloo", 4, [])):
         if world == 4:
             break  # grpo-recompute stands for them: four ranks on two cores are slow
         yield (f"{algo}-{world}x{micro}", "train_grpo",

@@ -25,6 +25,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_runs import grpo, launch, task  # noqa: F401 (fixtures)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -281,6 +282,49 @@ def test_a_server_that_will_not_do_is_an_error_that_names_the_flag(started, tmp_
     with pytest.raises(model.InputError, match="--vllm_server_base_url.*" + message):
         server = rollout.VLLMServer(Replay(change).url, tmp_path / "vllm_weights", data.chat_request)
         list(rollouts(server, policy, processor, prompts, folder))
+
+
+def test_completions_stand_in_the_order_of_the_prompts(started, tmp_path):
+    """Guards against completions in the order in which they came: here the third prompt's come last."""
+    policy, processor, prompts, folder = started
+    others = threading.Semaphore(0)
+
+    def change(path, answer):
+        if "chat" in path and answer["prompt_token_ids"] == prompts[2].tokens.tolist():
+            for _ in range(3):
+                others.acquire(timeout=60)
+            time.sleep(0.2)  # until theirs are read
+        elif "chat" in path:
+            others.release()
+        return answer
+
+    found = [next(rollouts(rollout.VLLMServer(replay.url, tmp_path / "vllm_weights", data.chat_request), policy, processor,
+                           prompts, folder))[0] for replay in (Replay(), Replay(change))]
+    for name, ids in zip(rollout.Rollout._fields, zip(*found)):
+        assert torch.equal(*ids), name
+
+
+def test_every_rollout_gets_the_weights_of_its_moment(launch, task, monkeypatch):
+    """Guards against weights that are pushed once a run: the sampler's log-probs would be those of the start."""
+    pushed, sample = [], rollout.sample
+
+    class Server:
+        version = "0.32"
+
+        def __init__(self, *_):
+            pass
+
+        def push(self, policy, *_):
+            pushed.append([p.clone() for p in policy.parameters()])
+
+        def sample(self, policy, *args, **kwargs):
+            assert all(map(torch.equal, pushed[-1], policy.parameters()))
+            return sample(policy, *args, **kwargs)
+
+    monkeypatch.setattr(rollout, "VLLMServer", Server)
+    launch("train_grpo", *grpo(task), "--per_device_train_batch_size", 8, "--max_steps", 4, "--steps_per_generation", 2,
+           "--vllm_server_base_url", "http://127.0.0.1:9")
+    assert len(pushed) == 2 and not all(map(torch.equal, *pushed))
 
 
 def test_one_failed_request_aborts_the_others(started, tmp_path):
