@@ -104,6 +104,7 @@ def serve(folder):
 
 if __name__ == "__main__":
     import ast
+    import gc
     import runpy
     import select
     import shutil
@@ -117,6 +118,7 @@ if __name__ == "__main__":
                        f"import warm\nwarm.client({folder!r}, {read_at_import()})\n")
     program.chmod(0o700)
     import_libraries(here.parent)
+    gc.freeze()  # or each process looks through all that was imported when it ends: one CPU second
     connection = serve(folder)
 
     message, files, *_ = socket.recv_fds(connection, 1 << 20, 3)
