@@ -1,6 +1,6 @@
 """DNO: cDPO with a label for each pair.
 
-    python train_dpo.py --algo dno --dataset rows.jsonl        # column chosen_probs
+    python train_dpo.py --algo dno --model_name_or_path model --dataset rows.jsonl  # column chosen_probs
 
 Source: arXiv 2404.03715; beta is a customary value.
 """

@@ -1,7 +1,7 @@
 """EGPO's regression, offline. Its on-policy answers and extragradient steps, which restore weights and
 moments, would need another loop and are not here.
 
-    python train_dpo.py --algo egpo --dataset rows.jsonl        # columns chosen_probs_win, chosen_probs_lose
+    python train_dpo.py --algo egpo --model_name_or_path model --dataset rows.jsonl  # chosen_probs_*
 
 Source: arXiv 2503.08942.
 """

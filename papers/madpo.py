@@ -1,6 +1,6 @@
 """MADPO: DPO, each pair weighed by the margin that a reward model gave it.
 
-    python train_dpo.py --algo madpo --dataset rows.jsonl        # column margin
+    python train_dpo.py --algo madpo --model_name_or_path model --dataset rows.jsonl  # column margin
 
 Source: arXiv 2510.05342; form and constants are those of the authors' code.
 """

@@ -1,7 +1,7 @@
 """MODPO: DPO on one objective, with the margins of the others.
 
-    python train_dpo.py --algo modpo --dataset rows.jsonl        # column margin
-    python train_dpo.py --algo modpo --loss_type modpo_hinge --dataset rows.jsonl
+    python train_dpo.py --algo modpo --model_name_or_path model --dataset rows.jsonl  # column margin
+    python train_dpo.py --algo modpo --loss_type modpo_hinge --model_name_or_path model --dataset rows.jsonl
 
 Source: arXiv 2310.03708 and the authors' code. beta is the paper's beta / w_0 here.
 """

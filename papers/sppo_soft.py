@@ -1,6 +1,6 @@
 """SPPO with win probabilities from the data.
 
-    python train_dpo.py --algo sppo_soft --dataset rows.jsonl    # columns chosen_probs_win, chosen_probs_lose
+    python train_dpo.py --algo sppo_soft --model_name_or_path model --dataset rows.jsonl  # chosen_probs_*
 
 Source: arXiv 2405.00675; the authors' code has half of both terms.
 """

@@ -1,6 +1,6 @@
 """A column of the data multiplies each pair's losses; their count stays the number of pairs.
 
-    python train_dpo.py --algo mpo weighted --weight_column confidence --dataset rows.jsonl
+    python train_dpo.py --algo mpo weighted --weight_column w --model_name_or_path model --dataset rows.jsonl
 
 Source: no paper; weights of samples as they are usual.
 """
