@@ -368,9 +368,9 @@ def close_to_scale(actual, expected, share=4e-6, at_least=0.0, name="values"):
     torch.testing.assert_close(actual, expected, atol=share * scale, rtol=0, msg=lambda m: f"{name}, scale {scale:.3g}: {m}")
 
 
-def few(families, *quick):
+def few(cases, *quick):
     """All of them, marked slow but for these."""
-    return [family if family in quick else pytest.param(family, marks=pytest.mark.slow) for family in families]
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 def make_row(images: int, seed: int = 0, text: str = "how many shapes are there?", size=None) -> dict:

@@ -673,6 +673,16 @@ def verdict(completions, **_):
 '''
 
 
+@pytest.fixture(scope="module")
+def returns(tmp_path_factory):
+    """One runner of REWARD_FILE's returns(): its process imports torch once."""
+    file = tmp_path_factory.mktemp("rewards") / "mine.py"
+    file.write_text(REWARD_FILE)
+    made = rollout.RewardRunner([f"{file}:returns"])
+    yield made
+    made.close()
+
+
 @pytest.fixture
 def runner(tmp_path, monkeypatch):
     """runner("nasty", timeout=...): a runner of that function of REWARD_FILE."""
@@ -788,10 +798,9 @@ def test_rewards_that_hang(runner, capsys):
     ("numpy.array([1, 1, numpy.inf])", "returned inf .*row rows.jsonl:2"),
     ("(x for x in 'abc')", "'a' is not a number; row rows.jsonl:0"), ("[1, 'a', 1]", "'a' is not a number; row rows.jsonl:1"),
     ("[[1], [2], [3]]", "is not a number"), ("[1, object(), 2]", "is not a number; row rows.jsonl:1")])
-def test_what_a_reward_may_return(runner, what, expected):
+def test_what_a_reward_may_return(returns, what, expected):
     """F37: numbers of any library, None; everything else names function, step and completion. What crosses is plain
     numbers: a class of the file is never unpickled here."""
-    returns = runner("returns")
     if isinstance(expected, list):
         values = [float("nan") if x is None else x for x in expected]
         assert score(returns, ["a", "b", "c"], what=what) == pytest.approx(values, nan_ok=True)

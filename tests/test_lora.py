@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, TEXT_ONLY, close_to_scale, make_group, make_row, run, script
+from conftest import FAMILIES, TEXT_ONLY, close_to_scale, few, make_group, make_row, run, script
 from safetensors.torch import load_file
 from test_group_rows import transformers_logps
 from test_runs import grpo, launch, task  # noqa: F401
@@ -276,7 +276,7 @@ def grow(folder, tmp_path, *extra):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", few(FAMILIES, "qwen2_5_vl", "qwen3_vl_moe", "gemma3", "llama"))
 def test_merged_export_computes_the_same(folders, loaded, family, kind, tmp_path):
     """`final/` is a plain model (same files, names and shapes as the start) whose log-probs are the adapter model's, but
     for rounding; adapter/ has PEFT's names and what vLLM asks: no bias, no modules_to_save, rank and alpha as integers."""
