@@ -19,7 +19,7 @@ unchanged. The first token of every completion is predicted by the prompt's last
 by the token before. tests/test_group_rows.py proves log-probs and gradients equal those of G repeated rows.
 
 Sizes in comments: B rows, S row length, P prompt length, G completions of a group, N of the batch, T longest
-completion, M trained tokens, H hidden, V vocabulary, R position rows (3 for M-RoPE models, else 1).
+completion, M completion tokens, H hidden, V vocabulary, R position rows (3 for M-RoPE models, else 1).
 """
 
 import argparse
@@ -115,7 +115,7 @@ def cat_pixels(prompts: list[Prompt]) -> dict[str, torch.Tensor]:
     pixels = {}
     for key in dict.fromkeys(key for p in prompts for key in p.pixels):
         tensors = [p.pixels[key] for p in prompts if key in p.pixels]
-        if key == "tower":  # what it made of them (`Policy.see`)
+        if key == "tower":  # what it made of them (`Policy.run_frozen_tower`)
             pixels[key] = tree_map(lambda *xs: None if xs[0] is None else torch.cat(xs), *tensors)
             continue
         largest = [max(t.shape[d] for t in tensors) for d in range(1, tensors[0].dim())]
@@ -130,13 +130,16 @@ def pack_groups(groups, pad_id: int, one_row: bool = False) -> dict:
     """[(Prompt, [completion ids (len,), ...]), ...] -> a row for each group, padded to the longest, or one
     for all of them, which needs no padding.
 
-    Returns input_ids, segment_ids, group_ids (B, S), image_ids (B, S) or None (`Prompt`),
-    position_ids (R, B, S), pixels {name: tensor}, and, with
-    the completions in the order given: completion_ids, completion_mask, logit_index (N, T), the last being
-    the index into the flattened (B * S) hidden states of the one that predicts the token. `trained` (M,) are
-    the places of the mask's True in the flattened (N * T): found here, so that no GPU must be asked for them.
-    `segments` says what segment_ids and group_ids say in lengths: for each row its groups'
-    (P, [completion length, ...]). Completions may be an empty list: the sampler's prefill is such a batch.
+    Returns, for the row:
+      input_ids, segment_ids, group_ids, offsets (B, S): an offset is a token's place in prompt + completion
+      image_ids (B, S) or None (see Prompt), position_ids (R, B, S), pixels {name: tensor}
+      segments: for each row, (P, [completion length, ...]) of its groups
+    and for the completions, in the order given:
+      completion_ids, completion_mask (N, T)
+      logit_index (N, T): which of the flattened (B * S) hidden states predicts the token
+      scored (M,): where completion_mask is True, in the flattened (N * T). Made here, on the CPU, since a GPU
+      would have to be waited for.
+    Completions may be an empty list: the sampler's prefill is such a batch.
 
     >>> prompt = Prompt(torch.tensor([5, 6, 7]), torch.arange(3)[None], {}, {})
     >>> batch = pack_groups([(prompt, [torch.tensor([8, 9]), torch.tensor([4])])], pad_id=0)
@@ -156,6 +159,7 @@ def pack_groups(groups, pad_id: int, one_row: bool = False) -> dict:
 
     input_ids, segment_ids = torch.full((B, S), pad_id), torch.full((B, S), -1)
     group_ids, position_ids = torch.full((B, S), -1), torch.zeros(R, B, S, dtype=torch.long)
+    offsets = torch.zeros(B, S, dtype=torch.long)
     completion_ids, logit_index = torch.full((N, T), pad_id), torch.zeros(N, T, dtype=torch.long)
     image_ids = None if groups[0][0].image_ids is None else torch.full((B, S), -1)
     segments = []
@@ -168,14 +172,14 @@ def pack_groups(groups, pad_id: int, one_row: bool = False) -> dict:
             end = start + sizes[g]
             input_ids[b, start:end] = torch.cat([prompt.tokens, *completions])
             group_ids[b, start:end] = g
-            segment_ids[b, start:start + P] = 0
+            segment_ids[b, start:start + P], offsets[b, start:start + P] = 0, torch.arange(P)
             position_ids[:, b, start:start + P] = prompt.positions
             if image_ids is not None:
                 image_ids[b, start:start + P] = prompt.image_ids
             at = start + P
             for k, completion in enumerate(completions):
                 n, length = first_completion[g] + k, len(completion)
-                segment_ids[b, at:at + length] = k + 1
+                segment_ids[b, at:at + length], offsets[b, at:at + length] = k + 1, P + torch.arange(length)
                 position_ids[:, b, at:at + length] = next_position + torch.arange(length)
                 completion_ids[n, :length] = completion
                 logit_index[n, :length] = b * S + torch.arange(at - 1, at - 1 + length)
@@ -184,16 +188,16 @@ def pack_groups(groups, pad_id: int, one_row: bool = False) -> dict:
             start = end
     completion_mask = torch.arange(T) < torch.tensor(lengths, dtype=torch.long)[:, None]
     return {"input_ids": input_ids, "segment_ids": segment_ids, "group_ids": group_ids,
-            "image_ids": image_ids, "position_ids": position_ids,
+            "image_ids": image_ids, "position_ids": position_ids, "offsets": offsets,
             "pixels": cat_pixels([prompt for prompt, _ in groups]),
             "completion_ids": completion_ids, "completion_mask": completion_mask, "logit_index": logit_index,
-            "trained": flat_places(completion_mask), "segments": segments}
+            "scored": flat_indices(completion_mask), "segments": segments}
 
 
-def flat_places(mask: torch.Tensor) -> torch.Tensor:
-    """(N, T) bool -> (M,): where its True stand in the flattened mask. Call it on the CPU: a GPU would wait.
+def flat_indices(mask: torch.Tensor) -> torch.Tensor:
+    """(N, T) bool -> (M,): the indices of True in the flattened mask. Call it on the CPU: on a GPU it syncs.
 
-    >>> flat_places(torch.tensor([[True, False], [True, True]])).tolist()
+    >>> flat_indices(torch.tensor([[True, False], [True, True]])).tolist()
     [0, 2, 3]
     """
     return mask.flatten().nonzero().squeeze(-1)
@@ -233,60 +237,50 @@ def to_device(batch, device):
     return tree_map_only(torch.Tensor, move, batch)
 
 
-def group_attention_mask(segment_ids, group_ids, image_ids=None) -> torch.Tensor:
-    """The rule at the top of this file, as a boolean mask (B, 1, S, S), True = may attend.
+def attention_rule(segment_ids, group_ids, image_ids=None, offsets=None, window=None):
+    """The rule at the top of this file, as may_attend(b, head, q, k) of indices of any shape. All arguments
+    but the window are (B, S); offsets count each token's place in its own prompt + completion.
 
     Padding carries segment -1 and group -1 and so attends to padding, itself included: no softmax row is
     empty (an empty one is nan, and the gradient of nan spreads), and no real token sees it.
     """
-    S = segment_ids.shape[1]
-    ordered = torch.ones(S, S, dtype=torch.bool, device=segment_ids.device).tril()[None]
-    if image_ids is not None:
-        ordered = ordered | (image_ids[:, :, None] == image_ids[:, None, :]) & (image_ids >= 0)[:, None, :]
-    same_group = group_ids[:, :, None] == group_ids[:, None, :]                          # (B, q, k)
-    visible = (segment_ids[:, None, :] == 0) | (segment_ids[:, :, None] == segment_ids[:, None, :])
-    return (ordered & same_group & visible)[:, None]
-
-
-def group_block_mask(segment_ids, group_ids, image_ids=None, place=None, window=None, block=128) -> BlockMask:
-    """The same for FlexAttention, which passes over blocks that nothing may see. No (S, S) tensor is made, of
-    5 GB at 70,000 tokens: a block's lowest and highest run of tokens (of one segment), group and place tell
-    whether some of it may be seen, or all. place (B, S): each token's in its prompt + completion."""
     def may_attend(b, _, q, k):
-        ordered, same = q >= k, group_ids[b, q] == group_ids[b, k]
+        ordered = q >= k
         if image_ids is not None:
             ordered = ordered | (image_ids[b, q] == image_ids[b, k]) & (image_ids[b, k] >= 0)
         if window is not None:
-            ordered = ordered & (place[b, q] - place[b, k] < window)
-        return ordered & same & ((segment_ids[b, k] == 0) | (segment_ids[b, q] == segment_ids[b, k]))
+            ordered = ordered & (offsets[b, q] - offsets[b, k] < window)
+        visible = (segment_ids[b, k] == 0) | (segment_ids[b, q] == segment_ids[b, k])
+        return ordered & visible & (group_ids[b, q] == group_ids[b, k])
 
-    def ends(x, outside):  # (B, S) -> the lowest and the highest of each block, (B, n)
-        blocks = F.pad(x, (0, -S % block), value=outside).unflatten(-1, (-1, block))
-        return blocks.amin(-1), blocks.amax(-1)
+    return may_attend
 
-    def meet(q, k):  # two pairs of (lowest, highest) -> (B, n, n), whether they have a number in common
-        return (k[0][:, None] <= q[1][:, :, None]) & (k[1][:, None] >= q[0][:, :, None])
 
-    S, prompt = segment_ids.shape[1], segment_ids == 0                                    # (B, S)
-    run = F.pad((segment_ids.diff() != 0) | (group_ids.diff() != 0), (1, 0)).cumsum(-1)
-    runs, groups = ends(run, S), ends(group_ids.masked_fill(group_ids < 0, S), S)         # pairs of (B, n)
-    prompts = (ends(group_ids.masked_fill(~prompt, S + 1), S + 1)[0],
-               ends(group_ids.masked_fill(~prompt, -1), -1)[1])
-    earlier = torch.ones(2 * [runs[0].shape[1]], dtype=torch.bool, device=run.device).tril()    # (n, n)
-    some = earlier if image_ids is None else earlier | meet(runs, runs)  # an image is of one run
-    some = some & (meet(runs, runs) | meet(groups, prompts))
-    own, shared = (((k[:, None] == q[0][:, :, None]) & (k[:, None] == q[1][:, :, None]))
-                   for q, k in ((runs, runs[0]), (groups, prompts[0])))                   # (B, n, n)
-    all_of_it = earlier.tril(-1) & (runs[0] == runs[1])[:, None] & (own | shared)  # causal: not the diagonal
-    if window is not None:
-        (nearest, _), (_, furthest) = ends(place, S), ends(place, -1)
-        some, all_of_it = some & (nearest[:, :, None] - furthest[:, None] < window), all_of_it & False
+def group_attention_mask(segment_ids, *others, window=None) -> torch.Tensor:
+    """`attention_rule` as a boolean mask (B, 1, S, S), True = may attend."""
+    B, S = segment_ids.shape
+    may_attend, s = attention_rule(segment_ids, *others, window=window), torch.arange(S)
+    return may_attend(torch.arange(B)[:, None, None], 0, s[:, None], s)[:, None]
+
+
+def group_block_mask(segment_ids, *others, window=None, block: int = 128) -> BlockMask:
+    """`attention_rule` for FlexAttention, which passes over blocks that nothing may see. As create_block_mask
+    makes it, but 8 rows of blocks at a time: (S, S) tensors take 5 GB each at 70,000 tokens."""
+    (B, S), device = segment_ids.shape, segment_ids.device
+    may_attend, k = attention_rule(segment_ids, *others, window=window), torch.arange(S, device=device)
+    some, every = [], []  # of a block's pairs may attend: (B, 8, n) each
+    for q in k[:, None].split(8 * block):
+        allowed = may_attend(torch.arange(B, device=device)[:, None, None], 0, q, k)      # (B, 8 * block, S)
+        allowed = F.pad(allowed, (0, -S % block, 0, -len(q) % block))
+        allowed = allowed.unflatten(1, (-1, block)).unflatten(-1, (-1, block)).transpose(2, 3).flatten(3)
+        some.append(allowed.any(-1)), every.append(allowed.all(-1))
+    some, every = torch.cat(some, 1), torch.cat(every, 1)                                 # (B, n, n)
 
     def listed(blocks):  # how many in each row of blocks, and which, these first
         index = blocks.int().argsort(stable=True, dim=-1, descending=True)
         return blocks.sum(-1, dtype=torch.int32)[:, None], index.int()[:, None]
 
-    return BlockMask.from_kv_blocks(*listed(some & ~all_of_it), *listed(all_of_it), block, may_attend, (S, S))
+    return BlockMask.from_kv_blocks(*listed(some & ~every), *listed(every), block, may_attend, (S, S))
 
 
 def attention_mask_of(batch: dict, window: int | None = None):
@@ -295,25 +289,15 @@ def attention_mask_of(batch: dict, window: int | None = None):
     mask.within(window) is that of a sliding-window layer, made once for all of them, and mask.longest the
     longest prompt + completion: no larger window makes a difference.
     """
-    segment_ids, group_ids, image_ids = batch["segment_ids"], batch["group_ids"], batch["image_ids"]
-    place = None
-    if window is not None:  # each token's place in its prompt + completion; `position_ids` may be M-RoPE's
-        place = torch.zeros(segment_ids.shape, dtype=torch.long)
-        for b, groups in enumerate(batch["segments"]):
-            found = torch.cat([torch.arange(start, start + n) for P, completions in groups
-                               for n, start in ((P, 0), *((n, P) for n in completions))])
-            place[b, :len(found)] = found
-        place = to_device(place, segment_ids.device)
-    if segment_ids.is_cuda:
-        mask = group_block_mask(segment_ids, group_ids, image_ids, place, window)
-    elif window is None and image_ids is None:  # one False for all: read as a mask, it would hide everything
-        B, S = segment_ids.shape
-        mask = segment_ids.new_zeros((), dtype=torch.bool).expand(B, 1, S, S)
+    rows = [batch[key] for key in ("segment_ids", "group_ids", "image_ids", "offsets")]  # (B, S) each
+    if rows[0].is_cuda:
+        mask = group_block_mask(*rows, window=window)
+    elif window is None and batch["image_ids"] is None:
+        B, S = rows[0].shape  # one False for all: read as a mask, it would hide everything
+        mask = rows[0].new_zeros((), dtype=torch.bool).expand(B, 1, S, S)
         mask.segments = batch["segments"]
     else:
-        mask = group_attention_mask(segment_ids, group_ids, image_ids)
-        if window is not None:
-            mask &= (place[:, :, None] - place[:, None, :] < window)[:, None]
+        mask = group_attention_mask(*rows, window=window)
     mask.longest = max(P + max(lengths, default=0) for groups in batch["segments"] for P, lengths in groups)
     mask.within = functools.cache(lambda window: attention_mask_of(batch, window))
     return mask
@@ -490,7 +474,7 @@ class ChunkedLogps(torch.autograd.Function):
                     log_sum_sq[at] = torch.einsum("nv,nv->n", p, p).log()
                 if slope is not None:
                     p[torch.arange(len(p), device=p.device), targets[at]] -= 1
-                    slope[at] = rounded(p, dtype, W) @ W / -temperature
+                    slope[at] = p.to(dtype).to(W.dtype) @ W / -temperature
                 del p
             del logits, log_p  # or the next chunk's are made beside them
         # (M, H), (V, H), (M,), (few,), (M,), (M,), (M, H)
@@ -524,7 +508,7 @@ class ChunkedLogps(torch.autograd.Function):
             else:
                 grad = log_p.exp_().mul_(-g)
             grad[torch.arange(len(grad), device=grad.device), targets[at]] += g[:, 0]
-            grad = rounded(grad, dtype, W)
+            grad = grad.to(dtype).to(W.dtype)  # as bf16 rounds it
             grad_hidden[at] = (grad @ W).to(dtype)
             if grad_weight is not None and h.is_cuda and dtype != torch.float32:
                 torch.addmm(grad_weight, grad.T, h, out_dtype=torch.float32, out=grad_weight)
@@ -533,11 +517,6 @@ class ChunkedLogps(torch.autograd.Function):
             del log_p, grad
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, *nothing
-
-
-def rounded(x: torch.Tensor, dtype, W: torch.Tensor) -> torch.Tensor:
-    """fp32 x rounded to the compute dtype, in the dtype that the head's weight W is held in."""
-    return x.to(dtype).to(W.dtype)
 
 
 # The families that the tests build, each from transformers' own classes. How one lays out images and
@@ -716,7 +695,7 @@ class Policy(nn.Module):
         return torch.where(image, first.cumsum(0), -1)
 
     @torch.no_grad()
-    def see(self, prompts: list[Prompt]) -> list[Prompt]:
+    def run_frozen_tower(self, prompts: list[Prompt]) -> list[Prompt]:
         """Run a vision tower of which nothing is trained, once for every prompt. What it says stays with the
         prompt's pixels, where all passes, the reference's too, find it (`hidden`). A collective."""
         base, seen = self.hf.base_model, []
@@ -763,19 +742,19 @@ class Policy(nn.Module):
         the completions were sampled at. `chunk` tokens' logits exist at once; default 512, on a GPU 2048."""
         if torch.is_grad_enabled():
             self.let_go()
-        mask, trained = batch["completion_mask"], batch["trained"]
+        mask, scored = batch["completion_mask"], batch["scored"]
         chunk = chunk or (2048 if mask.is_cuda else 512)
         hidden = self.hidden(batch["input_ids"], batch["position_ids"], attention_mask_of(batch),
                              batch["pixels"])
-        index = batch["logit_index"].flatten()[trained]                                           # (M,)
+        index = batch["logit_index"].flatten()[scored]                                            # (M,)
         hidden = hidden.flatten(0, 1)                                                             # (B * S, H)
-        # The backward of each is repeatable on its device, and that of the other is not.
+        # Each is the one whose backward is repeatable on its device.
         used = hidden[index] if mask.is_cuda else hidden.index_select(0, index)                   # (M, H)
-        weight, targets = self.hf.get_output_embeddings().weight, batch["completion_ids"].flatten()[trained]
+        weight, targets = self.hf.get_output_embeddings().weight, batch["completion_ids"].flatten()[scored]
         per_token = ChunkedLogps.apply(used, weight, targets, self.never_sampled, temperature, chunk,
                                        entropies, sums_of_squares)                                # 3 x (M,)
         zeros = torch.zeros(mask.numel(), device=mask.device)
-        return tuple(None if x is None else zeros.scatter(0, trained, x).view(mask.shape) for x in per_token)
+        return tuple(None if x is None else zeros.scatter(0, scored, x).view(mask.shape) for x in per_token)
 
 
 def embed_patches(conv, x: torch.Tensor) -> torch.Tensor:
@@ -863,7 +842,7 @@ class LoraLinear:
     def magnitude(self):
         """m / |V| (out,), with a gradient to m alone."""
         with torch.no_grad():
-            W = dense(self)
+            W = fp32_weight(self)
             start, norm = W.norm(dim=1), self.added(W, self.lora_A, self.lora_B).norm(dim=1)
         return (start + self.lora_m) / norm
 
@@ -873,20 +852,20 @@ class LoraLinear:
     @torch.no_grad()
     def merged(self) -> tuple[torch.Tensor, dict]:
         """The weight (out, in) that computes the same alone; the adapter under PEFT's names. A collective."""
-        W, A, B = dense(self), full(self.lora_A), full(self.lora_B)
+        W, A, B = fp32_weight(self), unsharded(self.lora_A), unsharded(self.lora_B)
         V, adapter = self.added(W, A, B), {"lora_A.weight": A, "lora_B.weight": B}
         if hasattr(self, "lora_m"):
-            m = adapter["lora_magnitude_vector"] = W.norm(dim=1) + full(self.lora_m)
+            m = adapter["lora_magnitude_vector"] = W.norm(dim=1) + unsharded(self.lora_m)
             V *= (m / V.norm(dim=1))[:, None]
         return V, adapter
 
 
-def dense(layer) -> torch.Tensor:
+def fp32_weight(layer) -> torch.Tensor:
     """A linear layer's weight in fp32, whole, and decoded where bitsandbytes holds it in 4 bits."""
     if hasattr(layer.weight, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
         return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
-    return full(layer.weight).float()
+    return unsharded(layer.weight).float()
 
 
 @contextmanager
@@ -1323,7 +1302,8 @@ def export(policy: Policy, folder: str | Path, rank: int = 0):
         if kind == "weight" and isinstance(layer, LoraLinear):
             tensor, parts = layer.merged()
         else:
-            tensor = dense(layer) if kind == "weight" and isinstance(layer, nn.Linear) else full(tensor)
+            linear = kind == "weight" and isinstance(layer, nn.Linear)
+            tensor = fp32_weight(layer) if linear else unsharded(tensor)
         if rank == 0:
             adapter |= {f"base_model.model.{owner}.{key}": part.cpu() for key, part in parts.items()}
             state[name] = (tensor.to(policy.dtype) if tensor.is_floating_point() else tensor).cpu()
@@ -1361,7 +1341,7 @@ def weights_fingerprint(policy: Policy) -> str:
         if ".lora_" in name:
             continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(full(tensor).detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(unsharded(tensor).detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -1460,7 +1440,7 @@ def gathered(policy: Policy):
             unit.set_reshard_after_forward(unit is not policy, recurse=False)
 
 
-def full(x: torch.Tensor) -> torch.Tensor:
+def unsharded(x: torch.Tensor) -> torch.Tensor:
     """The whole of a sharded tensor, on every rank; any other tensor as it is."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
@@ -1508,7 +1488,7 @@ def clip_grad_norm_(parameters, max_norm: float) -> float:
     """
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    return float(full(nn.utils.clip_grad_norm_(parameters, max_norm)))
+    return float(unsharded(nn.utils.clip_grad_norm_(parameters, max_norm)))
 
 
 # ------------------------------------------------------------------------------------------------------------

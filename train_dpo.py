@@ -358,7 +358,7 @@ class ReferenceCache:
 
     def logps(self, groups, batch) -> torch.Tensor:
         """(N, T) like the policy's, 0 where the mask is False."""
-        mask, trained, flat = batch["completion_mask"], batch["trained"], []
+        mask, scored, flat = batch["completion_mask"], batch["scored"], []
         for group in groups:
             key = group_key(group)
             if key not in self.known:
@@ -366,7 +366,7 @@ class ReferenceCache:
                                        "since this run began")
             flat.append(self.known[key])
         flat = model.to_device(torch.cat(flat), mask.device)
-        return torch.zeros(mask.numel(), device=mask.device).scatter(0, trained, flat).view(mask.shape)
+        return torch.zeros(mask.numel(), device=mask.device).scatter(0, scored, flat).view(mask.shape)
 
 
 def checksum(tensors: dict) -> torch.Tensor:

@@ -539,7 +539,7 @@ def load_models(args, run):
         ref.requires_grad_(False)
     if run.world_size > 1 and hasattr(processor, "image_processor"):
         filler = data.encode_prompt(policy, processor, data.shapes_rows(1, 0, "train")[0])
-        policy.filler = policy.see([filler])[0]
+        policy.filler = policy.run_frozen_tower([filler])[0]
     return source, policy, processor, ref
 
 
@@ -607,7 +607,7 @@ class Prompts:
             starts = range(first, last + 1, size)
             self.coming = self.of((d for i in starts for d in self.share_of(range(i, i + size))), state)
         draws, self.due = self.share_of(range(first, first + size)), first + size
-        return draws, self.policy.see(list(islice(self.coming, len(draws))))
+        return draws, self.policy.run_frozen_tower(list(islice(self.coming, len(draws))))
 
 
 def preflight(args, run, policy, prompts: Prompts):
@@ -693,7 +693,7 @@ def collect(args, run, sizes: Sizes, policy, processor, source, prompts: Prompts
             for after_rollout in model.hooks(args, "after_rollout"):
                 after_rollout(state, dict(zip(prompts.rows_of(found, state), found.values())))
             draws, tried = prompts.share_of(drawn), following - state["next_draw"]
-            groups = policy.see(list(prompts.of(draws, state)))
+            groups = policy.run_frozen_tower(list(prompts.of(draws, state)))
             rows = rows_of_draws(model.join_rows(candidates), draws, G)
             scores = torch.stack([rows.pop(f"score {k}") for k in range(len(scores))])
             chosen = rollout.Rollout(*(rows[name] for name in rollout.Rollout._fields))
@@ -716,7 +716,7 @@ def resume_rollout(args, prompts: Prompts, policy, state: dict, rows: dict, size
                                    "it is of another algorithm, or of other --steps_per_generation")
         return {}
     draws = prompts.share_of(state["draws"])
-    groups = policy.see(list(prompts.of(draws, state)))
+    groups = policy.run_frozen_tower(list(prompts.of(draws, state)))
     rows = rows_of_draws(rows, draws, args.num_generations)
     return rows | {"prompts": groups, "micro_batches": cut(args, policy, groups, rows, sizes)}
 
@@ -875,7 +875,7 @@ def make_micro_batch(args, policy, prompts, rows, indices) -> dict:
     batch = policy.pack(groups, args.share_prompt) | {"rows": torch.tensor(indices)}                   # (n,)
     if args.mask_truncated_completions:  # not trained, none of its tokens counted, but still one of N
         batch["completion_mask"] &= ~rows["truncated"][batch["rows"], None]
-        batch["trained"] = model.flat_places(batch["completion_mask"])
+        batch["scored"] = model.flat_indices(batch["completion_mask"])
     return batch
 
 

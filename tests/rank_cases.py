@@ -55,12 +55,12 @@ def main(cases: Path):
             norm = clip(parameters, 1e9)
             assert all(m._forward_pre_hooks and m._forward_hooks for m in spy.units), "back for the training pass"
             for i, p in enumerate(parameters):
-                tensors[f"step {len(steps)} grad {i}"] = model.full(p.grad).clone()
+                tensors[f"step {len(steps)} grad {i}"] = model.unsharded(p.grad).clone()
             steps.append(norm)
             return norm
 
         def keep(policy, folder, rank):
-            tensors.update({f"weight {n}": model.full(p).detach().clone() for n, p in policy.named_parameters()})
+            tensors.update({f"weight {n}": model.unsharded(p).detach().clone() for n, p in policy.named_parameters()})
             export(policy, folder, rank)
 
         load = model.load_policy

@@ -95,7 +95,7 @@ def test_a_frozen_tower_runs_once(folders, loaded, family):
         results.append((logps.detach(), gradients(policy, logps.sum())))
         if len(results) == 1:
             del calls[:]
-            prompts = policy.see([prompt for prompt, _ in groups])
+            prompts = policy.run_frozen_tower([prompt for prompt, _ in groups])
             assert len(calls) == 2 and "tower" not in prompts[1].pixels  # once for each prompt with images
             sampled = rollout.sample(policy, prompts, [0, 1, 2], num_generations=2, max_completion_length=4,
                                      temperature=1.0, seed=0)
