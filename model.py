@@ -75,7 +75,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import logging
 
-import losses
+from papers import PAPERS, check_methods, flags_of_methods, hooks, load_method, papers_for  # noqa: F401
 
 logging.disable_progress_bar()  # ours is the only one
 STARTED = time.monotonic()  # --max_hours counts from here
@@ -1580,68 +1580,6 @@ def default_of(field):
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-PAPERS = Path(__file__).with_name("papers")
-TABLES = ("PAIR_LOSSES", "ADVANTAGES", "POLICY_LOSSES", "GROUP_LOSSES")  # of losses.py
-
-
-def load_method(name: str, script: str):
-    """A method that --algo names: papers/NAME.py, or the path of anybody's own file. -> its module
-
-    The file says which SCRIPT it is for, and may bring what GUIDE.md lists: PRESET, Flags, entries for the
-    tables of losses.py, which are added there, `check`, STATE and the hooks that the loops call (`hooks`).
-    """
-    file = Path(name) if name.endswith(".py") else PAPERS / f"{name}.py"
-    if not file.is_file():
-        raise ValueError(f"--algo {name}: no such file" if name.endswith(".py") else
-                         f"--algo {name}: neither a preset nor a file of papers/ (your own ends in .py)")
-    own = file.resolve().parent != PAPERS.resolve()
-    full_name = f"method_{digest_of([file])[:8]}_{file.stem}" if own else f"papers.{file.stem}"
-    if full_name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(full_name, file)
-        module = sys.modules[full_name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[full_name]
-            raise
-    module = sys.modules[full_name]
-    if getattr(module, "SCRIPT", None) != script:
-        raise ValueError(f"--algo {name} is for {module.SCRIPT}" if hasattr(module, "SCRIPT") else
-                         f'--algo {name}: the file does not say which script it is for: SCRIPT = "{script}"')
-    for table in TABLES:
-        getattr(losses, table).update(getattr(module, table, {}))
-    if hasattr(module, "Flags"):
-        module.Flags = dataclasses.dataclass(module.Flags)
-        module.Flags.SECTION = f"--algo {name}"
-    return module
-
-
-def papers_for(script: str) -> str:
-    """The names of the files of papers/ that are for this script."""
-    return ", ".join(file.stem for file in sorted(PAPERS.glob("*.py"))
-                     if f'SCRIPT = "{script}"' in file.read_text())
-
-
-def hooks(args, name: str) -> list:
-    """The functions (or values) `name` of the files that --algo names, in their order."""
-    return [getattr(method, name) for method in args.methods if hasattr(method, name)]
-
-
-def check_methods(args):
-    """What --algo's files check themselves; and a file whose losses nobody takes would change nothing."""
-    kinds = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
-    for method in args.methods:
-        brings = [name for table in TABLES for name in getattr(method, table, {})]
-        if brings and not {*brings} & {*kinds, getattr(args, "advantage_estimator", None)}:
-            flag = "--advantage_estimator" if hasattr(method, "ADVANTAGES") else "--loss_type"
-            raise ValueError(f"--algo {' '.join(args.algo)}: nothing uses what {Path(method.__file__).name} "
-                             f"brings; name it: {flag} ... {' or '.join(brings)}")
-    if len(hooks(args, "row_of")) > 1:
-        raise ValueError(f"--algo {' '.join(args.algo)}: two files say which rows come next")
-    for check in hooks(args, "check"):
-        check(args)
-
-
 def with_states(args, state: dict) -> dict:
     """A run's state with the STATE of --algo's files, each name once."""
     for method in args.methods:
@@ -1650,16 +1588,6 @@ def with_states(args, state: dict) -> dict:
                 raise InputError(f"{method.__file__}: STATE {name!r} is the name of another number or flag")
             state = state | {name: copy.deepcopy(value)}
     return state
-
-
-def flags_of_methods() -> dict[str, str]:
-    """{flag: the file of papers/ that brings it}, without running the files."""
-    found = {}
-    for file in sorted(PAPERS.glob("*.py")):
-        _, _, flags = file.read_text().partition("class Flags:")
-        for name in re.findall(r"^    (\w+): ", flags.partition("\n\n\n")[0], re.M):
-            found[f"--{name}"] = file.stem
-    return found
 
 
 def parse(cls, presets: dict, tiny: dict, tiny_by_algo: dict, argv=None):
@@ -1823,9 +1751,9 @@ def digest_of(paths) -> str | None:
 
 
 def code_of(args) -> dict[str, Path]:
-    """{name under output_dir/code: file}: the program, rewards/, and what --algo and --reward_funcs name."""
+    """{name under output_dir/code: file}: the six modules, rewards/, and what --algo and --reward_funcs name."""
     root = Path(__file__).parent
-    files = sorted([*root.glob("*.py"), *root.glob("rewards/*.py")])
+    files = sorted([*root.glob("*.py"), *root.glob("rewards/*.py"), root / "papers" / "__init__.py"])
     given = [spec.rpartition(":")[0] for spec in getattr(args, "reward_funcs", [])]
     return ({str(file.relative_to(root)): file for file in files}
             | {f"rewards/{i}-{Path(p).name}": Path(p) for i, p in enumerate(dict.fromkeys(given))

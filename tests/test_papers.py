@@ -57,6 +57,7 @@ from test_runs import (
 import data
 import losses
 import model
+import papers
 import rollout
 import train_dpo
 import train_grpo
@@ -647,7 +648,7 @@ def test_every_hook_is_called():
     """What a file defines is a hook that some loop calls, a value that one asks for, or used in the file; GUIDE.md lists all."""
     source = "".join((ROOT / file).read_text() for file in ("model.py", "train_dpo.py", "train_grpo.py"))
     hooks = {*re.findall(r'hooks\(\w+, "(\w+)"', source), *re.findall(r'getattr\((?:m|method|lead), "([A-Z]\w+)"', source),
-             *model.TABLES, "SCRIPT", "Flags"}
+             *papers.TABLES, "SCRIPT", "Flags"}
     fork = (ROOT / "GUIDE.md").read_text().split("## Fork it")[1].split("\n## ")[0]
     assert hooks == set(re.findall(r"\w+", fork)) & hooks and len(hooks) > 20
     for name, method in METHODS.items():
@@ -851,7 +852,7 @@ def test_the_code_digest_covers_every_file(tmp_path, capsys):
     mine.write_text(mine.read_text() + "\n# mine\n")
     arguments = ["--algo", "mpo", "ld_dpo", str(mine), "--loss_type", "lcpo"]
     args = train_dpo.parse_args(arguments)
-    assert {"papers/ld_dpo.py", "papers/1-lcpo.py"} == {name for name in model.code_of(args) if name.startswith("papers/")}
+    assert {"papers/__init__.py", "papers/ld_dpo.py", "papers/1-lcpo.py"} == {name for name in model.code_of(args) if name.startswith("papers/")}
     before = model.describe_run(args, 1)
     model.check_unchanged(before, model.describe_run(train_dpo.parse_args(arguments), 1), [])
     assert "other code" not in "".join(capsys.readouterr())
