@@ -1751,7 +1751,7 @@ def digest_of(paths) -> str | None:
 
 
 def code_of(args) -> dict[str, Path]:
-    """{name under output_dir/code: file}: the six modules, rewards/, and what --algo and --reward_funcs name."""
+    """{name under output_dir/code: file}: our own code, and the files that --algo and --reward_funcs name."""
     root = Path(__file__).parent
     files = sorted([*root.glob("*.py"), *root.glob("rewards/*.py"), root / "papers" / "__init__.py"])
     given = [spec.rpartition(":")[0] for spec in getattr(args, "reward_funcs", [])]
