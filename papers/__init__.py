@@ -1,4 +1,4 @@
-"""Methods of papers, one file each, and how `--algo NAME [NAME ...]` finds them. GUIDE.md: what one may bring.
+"""Methods of papers, one file each, and how `--algo NAME [NAME ...]` finds them (GUIDE.md, "Fork it").
 
 A file of one's own, anywhere on disk, is as good as one that stands here: `--algo path/to/mine.py`.
 """
