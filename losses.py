@@ -328,7 +328,7 @@ def group_advantages(rewards, num_generations, *, scale_rewards="group", eps=1e-
 def rloo_advantages(rewards, num_generations):
     """RLOO (arXiv 2402.14740): r_i - mean of the group's others = n / (n - 1) (r_i - mean).   (N,) -> (N,)
 
-    n counts the group's rewards that are not nan. A KL penalty belongs into the reward (`kl_in_reward`).
+    n counts the group's rewards that are not nan. A KL is taken off the reward: `penalty` of `advantages`.
     """
     A, known = centred(rewards, num_generations)
     n = known.sum(-1, keepdim=True)
@@ -353,14 +353,14 @@ class Advantage(NamedTuple):
     scores (F, N), weights (F,), reward_max, the sum of the positive weights, flags and STATE."""
 
     function: Callable
-    of_sums: bool = True        # it takes the weighted sum of the rewards, which a penalty can be taken off
+    kl_in_reward: bool = False  # --beta times the KL is taken off the rewards, and not added to the loss
     flat_groups: bool = False   # it learns from groups whose rewards are all alike, too
 
 
 ADVANTAGES = {
     "grpo": Advantage(lambda r, G, scale_rewards, **_: group_advantages(r, G, scale_rewards=scale_rewards)),
-    "rloo": Advantage(lambda r, G, **_: rloo_advantages(r, G)),
-    "gdpo": Advantage(lambda r, G, scores, weights, **_: gdpo_advantages(scores, weights, G), of_sums=False),
+    "rloo": Advantage(lambda r, G, **_: rloo_advantages(r, G), kl_in_reward=True),
+    "gdpo": Advantage(lambda r, G, scores, weights, **_: gdpo_advantages(scores, weights, G)),
     "none": Advantage(lambda r, G, reward_max, **_: r - reward_max)}
 
 

@@ -1631,7 +1631,7 @@ def parse(cls, presets: dict, tiny: dict, tiny_by_algo: dict, argv=None):
     parser = parser_of(cls, preset)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        typed, brings = unknown[0].split("=")[0], flags_of_methods()
+        typed, brings = unknown[0].split("=")[0].replace("--no-", "--"), flags_of_methods()
         near = difflib.get_close_matches(typed, parser._option_string_actions, 1, 0.75)
         parser.error(f"unknown argument {unknown[0]}; " + (
             f"it comes with --algo {' '.join(names)} {brings[typed]}" if typed in brings else
@@ -1938,12 +1938,11 @@ def end_ranks():
         dist.destroy_process_group()
 
 
-def preflight(policy: Policy, groups, temperature: float, rank: int, share_prompt: bool,
-              entropies: bool = False):
+def preflight(policy: Policy, groups, temperature: float, rank: int, entropies: bool = False):
     """One forward and backward of a micro-batch of the run's longest rows, before its first step: what does
     not fit into memory shows now. Meanwhile there is what stands beside a later micro-batch: the gradients of
     those before it, and AdamW's moments. entropies: the loss has a term of them. Nothing of it is left."""
-    batch = to_device(policy.pack(groups, share_prompt), policy.device)
+    batch = to_device(policy.pack(groups), policy.device)
     shape = f"{len(batch['completion_ids'])} completions in rows of {batch['input_ids'].shape[1]} tokens"
     moments = []
     try:

@@ -873,7 +873,7 @@ def evaluate(policy: Policy, processor, rows: list[dict], draws: list[int], prom
     draws: the rows' numbers among all ranks' rows, which key the randomness. prompts: the rows' Prompts; they
     are taken batch by batch, so that never all pixels are in memory at once.
     """
-    texts, ids, prompts = [], [], iter(prompts)
+    texts, ids, truncated, prompts = [], [], [], iter(prompts)
     for i in range(0, len(rows), batch_size):
         result = sample(policy, list(islice(prompts, batch_size)), draws[i:i + batch_size],
                         num_generations=num_generations, temperature=temperature,
@@ -881,8 +881,9 @@ def evaluate(policy: Policy, processor, rows: list[dict], draws: list[int], prom
                         rollout_tokens=rollout_tokens, stop=stop)
         texts += decode(policy, processor, result)
         ids += id_lists(result)
+        truncated += result.truncated.tolist()
     rows = [row for row in rows for _ in range(num_generations)]
-    return texts, rewards.score(texts, rows, step, completion_ids=ids,
+    return texts, rewards.score(texts, rows, step, completion_ids=ids, truncated=truncated,
                                 max_completion_length=[max_completion_length] * len(rows))
 
 

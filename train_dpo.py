@@ -138,7 +138,6 @@ class Args:
     eos_token: str | None = None  # token that ends an answer, in place of the tokenizer's EOS; what the chat
     # template writes after an answer ends it, too
     freeze_vision_tower: bool = False  # train the language model only
-    share_prompt: bool = True  # a group is one row; --no-share_prompt gives each completion its own
     cold_start_steps: Count | None = None  # most SFT steps before the run, on the built-in model and task
     # only; default 200 there (0 in --algo sft), it stops at 0.4 sampled accuracy
     shard_size: Size | None = None  # ranks that hold one copy of the weights between them; default: all
@@ -158,8 +157,6 @@ class Args:
     eval_temperature: NonNegative = 0.0  # of held-out answers; 0 is greedy
     num_generations_eval: Size = 1  # answers to each held-out row; above 1 adds eval/pass@k, and needs
     # --eval_temperature
-    reward_timeout: Positive = 60.0  # seconds for one call of one reward function; a completion that it hangs
-    # on, also alone, gets no reward
     max_completion_length: Size = 256  # tokens of a held-out answer
     stop_at_accuracy: Annotated[float, "(0, 1]"] | None = None  # stop once eval/accuracy reaches it
     # --- run
@@ -336,11 +333,11 @@ class ReferenceCache:
             temporary.unlink()
         self.read(number)
 
-    def add(self, policy, batches, share_prompt: bool, stop):
+    def add(self, policy, batches, stop):
         """Score the groups of these batches, and store those that are not known."""
         new, stored = {}, time.monotonic()
         for groups in batches:
-            batch = model.to_device(policy.pack(groups, share_prompt), policy.device)
+            batch = model.to_device(policy.pack(groups), policy.device)
             with torch.no_grad():
                 logps, *_ = policy(batch, entropies=False)                                      # (N, T)
             mask, n = batch["completion_mask"], 0
@@ -381,7 +378,7 @@ def score_groups(args, policy, groups, references, state):
     """One micro-batch -> ({loss: (sum, count)}, {metric: (sum, count)}). Chosen and rejected alternate.
 
     references: {"ref": ReferenceCache, ...}, of the reference and of further models, as the losses need."""
-    batch = model.to_device(policy.pack(groups, args.share_prompt), policy.device)
+    batch = model.to_device(policy.pack(groups), policy.device)
     squares = any(model.hooks(args, "SUMS_OF_SQUARES"))
     logps, _, log_sum_sq_probs = policy(batch, entropies=False, sums_of_squares=squares)        # (N, T)
     mask = batch["completion_mask"]
@@ -460,7 +457,7 @@ def main(argv=None):
     if references is None:  # asked to stop: what was computed is on disk, and there is nothing else to lose
         return run.stopped(None, rewards)
     if args.preflight or args.preflight is None and run.device.type == "cuda":
-        model.preflight(policy, groups_of.largest_micro_batch(), 1.0, run.rank, args.share_prompt)
+        model.preflight(policy, groups_of.largest_micro_batch(), 1.0, run.rank)
     optimizer, parameters = model.make_optimizer(args, policy)
     weighted = list(zip(args.loss_type, args.loss_weights))
 
@@ -549,7 +546,7 @@ def main(argv=None):
 def accuracy_of(args, run, eval_rows):
     """What scores held-out answers: the `accuracy` of rewards/answers.py, None where rows lack a solution."""
     if eval_rows and all(row.get("solution") is not None for row in data.readable(eval_rows)):
-        return rollout.RewardRunner(["accuracy"], args.reward_timeout)
+        return rollout.RewardRunner(["accuracy"])
     why = "some held-out rows lack a solution" if eval_rows else "no --eval_dataset"
     if args.stop_at_accuracy is not None:
         raise model.InputError(f"--stop_at_accuracy needs eval/accuracy, and there is none: {why}")
@@ -608,9 +605,9 @@ class Groups:
         return data.encode_group(self.policy, self.processor, row, self.columns)
 
     def tokens_of(self, group) -> int:
-        """In a micro-batch, where without share_prompt the prompt stands before each answer."""
+        """Of a group: its prompt stands there once."""
         prompt, answers = group
-        return len(prompt.tokens) * (1 if self.args.share_prompt else len(answers)) + sum(map(len, answers))
+        return len(prompt.tokens) + sum(map(len, answers))
 
     def batches(self, rows, places, size: int):
         """Lists of `size` groups of the rows in these places, of which the next one is prepared meanwhile."""
@@ -686,7 +683,7 @@ def reference_logps(args, run, policy, processor, groups_of: Groups) -> dict | N
         cache = ReferenceCache(args.ref_cache, scorer, groups_of.keys())
         found = len(cache.known)
         with model.gathered(scorer), model.adapter_off(scorer), run.stop.passes():
-            cache.add(scorer, groups_of.batches_to_score(cache), args.share_prompt, run.stop)
+            cache.add(scorer, groups_of.batches_to_score(cache), run.stop)
         if run.stopping():
             return None
         cache.read(max(model.all_gather_object(cache.files_read)))

@@ -27,9 +27,8 @@ Where this differs from the papers and from TRL:
  5. Ids that can never be an answer (image placeholders) are left out of the softmax, in sampler and trainer.
  6. --algo dapo is its loss, clip range and truncation mask; --dynamic_sampling N (candidates beyond the batch
     are not kept: the next rollout draws them anew) and --reward_funcs ... soft_overlong are to be asked for.
- 7. The KL is multiplied by the ratio, as in TRL 1.16, so that k1's and k3's gradient is that of
-    KL(pi || ref) (not with GSPO's ratio, a root); --no-use_bias_correction_kl is the GRPO paper's. The
-    entropy bonus is a mean over the step's tokens.
+ 7. The KL is k3 times the ratio, as in TRL 1.16, whose gradient is that of KL(pi || ref) (not with GSPO's
+    ratio, a root); papers/kl_estimator.py has others. The entropy bonus is a mean over the step's tokens.
 """
 
 import os
@@ -77,7 +76,7 @@ PRESETS = {
                   epsilon_high=2.5e-3),  # arXiv 2602.05261
     "vespo": dict(loss_type="vespo"),  # arXiv 2602.10693
     "rloo": dict(loss_type="grpo", importance_sampling_level="sequence_sum", advantage_estimator="rloo",
-                 kl_in_reward=True, kl_estimator="k1", beta=0.03),  # arXiv 2402.14740
+                 beta=0.03),  # arXiv 2402.14740
     "gdpo": dict(loss_type="grpo", advantage_estimator="gdpo"),  # arXiv 2601.05242
     "online_dpo": dict(loss_type="sigmoid", advantage_estimator="none", beta=0.1),  # arXiv 2402.04792
 }
@@ -120,7 +119,6 @@ class Args:
     reward_funcs: list[Name] = field(default_factory=lambda: ["accuracy", "format"])  # any of REWARDS, or
     # path/to/file.py:function; spaces or commas
     reward_weights: list[Finite] | None = None  # one per reward; default 1, 0.1 for format
-    missing_eos_penalty: NonNegative = 0.0  # off the reward of answers cut at the limit
     advantage_estimator: str = "grpo"  # baseline: the group's mean (grpo), its other completions (rloo), per
     # reward function (gdpo); none: the reward, for losses of a group; or what --algo's files bring
     scale_rewards: Literal["group", "batch", "none"] | None = None  # whose std divides grpo's advantages;
@@ -134,11 +132,8 @@ class Args:
     epsilon_high: NonNegative | None = None  # ratio clipped above at 1 + epsilon_high; default: epsilon.
     # cispo: at epsilon_high itself
     delta: Annotated[float, "(1, inf)"] | None = None  # upper bound of the ratio also for negative advantages
-    beta: NonNegative = 0.0  # weight of the KL to the starting policy; 0: no reference
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of the KL per token
-    use_bias_correction_kl: bool = True  # multiply the KL by the ratio: then k1's and k3's gradient is the
-    # KL's, but for the ratio of level sequence
-    kl_in_reward: bool = False  # take beta * KL off the rewards, as RLOO does
+    beta: NonNegative = 0.0  # weight of the KL to the starting policy: in the loss, or with rloo off the
+    # reward; 0: no reference
     entropy_coef: Finite = 0.0  # weight of the bonus for mean token entropy
     mask_truncated_completions: bool = False  # no gradient from answers that met the length limit
     importance_sampling_correction: Literal[CORRECTIONS] | None = None  # weigh by trainer / sampler
@@ -182,7 +177,6 @@ class Args:
     eos_token: str | None = None  # token that ends an answer, in place of the tokenizer's EOS; what the chat
     # template writes after an answer ends it, too
     freeze_vision_tower: bool = False  # train the language model only
-    share_prompt: bool = True  # a group is one row; --no-share_prompt gives each completion its own
     cold_start_steps: Count | None = None  # most SFT steps before the run, on the built-in model and task
     # only; default 200 there (0 in --algo sft), it stops at 0.4 sampled accuracy
     shard_size: Size | None = None  # ranks that hold one copy of the weights between them; default: all
@@ -245,20 +239,6 @@ def check_loss(args):
                      f"{args.advantage_estimator} has its own")
     else:
         args.scale_rewards = None
-    kl_in_loss = args.beta and not of_group and not args.kl_in_reward
-    if kl_in_loss and args.kl_estimator == "k1" and not args.use_bias_correction_kl:
-        warn("the gradient of k1 without the ratio is 0 on average: --beta does nothing. k2 has the KL's")
-    if kl_in_loss and args.kl_estimator == "k1" and args.use_bias_correction_kl and level == "sequence":
-        warn("k1 times the ratio of --importance_sampling_level sequence, a |y|-th root, has 1/|y| of the "
-             "KL's gradient; k2 with --no-use_bias_correction_kl has the whole")
-    if kl_in_loss and args.kl_estimator == "k2" and args.use_bias_correction_kl:
-        warn("the gradient of k2 is the KL's without the ratio: --no-use_bias_correction_kl")
-    if args.kl_in_reward and not args.beta:
-        raise ValueError("--kl_in_reward needs --beta above 0, its weight")
-    for name in ("kl_in_reward", "missing_eos_penalty"):
-        if getattr(args, name) and not losses.ADVANTAGES[args.advantage_estimator].of_sums:
-            raise ValueError(f"--{name} cannot go with {args.advantage_estimator}, which never sums the "
-                             "rewards it would be taken off")
     if of_group and args.advantage_estimator != "none":
         raise ValueError(f"--loss_type {loss} compares rewards: it needs --advantage_estimator none")
     if not of_group and args.advantage_estimator == "none":
@@ -266,7 +246,7 @@ def check_loss(args):
                          f"{', '.join(losses.GROUP_LOSSES)}; got {loss}")
     if of_group:
         neutral = dict(importance_sampling_level="token", importance_sampling_correction="none",
-                       mask_truncated_completions=False, kl_in_reward=False)
+                       mask_truncated_completions=False)
         for name, value in neutral.items():
             if getattr(args, name) != value:
                 raise ValueError(f"--loss_type {loss} compares whole completions: --{name} does not go with "
@@ -287,14 +267,11 @@ def check_loss(args):
     if clips and args.epsilon_high >= 1:
         warn(f"--epsilon_high {args.epsilon_high:g} lets the ratio rise to {1 + args.epsilon_high:g}"
              + (": it is cispo's" if args.algo[0] == "cispo" else ""))
-    no_kl = "without --beta in a loss of tokens"
     model.changes_nothing(args, {
         name: why for name, why, used in (
             ("epsilon", f"in --loss_type {loss}", clips),
             ("epsilon_high", f"in --loss_type {loss}",
              clips or loss == "cispo" or args.epsilon_high == args.epsilon),
-            ("kl_estimator", no_kl, args.beta and not of_group),
-            ("use_bias_correction_kl", f"{no_kl}, or with --kl_in_reward", kl_in_loss),
             ("importance_sampling_clip_max", "without --importance_sampling_correction",
              args.importance_sampling_correction != "none")) if not used})
     if loss == "luspo" and level != "sequence":
@@ -391,7 +368,7 @@ def main(argv=None):
     optimizer, parameters = model.make_optimizer(args, policy)
     rewards.max_steps = sizes.max_steps
     policy_loss = losses.group_loss if args.loss_type in losses.GROUP_LOSSES else losses.policy_loss
-    flags = vars(args) | {"beta": 0.0 if args.kl_in_reward else args.beta}  # what losses take by name
+    flags = vars(args) | {"beta": 0.0 if kl_in_reward(args) else args.beta}  # what losses take by name
 
     # What a checkpoint holds besides weights, optimizer and the rollout in use. Data order and randomness
     # follow from step.  pending: metrics of `step` that still wait for their evaluation;
@@ -424,7 +401,7 @@ def main(argv=None):
                 break
 
             # 2. the log-probs that the loss compares with, (N, T), 0 where nothing is trained
-            if sizes.steps_per_rollout > 1 or args.kl_in_reward:  # else `old` is the training pass's own
+            if sizes.steps_per_rollout > 1 or kl_in_reward(args):  # else `old` is the training pass's own
                 batch["old_logps"] = logps_of(args, policy, batch, run.device)
             if ref is not None:
                 with model.adapter_off(ref):
@@ -615,13 +592,12 @@ def preflight(args, run, policy, prompts: Prompts):
     G, size = args.num_generations, args.per_device_train_batch_size
     answer, count = torch.full((args.max_completion_length,), policy.pad_id), math.ceil(size / G)
     if args.max_tokens_per_batch is not None:
-        copies = 1 if args.share_prompt else G  # of a prompt in a micro-batch of whole groups
         longest = len(prompts.encode(prompts.train[prompts.longest[0]]).tokens)
-        size, count = G, max(1, args.max_tokens_per_batch // (copies * longest + G * len(answer)))
+        size, count = G, max(1, args.max_tokens_per_batch // (longest + G * len(answer)))
     largest = [prompts.encode(prompts.train[i]) for i in (prompts.longest * count)[:count]]
     groups = [(prompt, [answer] * min(G, size - k * G if args.max_tokens_per_batch is None else G))
               for k, prompt in enumerate(largest)]
-    model.preflight(policy, groups, args.temperature, run.rank, args.share_prompt, args.entropy_coef != 0)
+    model.preflight(policy, groups, args.temperature, run.rank, args.entropy_coef != 0)
 
 
 def start_server(args, run):
@@ -641,6 +617,11 @@ def start_server(args, run):
 def names_of(args) -> list[str]:
     """The reward functions' names in metrics and completions/."""
     return [name.rpartition(":")[2] for name in args.reward_funcs]
+
+
+def kl_in_reward(args) -> bool:
+    """Whether beta * KL is taken off the rewards, and does not stand in the loss."""
+    return bool(args.beta) and losses.ADVANTAGES[args.advantage_estimator].kl_in_reward
 
 
 def weights_of(args) -> torch.Tensor:
@@ -675,7 +656,8 @@ def collect(args, run, sizes: Sizes, policy, processor, source, prompts: Prompts
             scores = rewards.score(
                 texts, [p.row for p in groups for _ in range(G)], state["step"] + 1,
                 global_step=state["step"], completion_ids=rollout.id_lists(sampled),
-                max_completion_length=[args.max_completion_length] * len(texts))          # (functions, N)
+                max_completion_length=[args.max_completion_length] * len(texts),
+                truncated=sampled.truncated.tolist())                                     # (functions, N)
             failed, scored = failed + rewards.failed, scored + scores.numel()
         if run.stopping():
             return None
@@ -723,9 +705,9 @@ def resume_rollout(args, prompts: Prompts, policy, state: dict, rows: dict, size
 
 def cut(args, policy, prompts, rows, sizes: Sizes) -> list[list[dict]]:
     """For each update its micro-batches of packed rows; one smaller than G holds slices of a group."""
-    G, copies = args.num_generations, 1 if args.share_prompt else args.num_generations
+    G = args.num_generations
     lengths = rows["completion_mask"].sum(-1).view(-1, G).sum(-1)                             # (P,)
-    tokens = [copies * len(p.tokens) + int(n) for p, n in zip(prompts, lengths)]
+    tokens = [len(p.tokens) + int(n) for p, n in zip(prompts, lengths)]
     size, P, found = args.per_device_train_batch_size, sizes.prompts_per_update, []
     for i in range(0, len(prompts), P):
         whole = range(i * G, (i + P) * G)
@@ -752,9 +734,9 @@ def logps_of(args, scorer, batch, device) -> torch.Tensor:
 def advantages_of(args, run, batch, flags, state) -> torch.Tensor:
     """(N,) of this rank; adds the rollout's sums of all ranks up in the state."""
     sums, scores = state["rollout_sums"], batch["scores"]
-    minus = args.missing_eos_penalty * batch["truncated"].double()                            # (N,)
-    if args.kl_in_reward:
-        kl = losses.kl_penalty(batch["old_logps"], batch["ref_logps"], args.kl_estimator)     # (N, T)
+    minus = torch.zeros(scores.shape[1], dtype=torch.double)                                  # (N,)
+    if kl_in_reward(args):
+        kl = losses.kl_penalty(batch["old_logps"], batch["ref_logps"], "k1")                  # (N, T)
         minus += args.beta * kl.sum(-1)
         sums["kl"] = kl.sum(), sum(m["completion_mask"].sum() for u in batch["micro_batches"] for m in u)
     accepted = sums.pop("frac_groups_accepted", None)  # the same on all ranks
@@ -860,10 +842,7 @@ LOSS_ROWS = ("advantages", "sampling_logps", "old_logps", "ref_logps")
 
 
 def make_micro_batch(args, policy, prompts, rows, indices) -> dict:
-    """A rollout's completions `indices` as packed rows.
-
-    Consecutive completions of one prompt share a row (or, with --no-share_prompt, stand in one each).
-    """
+    """A rollout's completions `indices` as packed rows; consecutive ones of a prompt share a row."""
     groups = []
     for n in indices:
         prompt = prompts[n // args.num_generations]
@@ -872,7 +851,7 @@ def make_micro_batch(args, policy, prompts, rows, indices) -> dict:
             groups[-1][1].append(ids)
         else:
             groups.append((prompt, [ids]))
-    batch = policy.pack(groups, args.share_prompt) | {"rows": torch.tensor(indices)}                   # (n,)
+    batch = policy.pack(groups) | {"rows": torch.tensor(indices)}                   # (n,)
     if args.mask_truncated_completions:  # not trained, none of its tokens counted, but still one of N
         batch["completion_mask"] &= ~rows["truncated"][batch["rows"], None]
         batch["scored"] = model.flat_indices(batch["completion_mask"])

@@ -37,3 +37,9 @@ def soft_overlong(completions, completion_ids, max_completion_length, soft_punis
         beyond = max(len(ids) - limit + cache, 0)
         rewards.append(-min(beyond / cache, 1.0))
     return rewards
+
+
+def finished(completions, truncated, **_):
+    """1.0 for an answer that ended by itself, 0.0 for one that was cut at --max_completion_length. With a
+    weight of P this is TRL's missing_eos_penalty P, up to a constant."""
+    return [float(not cut) for cut in truncated]

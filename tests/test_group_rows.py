@@ -164,7 +164,7 @@ def test_compiled_flex_attention_is_the_dense_mask(loaded):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shared_prompt_equals_plain_form(loaded, family):
-    """--no-share_prompt, the fall-back and oracle of the program itself, is the same function."""
+    """Each completion behind its own prompt (`Policy.pack` without share_prompt) is the same function."""
     policy, processor = loaded(family)
     groups = groups_of(policy, processor, BATCHES["mixed, uneven, padded"])
     plain = [(prompt, [ids]) for prompt, completions in groups for ids in completions]

@@ -26,7 +26,7 @@ def groups_of(policy, processor, rows, size=4, rank=0, ranks=1):
     """The part of train_dpo.Groups that hands out batches, of rows that are all drawn once."""
     found = object.__new__(train_dpo.Groups)
     found.args = SimpleNamespace(per_device_train_batch_size=size, per_device_eval_batch_size=size, max_tokens_per_batch=None,
-                                 dataloader_num_workers=0, share_prompt=True)
+                                 dataloader_num_workers=0)
     found.run, found.policy, found.processor = SimpleNamespace(rank=rank, world_size=ranks), policy, processor
     found.columns, found.train, found.all_held_out, found.eval_sizes = COLUMNS, rows, [], {}
     found.plan = found.longest = list(range(len(rows)))
@@ -66,7 +66,7 @@ def test_a_batch_with_a_missing_row_is_computed_whole(loaded, cached, rows):
     assert asked() == [[0, 1, 2, 3], [4, 5, 6]]
     cached(*keys).store({keys[0]: torch.zeros(3), keys[1]: torch.zeros(3)})
     assert asked() == [[0, 1, 2, 3], [4, 5, 6]]
-    cached(*keys).add(policy, list(groups.batches_to_score(cached(*keys)))[:1], True, lambda: False)
+    cached(*keys).add(policy, list(groups.batches_to_score(cached(*keys)))[:1], lambda: False)
     assert asked() == [[4, 5, 6]]
     known = cached(*keys).known
     assert known.keys() == {*keys[:4]} and not known[keys[0]].any() and not known[keys[1]].any()

@@ -512,7 +512,7 @@ def test_the_reward_process_is_small(of_the_process):
     """Without torch, and below 60 MB with every built-in reward loaded."""
     runner = of_the_process("memory", *BUILT_IN)
     rows = [{"_source": "rows.jsonl:1", "prompt": "q", "solution": None}]
-    scores = runner.score(["<answer>4</answer>"], rows, step=1, **lengths(5))
+    scores = runner.score(["<answer>4</answer>"], rows, step=1, **lengths(5), truncated=[False])
     assert scores[0, 0] < 60_000  # kB
 
 

@@ -1,6 +1,7 @@
 """Both scripts, run for real on small data: numbers that must not depend on how the work is cut, and what a run leaves."""
 
 import dataclasses
+import functools
 import json
 import math
 import random
@@ -158,11 +159,12 @@ def test_group_losses_do_not_depend_on_micro_batches(launch, task, algo):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_plain_form_trains_the_same(launch, task, name):
-    """--no-share_prompt (each completion its own row) gives the gradients of the shared prompt."""
+def test_plain_form_trains_the_same(launch, task, monkeypatch, name):
+    """Each completion in its own row, behind its own prompt, gives the gradients of the shared prompt."""
     extra = grpo(task, "--per_device_train_batch_size", 8) if name == "train_grpo" else ["--algo", "mpo"]
     shared = launch(name, *extra, "--max_steps", 1)
-    plain = launch(name, *extra, "--max_steps", 1, "--no-share_prompt")
+    monkeypatch.setattr(model.Policy, "pack", functools.partialmethod(model.Policy.pack, share_prompt=False))
+    plain = launch(name, *extra, "--max_steps", 1)
     assert_same(plain[1][0], shared[1][0], 2e-5)
 
 
@@ -391,8 +393,6 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     ("train_dpo", ["--algo", "dpo", "weighted"], "weighted needs --weight_column"),
     ("train_dpo", ["--algo", "aot", "weighted", "--weight_column", "weight"], "--algo aot weighted weighs pairs"),
     ("train_grpo", ["--algo", "rloo", "--scale_rewards", "group"], "--scale_rewards is for --advantage_estimator grpo"),
-    ("train_grpo", ["--algo", "rloo", "--beta", "0"], "--kl_in_reward needs --beta"),
-    ("train_grpo", ["--algo", "gdpo", "--kl_in_reward", "--beta", "1"], "--kl_in_reward cannot go with gdpo"),
     ("train_grpo", ["--delta", "1.1"], "--delta must be above 1 + epsilon_high"),
     ("train_grpo", ["--algo", "sapo", "--delta", "4"], "and is for --loss_type grpo, bnpo"),
     ("train_grpo", ["--algo", "vespo", "--importance_sampling_level", "sequence"], "vespo builds the ratio"),
@@ -404,8 +404,9 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     ("train_grpo", ["--algo", "sapo", "--epsilon", "0.1"], "--epsilon changes nothing in --loss_type sapo"),
     ("train_grpo", ["--algo", "cispo", "--epsilon", "0.1"], "--epsilon changes nothing in --loss_type cispo"),
     ("train_grpo", ["--algo", "vespo", "--epsilon_high", "0.1"], "--epsilon_high changes nothing in --loss_type vespo"),
-    ("train_grpo", ["--kl_estimator", "k1"], "--kl_estimator changes nothing without --beta"),
-    ("train_grpo", ["--no-use_bias_correction_kl"], "--use_bias_correction_kl changes nothing without --beta"),
+    ("train_grpo", ["--algo", "grpo", "kl_estimator", "--kl_estimator", "k1"], "kl_estimator changes nothing without --beta"),
+    ("train_grpo", ["--algo", "rloo", "kl_estimator", "--kl_estimator", "k2"], "or with rloo, which takes the KL off the reward"),
+    ("train_grpo", ["--no-use_bias_correction_kl"], "it comes with --algo grpo kl_estimator"),
     ("train_grpo", ["--ref_model_sync_steps", "4"], "--ref_model_sync_steps; it comes with --algo grpo moving_reference"),
     ("train_grpo", ["--importance_sampling_clip_max", "2"], "changes nothing without --importance_sampling_correction"),
     ("train_grpo", ["--algo", "gmpo", "high_entropy", "--top_entropy_quantile", "0.5"], "and no --top_entropy_quantile"),
@@ -426,7 +427,6 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     ("train_grpo", ["--algo", "copg", "--mask_truncated_completions"], "--mask_truncated_completions does not go with it"),
     ("train_grpo", ["--algo", "online_dpo", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"],
      "--per_device_train_batch_size 4 must be a multiple of --num_generations 8"),
-    ("train_grpo", ["--algo", "gdpo", "--missing_eos_penalty", "1"], "--missing_eos_penalty cannot go with gdpo"),
     ("train_grpo", ["--algo", "gmpo", "--importance_sampling_level", "sequence"], "gmpo builds the ratio"),
     ("train_grpo", ["--algo", "grpo", "moving_reference"], "moving_reference needs --beta above 0"),
     ("train_grpo", ["--algo", "grpo", "off_policy_mask"], "off_policy_mask needs --off_policy_mask_threshold"),
@@ -444,7 +444,7 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     ("train_dpo", ["--loss_type", ","], "--loss_type names no loss"),
     ("train_grpo", ["--reward_funcs", ""], "--reward_funcs names no function"),
     ("train_grpo", ["--algo", "dgpo", "--reward_weights", "-1", "0"], "dgpo measures difficulty by the highest reward"),
-    ("train_grpo", ["--kl_estimator", "k4"], "invalid choice: 'k4'")])
+    ("train_grpo", ["--algo", "grpo", "kl_estimator", "--kl_estimator", "k4"], "invalid choice: 'k4'")])
 def test_bad_arguments(name, arguments, message, capsys):
     """F45, F46: a typo or an impossible size is one line that says what would be right."""
     with pytest.raises(SystemExit) as error:
@@ -479,11 +479,14 @@ def test_every_number_has_bounds(capsys):
         assert f"argument {flag}: must be in " in capsys.readouterr().err
 
 
+KL = ["--algo", "grpo", "kl_estimator", "--beta", "0.1"]
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--loss_type", "dapo", "--importance_sampling_level", "sequence"], "each completion weighs as much as it is long"),
-    (["--beta", "0.1", "--kl_estimator", "k1", "--no-use_bias_correction_kl"], "--beta does nothing"),
-    (["--beta", "0.1", "--kl_estimator", "k1"], None), (["--beta", "0.1", "--kl_estimator", "k2"], "without the ratio"),
-    (["--algo", "gspo", "--beta", "0.1", "--kl_estimator", "k1"], "has 1/|y| of the KL's"), (["--algo", "gspo", "--beta", "0.1"], None),
+    ([*KL, "--kl_estimator", "k1", "--no-use_bias_correction_kl"], "--beta does nothing"),
+    ([*KL, "--kl_estimator", "k1"], None), ([*KL, "--kl_estimator", "k2"], "without the ratio"),
+    (["--algo", "gspo", *KL[2:], "--kl_estimator", "k1"], "has 1/|y| of the KL's"), (["--algo", "gspo", "--beta", "0.1"], None),
     (["--algo", "gspo", "high_entropy", "--top_entropy_quantile", "0.2"], "only weighs completions"),
     (["--algo", "cispo", "--loss_type", "grpo"], "lets the ratio rise to 6: it is cispo's"),
     (["--algo", "dr_grpo", "--advantage_estimator", "rloo"], None), (["--loss_type", "luspo"], "luspo is defined with"), (["--loss_type", "cispo"], "at 0.2 every weight on policy is 0.2"),
@@ -525,16 +528,15 @@ def test_held_out_rows_leave_room_for_their_answers(launch, task):
 
 
 @pytest.mark.parametrize("name", ["train_dpo", pytest.param("train_grpo", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("form", [pytest.param("--share_prompt", marks=pytest.mark.slow), "--no-share_prompt"])
-def test_token_budget_bounds_every_row(launch, task, monkeypatch, name, form):
-    """The budget counted a prompt once where --no-share_prompt repeats it, and neither the reference pass nor the
-    preflight kept to it: they run out of memory in a run that was cut to fit."""
+def test_token_budget_bounds_every_row(launch, task, monkeypatch, name):
+    """Neither the reference pass nor the preflight kept to the budget: they ran out of memory in a run that was cut to
+    fit."""
     rows, pack = [], model.pack_groups
     monkeypatch.setattr(model, "pack_groups", lambda groups, *x, **k: (
         rows.append((len({id(p) for p, c in groups if c}), sum(len(p.tokens) + sum(map(len, c)) for p, c in groups))),
         pack(groups, *x, **k))[1])
     extra = grpo(task, "--beta", 0.1) if name == "train_grpo" else []
-    launch(name, *extra, "--max_steps", 1, "--per_device_train_batch_size", 12, "--max_tokens_per_batch", 260, form,
+    launch(name, *extra, "--max_steps", 1, "--per_device_train_batch_size", 12, "--max_tokens_per_batch", 260,
            "--preflight")
     several = [tokens for prompts, tokens in rows if prompts > 1]
     assert max(several) <= 260 and len(rows) > 1
@@ -801,6 +803,12 @@ def plain_entropies(policy, prompt, ids, temperature):
     return -(log_p.exp() * log_p).sum(-1)
 
 
+def many_ends(processor):
+    """Ids that end an answer, and do not stand in a prompt."""
+    asked = set(processor.tokenizer("how many shapes are there?")["input_ids"])
+    return [i for i in range(7, 300, 5) if i not in asked]
+
+
 STEPS = {  # flags, and what the formula below does for them
     "gspo": dict(level="sequence", loss_type="grpo", corrected=False),
     "dapo": dict(level="token", loss_type="dapo", scale="none"),
@@ -835,7 +843,7 @@ def test_grpo_steps_are_the_formula(monkeypatch, tmp_path, task, case):
 
     def load_and_end_early(*args, **kwargs):
         policy, processor = load(*args, **kwargs)
-        policy.eos_ids = list(range(7, 300, 5))  # completions of every length
+        policy.eos_ids = many_ends(processor)  # completions of every length
         return policy, processor
 
     monkeypatch.setattr(model, "load_policy", load_and_end_early)
@@ -847,15 +855,17 @@ def test_grpo_steps_are_the_formula(monkeypatch, tmp_path, task, case):
     extra += [] if o["loss_type"] in ("cispo", "sapo") else ["--epsilon", 0.01]
     extra += [] if o["loss_type"] == "sapo" else ["--epsilon_high", o["epsilon_high"]]
     extra += [] if o["correction"] == "none" else ["--importance_sampling_clip_max", 1.5]
-    extra += [] if o["off_policy"] is None else ["--algo", "grpo", "off_policy_mask", "high_entropy",
-                                                 "--off_policy_mask_threshold", o["off_policy"],
-                                                 "--top_entropy_quantile", o["top_entropy"]]
+    files = [] if o["off_policy"] is None else ["off_policy_mask", "high_entropy"]
+    extra += ["--off_policy_mask_threshold", o["off_policy"], "--top_entropy_quantile", o["top_entropy"]] if files else []
+    if not o["in_reward"] and (o["kl"], o["corrected"]) != ("k3", True):
+        files.append("kl_estimator")
+        extra += ["--kl_estimator", o["kl"], "--use_bias_correction_kl" if o["corrected"] else "--no-use_bias_correction_kl"]
+    extra += ["--algo", "grpo", *files] if files else []
     train_grpo.main(flags(
         task, "--reward_funcs", f"{task / 'more.py'}:spread", f"{task / 'more.py'}:length", "--reward_weights", 0.3, 2.0,
         "--num_generations", 4, "--max_completion_length", 5, "--temperature", 1.3, "--loss_type", o["loss_type"],
-        "--importance_sampling_level", o["level"], "--advantage_estimator", o["estimator"], "--beta", 0.2, "--kl_estimator", o["kl"],
-        "--use_bias_correction_kl" if o["corrected"] else "--no-use_bias_correction_kl",
-        "--kl_in_reward" if o["in_reward"] else "--no-kl_in_reward", "--entropy_coef", o["entropy_coef"],
+        "--importance_sampling_level", o["level"], "--advantage_estimator", o["estimator"], "--beta", 0.2,
+        "--entropy_coef", o["entropy_coef"],
         "--importance_sampling_correction", o["correction"],
         "--mask_truncated_completions" if o["truncated"] else "--no-mask_truncated_completions", *extra,
         "--per_device_train_batch_size", 8, "--steps_per_generation", 2, "--max_steps", 4, "--output_dir", "out"))
@@ -933,7 +943,7 @@ def test_grpo_steps_are_the_formula(monkeypatch, tmp_path, task, case):
 
 def test_online_dpo_steps_are_the_formula(monkeypatch, tmp_path, task):
     """The third step of --algo online_dpo, its gradient and loss written out: the best of each group against its worst by
-    the weighted reward, less 3 for an answer that met the limit; log-ratios to the starting policy; mean over the pairs."""
+    the weighted reward, 3 less for an answer that met the limit; log-ratios to the starting policy; mean over the pairs."""
     monkeypatch.chdir(tmp_path)
     steps, rollouts, sample, load = capture(monkeypatch), [], rollout.sample, model.load_policy
 
@@ -943,16 +953,16 @@ def test_online_dpo_steps_are_the_formula(monkeypatch, tmp_path, task):
 
     def load_and_end_early(*args, **kwargs):
         policy, processor = load(*args, **kwargs)
-        policy.eos_ids = list(range(7, 300, 5))
+        policy.eos_ids = many_ends(processor)
         return policy, processor
 
     monkeypatch.setattr(model, "load_policy", load_and_end_early)
     monkeypatch.setattr(rollout, "sample", spy)
     monkeypatch.setattr(rollout, "RewardRunner", InProcess)
-    train_grpo.main(flags(task, *grpo(task), "--algo", "online_dpo", "--beta", 0.3, "--missing_eos_penalty", 3, "--temperature",
-                          1.3, "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 2, "--max_steps", 3,
+    train_grpo.main(flags(task, *grpo(task), "--algo", "online_dpo", "--beta", 0.3, "--temperature", 1.3, "--reward_funcs",
+                          f"{task / 'rewards.py'}:spread", "finished", "--reward_weights", 1, 3, "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 2, "--max_steps", 3,
                           "--output_dir", "out"))
-    policy, processor = load("out/tiny_vlm")
+    policy, processor = model.load_policy("out/tiny_vlm")
     prompts, sampled = rollouts[2]
     r = torch.tensor([float(sum(map(ord, t)) % 11) for t in rollout.decode(policy, processor, sampled)])
     assert 0 < sampled.truncated.sum() < 16
