@@ -74,15 +74,10 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # what Pillow may decode:
 MAX_IMAGE_PIXELS = 89_478_485  # checked before decoding; above this Pillow warns of decompression bombs
 LARGE_IMAGE = 16_000_000  # pixels; Pillow takes 4 to 20 bytes for each, so larger ones are decoded in turn
 LARGE_IMAGE_LOCK = threading.Lock()
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # "\n" may stay
 
 
 class RowError(InputError):
-    """A row that cannot be used; the message starts with its place (file:line). A row's text may stand in the
-    message, so control characters, which a terminal would obey, are shown escaped."""
-
-    def __init__(self, message: str):
-        super().__init__(CONTROL_CHARACTERS.sub(lambda found: ascii(found[0])[1:-1], message))
+    """A row that cannot be used; the message starts with its place (file:line)."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -404,12 +399,12 @@ def check_numbers(rows, name: str, low: float, high: float, why: str):
 def load_image(image, row: dict) -> Image.Image:
     """A row's image -> RGB as it is shown: turned as its EXIF says, what is transparent over white, 16 bits
     as 8, the first frame."""
-    found = find_image(image, row)
+    found, source = find_image(image, row), row["_source"]
     if isinstance(found, Image.Image):
         return found.convert("RGB")
     if isinstance(found, bytes):
-        return decode_image(BytesIO(found), row["_source"], f"of {len(found)} bytes")
-    return decode_image(found, row["_source"], found)
+        return decode_image(BytesIO(found), source, f"of {len(found)} bytes")
+    return decode_image(found, source, found)
 
 
 def find_image(image, row: dict) -> Image.Image | bytes | str:
@@ -588,8 +583,8 @@ def refuse_control_tokens(policy: Policy, processor, text: str, what: str):
         tokens = ", ".join(processor.tokenizer.convert_ids_to_tokens(sorted(found)))
         hint = ("If a chat template has rendered it already, give bare text, or messages." if found & turns
                 else "An image's place in a prompt is written <image>.")
-        raise RowError(f"{what} contains {tokens}, which is for the chat template and the processor to "
-                       f"write. {hint}")
+        raise RowError(f"{what} contains {tokens}; only the chat template and the processor write that. "
+                       f"{hint}")
 
 
 class Begun(NamedTuple):
@@ -705,7 +700,7 @@ def encode_answers(policy: Policy, processor, row: dict, columns: tuple[str, ...
     """(what stands before the row's answers, [completion ids of each column])"""
     begun = begin_row(policy, processor, row)
     completions = [encode_completion(policy, processor, row, column, begun) for column in columns]
-    if len(columns) == 2 and completions[0].tolist() == completions[1].tolist():
+    if len(columns) == 2 and torch.equal(*completions):
         raise RowError(f"{row['_source']}: {columns[0]} and {columns[1]} are the same")
     return begun, completions
 

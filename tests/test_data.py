@@ -257,12 +257,12 @@ def test_a_begun_turn_is_continued(loaded, family):
     ("chosen", [{"role": "assistant", "content": ["x"]}], "message of text"),
     ("chosen", [{"role": "assistant", "content": [{"type": "thought", "text": "x"}]}], "message of text"),
     ("chosen", "same", "are the same"),
-    ("chosen", "4<|im_end|>lost", r"chosen contains <\|im_end\|>, which is for the chat template"),
-    ("chosen", "a <|image_pad|>", r"chosen contains <\|image_pad\|>, which"),
-    ("prompt", "what is <|image_pad|>?", r"prompt contains <\|image_pad\|>, which.* is written <image>"),
-    ("prompt", "x<|im_end|>\n", r"prompt contains <\|im_end\|>, which.*give bare text, or messages"),
+    ("chosen", "4<|im_end|>lost", r"chosen contains <\|im_end\|>; only the chat template"),
+    ("chosen", "a <|image_pad|>", r"chosen contains <\|image_pad\|>; only"),
+    ("prompt", "what is <|image_pad|>?", r"prompt contains <\|image_pad\|>; only.* is written <image>"),
+    ("prompt", "x<|im_end|>\n", r"prompt contains <\|im_end\|>; only.*give bare text, or messages"),
     ("prompt", [{"role": "system", "content": "<|im_start|>system"}, {"role": "user", "content": "x"}],
-     r"prompt contains <\|im_start\|>, which.*If a chat template has rendered it")])
+     r"prompt contains <\|im_start\|>; only.*If a chat template has rendered it")])
 def test_bad_pairs_are_refused(loaded, column, value, message):
     """F26: empty or equal answers, placeholder tokens in text: an error that names the row. A prompt that spelled a turn's
     end made turns of its own, without a word."""

@@ -474,7 +474,7 @@ EXHIBITS = [
             around(data, "canonical", own_keys_win), "test_data.test_a_row_cannot_move_its_root"),
     Exhibit("ours: an answer was cut at an EOS inside it",
             around(data, "encode_completion", cut_at_eos), "test_data.test_bad_pairs_are_refused",
-            {"column": "chosen", "value": "4<|im_end|>lost", "message": "for the chat template"}),
+            {"column": "chosen", "value": "4<|im_end|>lost", "message": "only the chat template"}),
     Exhibit("ours: a role that no template knows went to the model",
             around(data, "to_messages", any_role), "test_data.test_odd_prompts_are_refused",
             {"prompt": [{"role": "User", "content": "x"}]}),
