@@ -9,23 +9,13 @@ longest completion, R position rows (3 for M-RoPE models, else 1).
 import functools
 import json
 import math
-import multiprocessing
-import os
 import re
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 import urllib.request
-import weakref
-from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 from urllib.error import HTTPError
 
@@ -39,7 +29,7 @@ from transformers import DynamicCache
 from data import ALIASES
 from model import (InputError, Interrupted, Policy, Prompt, attention_mask_of, export, on_rank_0, pack_groups,
                    to_device)
-from rewards import BUILT_IN
+from rewards import runner
 
 # ------------------------------------------------------------------------------------------------------------
 # Keyed randomness
@@ -663,205 +653,22 @@ class VLLMServer:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Rewards, in a process of their own
+# Rewards and evaluation
 
 
 class RewardError(InputError):
     """A reward function raised, did not return one finite number or None a completion, or fails too often."""
 
 
-class RewardProcessLost(RewardError):
-    """It hung, or its process died."""
+class RewardRunner(runner.RewardRunner):
+    """rewards/runner.py, with this program's errors, and rewards as a tensor."""
 
+    error, say, image_columns = RewardError, staticmethod(tqdm.write), ALIASES["images"]
 
-class RewardRunner:
-    """Reward functions in a process of their own (rewards/process.py), so that a hang or a crash there is
-    none here.
-
-    specs: names of built-in rewards, or "file.py:function". A function is called as in TRL,
-    f(prompts=, completions=, **columns, trainer_state=): lists over the completions, and a state with
-    global_step and max_steps. It gets what its signature takes, images only where that names them. It returns
-    one finite number a completion, or None to abstain. No sandbox: it runs with this user's rights.
-
-    A call that takes more than `timeout` seconds, or ends its process (a crash, exit, too much memory), is
-    made again in a new one, completion by completion, each within a quarter of the limit. For those that hang
-    or crash it alone the function abstains: they are named and counted (`failed`). Beyond MOST of the latest
-    256, or MOST times the limit for a batch's completions, the run ends, before the other ranks would give up
-    waiting. An exception, a wrong count or a number that is not finite is a fault of the function, and ends
-    the run at once, in one line; a traceback is written to folder/reward_error.txt.
-    """
-
-    MOST = 12
-
-    def __init__(self, specs: list[str], timeout: float = 60.0, folder: str | Path = tempfile.gettempdir()):
-        self.specs, self.timeout, self.folder = specs, timeout, Path(folder)
-        self.max_steps = 0  # of the run, for functions that ask for trainer_state
-        folder = Path(__file__).resolve().with_name("rewards")
-        self.paths = [str(folder / BUILT_IN[spec]) if spec in BUILT_IN else spec for spec in specs]
-        self.failed = 0  # completions of the latest `score` that a function hung or crashed on
-        self.recent = [deque(maxlen=256) for _ in specs]  # whether it did, for the latest completions
-        self._start()
-
-    def _start(self):
-        program = Path(__file__).resolve().parent / "rewards" / "process.py"
-        self.connection, theirs = multiprocessing.Pipe()
-        fd = theirs.fileno()
-        # -P: the files beside process.py cannot be imported by their bare names. process_group: what it
-        # starts can be killed with it, and a terminal's ctrl-C does not reach it.
-        self.process = subprocess.Popen([sys.executable, "-P", program, str(fd), *self.paths],
-                                        stdin=subprocess.DEVNULL, pass_fds=[fd], process_group=0)
-        theirs.close()
-        self._end = weakref.finalize(self, end_process, self.process, self.connection, os.getpid())
-        with suppress(OSError):  # it is gone already: `_ask` will say so
-            self.connection.send(sys.path)
-        self.ready = False
-
-    def _ask(self, what: str, question, timeout: float):
-        """Send a question (None: none), return its next answer; death or silence is an error."""
-        try:
-            if question is not None:
-                self.connection.send(question)
-            if not self.connection.poll(timeout):
-                self.close()
-                flag = " (--reward_timeout)" if self.ready else ""
-                raise RewardProcessLost(f"{what}: no answer within {timeout:g} s{flag}; "
-                                        "its process was killed")
-            return json.loads(self.connection.recv_bytes())
-        except (EOFError, OSError):
-            with suppress(subprocess.TimeoutExpired):  # its exit code is its own, not that of being killed
-                self.process.wait(5)
-            self.close()
-            raise RewardProcessLost(f"{what}: its process died "
-                                    f"(exit code {self.process.returncode})") from None
-
-    def wait_until_ready(self):
-        """Wait until a process has loaded every function; an error here is an error of the file."""
-        if self.connection.closed:
-            self._start()
-        if not self.ready:
-            what = f"loading rewards {', '.join(self.specs)}"
-            try:
-                status, *answer = self._ask(what, None, 300)
-            except RewardProcessLost as error:  # of no completion's making
-                raise RewardError(str(error)) from None
-            if status == "error":
-                raise RewardError(f"{what}: {self._explained(*answer)}")
-            self.takes, self.ready = answer[0], True
-
-    def _explained(self, line: str, traceback: str) -> str:
-        """The line, and the name of the file that has the traceback from now on."""
-        if not traceback:
-            return line
-        file = self.folder / "reward_error.txt"
-        file.write_text(traceback, encoding="utf-8", errors="backslashreplace")
-        return f"{line}; traceback: {file}"
-
-    def score(self, completions: list[str], rows: list[dict], step: int, global_step: int | None = None,
-              **more) -> torch.Tensor:
-        """(functions, N) fp64, nan where a function abstained. rows: the dataset row of each completion;
-        more: further columns, such as TRL's completion_ids. global_step: steps done, if they are not `step`.
-        """
-        columns = {k: [row.get(k) for row in rows] for row in rows for k in row if not k.startswith("_")}
-        columns |= more | {"prompts": columns.pop("prompt"), "completions": completions}
-        self.state = SimpleNamespace(global_step=step if global_step is None else global_step,
-                                     max_steps=self.max_steps)
-        self.failed = 0
-        return torch.stack([self._score_one(i, columns, rows, step) for i in range(len(self.specs))])
-
-    def columns(self) -> set[str] | None:
-        """The names of all columns that the functions take; None: every column."""
-        every = any(others for _, others in self.takes)
-        return None if every else {name for names, _ in self.takes for name in names}
-
-    def question(self, index: int, columns: dict) -> tuple[int, dict, dict]:
-        """What the function is called with: the columns it takes, and trainer_state. Pixels stay out of the
-        pipe unless it names them."""
-        names, others = self.takes[index]
-        taken = {k: x for k, x in columns.items() if k in names or others and k not in ALIASES["images"]}
-        return index, taken, {"trainer_state": self.state} if others or "trainer_state" in names else {}
-
-    def _score_one(self, index: int, columns: dict, rows: list[dict], step: int, alone=False) -> torch.Tensor:
-        """(N,) of one function. After a lost process it calls itself for each completion, `alone`."""
-        try:
-            rewards = self._call(index, columns, rows, step, self.timeout / 4 if alone else self.timeout)
-            self.recent[index] += [False] * len(rows)
-            return rewards
-        except RewardProcessLost as error:
-            if self.process.returncode == -signal.SIGTERM:  # whoever ends the run ended this process as well
-                raise
-            text = str(error)
-        if not alone:
-            tqdm.write(f"warning: {text}; its {len(rows)} completions are tried one by one")
-            rewards, spent = [], 0.0
-            for i in range(len(rows)):
-                if spent > self.MOST * self.timeout:
-                    raise RewardError(f"{text}; of its {len(rows)} completions, tried one by one, {i} took "
-                                      f"{spent:.0f} s: raise --reward_timeout")
-                self.wait_until_ready()  # a process that starts anew takes no time off
-                began, one = time.monotonic(), {k: v[i:i + 1] for k, v in columns.items()}
-                rewards.append(self._score_one(index, one, rows[i:i + 1], step, alone=True))
-                spent += time.monotonic() - began
-            return torch.cat(rewards)
-        text = f"{text}; row {rows[0]['_source']}, completion {columns['completions'][0][:200]!r}"
-        self.failed += 1
-        self.recent[index].append(True)
-        if sum(self.recent[index]) > self.MOST:
-            raise RewardError(f"{text}: the {self.MOST + 1}th of the latest 256 completions")
-        tqdm.write(f"warning: {text}: it abstains")
-        return torch.tensor([math.nan], dtype=torch.float64)
-
-    def _call(self, index: int, columns: dict, rows: list[dict], step: int, timeout: float) -> torch.Tensor:
-        self.wait_until_ready()
-        completions, what = columns["completions"], f"reward {self.specs[index]}, step {step}"
-
-        def at(i):
-            return f"row {rows[i]['_source']}, completion {completions[i][:200]!r}"
-
-        status, *answer = self._ask(what, self.question(index, columns), timeout)
-        if status == "error":
-            text = self._explained(*answer)
-            if "string indices must be integers" in text:
-                text += (" (completions are strings here, not message lists: use completion, not "
-                         "completion[0]['content'])")
-            try:
-                _, culprit = self._ask(what, None, timeout)
-            except RewardProcessLost:  # the search took too long; the error of the batch says enough
-                culprit = None
-            where = f"a batch of {len(rows)} rows" if culprit is None else at(culprit)
-            raise RewardError(f"{what} raised on {where}: {text}")
-        return checked_rewards(answer[0], len(rows), what, at)
-
-    def close(self):
-        self._end()  # the first time only: later the process's number may be another's
-
-
-def end_process(process: subprocess.Popen, connection, owner: int):
-    """Kill a reward process and what it started: at close(), or at the end of its runner or the program."""
-    if os.getpid() != owner:  # the end of a forked copy
-        return
-    with suppress(OSError):  # it is gone
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    connection.close()
-
-
-def checked_rewards(result, count: int, what: str, at) -> torch.Tensor:
-    """The answer of process.plain_rewards -> (count,) fp64, None as nan; anything but a list of `count`
-    finite numbers or None is a RewardError. at(i) says which completion i is."""
-    if not isinstance(result, list):
-        raise RewardError(f"{what}: expected a list of {count} numbers, got {result}")
-    if len(result) != count:
-        raise RewardError(f"{what}: expected {count} rewards, one a completion, got {len(result)}")
-    for i, value in enumerate(result):
-        if isinstance(value, str):
-            raise RewardError(f"{what}: {value} is not a number; {at(i)}")
-        if value is not None and not math.isfinite(value):
-            raise RewardError(f"{what}: returned {value} (None abstains, nan does not); {at(i)}")
-    return torch.tensor([math.nan if x is None else x for x in result], dtype=torch.float64)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Evaluation
+    def score(self, *args, **columns) -> torch.Tensor:
+        """(functions, N) fp64, nan where a function abstained."""
+        rewards = [[math.nan if x is None else x for x in one] for one in super().score(*args, **columns)]
+        return torch.tensor(rewards, dtype=torch.float64)
 
 
 def evaluate(policy: Policy, processor, rows: list[dict], draws: list[int], prompts, rewards: RewardRunner, *,

@@ -8,7 +8,7 @@ signature takes, and `images` only where it names them.
 
 A new one: write the function in a file of this folder, and add its line here. Or write it in a file of your
 own and pass --reward_funcs path/to/file.py:function; it may say `from rewards.answers import final_answer`.
-Both run in the reward process (process.py), not in the trainer.
+Both run in the reward process (process.py, started by runner.py), not in the trainer.
 """
 
 BUILT_IN = {  # the name for --reward_funcs: the file in this folder, and the function in it

@@ -1,6 +1,6 @@
 """The reward process: a program of its own that loads reward files and calls their functions.
 
-    python process.py FD file.py:function ...        # started by rollout.RewardRunner; FD is its socket
+    python process.py FD file.py:function ...        # started by runner.py; FD is its socket
 
 It does not import torch, so that it starts at once and stays small; a reward file may import what it likes.
 Questions come as pickles, answers go as JSON: nothing that a reward file made is unpickled in the trainer.

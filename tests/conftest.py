@@ -26,7 +26,7 @@ import data
 import losses
 import model
 import rollout
-from rewards import process
+from rewards import process, runner
 
 # {name: module} of every file of papers/: tests that go over the tables of losses.py cover its methods, too.
 METHODS = {name: model.load_method(name, script) for script in ("train_dpo.py", "train_grpo.py")
@@ -322,7 +322,7 @@ class InProcess(rollout.RewardRunner):
     def _call(self, index, columns, rows, *_):
         _, columns, settings = self.question(index, columns)
         result = process.plain_rewards(self.functions[index](**columns, **settings))
-        return rollout.checked_rewards(result, len(rows), self.specs[index], str)
+        return runner.checked_rewards(result, columns, rows)
 
     def close(self):
         pass

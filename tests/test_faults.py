@@ -588,7 +588,7 @@ def test_every_import_is_known():
              "rewards", "rollout", "safetensors", "shlex", "shutil", "signal", "socket", "struct", "subprocess", "sys", "tempfile",
              "threading", "time",
              "tokenizers", "torch", "tqdm", "traceback", "transformers", "types", "typing",
-             "unicodedata", "warnings", "weakref", "zlib"}
+             "unicodedata", "uuid", "warnings", "weakref", "zlib"}
     for file in [*ROOT.glob("*.py"), *ROOT.glob("rewards/*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)):

@@ -41,7 +41,7 @@ import model
 import rollout
 import train_dpo
 import train_grpo
-from rewards import answers, form
+from rewards import answers, form, runner
 
 RED = (AssertionError, pytest.fail.Exception)  # the second is `pytest.raises` that saw nothing raised
 
@@ -232,16 +232,16 @@ def formula_alone(_, rewards, G, **kwargs):
     return (x / (std + 1e-4)).flatten()
 
 
-def repeated(original, result, count, *args):
+def repeated(original, result, columns, rows):
     """One reward is that of all completions."""
-    return original(result * count if len(result) == 1 else result, count, *args)
+    return original(result * len(rows) if len(result) == 1 else result, columns, rows)
 
 
 def no_second_try(original, *args, **kwargs):
     """A process that died is an error of the function, and not of one completion."""
     try:
         return original(*args, **kwargs)
-    except rollout.RewardProcessLost as error:
+    except runner.ProcessLost as error:
         raise rollout.RewardError(str(error)) from error
 
 
@@ -530,7 +530,7 @@ EXHIBITS = [
             around(losses, "weighted_rewards", lambda _, scores, weights: (weights[:, None] * scores).sum(0)),
             "test_losses.test_weighted_rewards_skip_who_abstained"),
     Exhibit("TRL #6533: one reward is broadcast to all",
-            around(rollout, "checked_rewards", repeated), "test_faults.test_what_a_reward_may_return",
+            around(runner, "checked_rewards", repeated), "test_faults.test_what_a_reward_may_return",
             {"what": "[1.0]", "expected": "expected 3 rewards"}),
     Exhibit("verl #6673, UniRL #462: one completion that the grader dies of ends the run",
             around(rollout.RewardRunner, "_call", no_second_try), "test_faults.test_rewards_that_crash",
