@@ -115,7 +115,7 @@ def cat_pixels(prompts: list[Prompt]) -> dict[str, torch.Tensor]:
     pixels = {}
     for key in dict.fromkeys(key for p in prompts for key in p.pixels):
         tensors = [p.pixels[key] for p in prompts if key in p.pixels]
-        if key == "tower":  # what it made of them (`Policy.run_frozen_tower`)
+        if key == "tower":  # a frozen tower's output (`Policy.run_frozen_tower`)
             pixels[key] = tree_map(lambda *xs: None if xs[0] is None else torch.cat(xs), *tensors)
             continue
         largest = [max(t.shape[d] for t in tensors) for d in range(1, tensors[0].dim())]
@@ -204,11 +204,11 @@ def flat_indices(mask: torch.Tensor) -> torch.Tensor:
 
 
 def spans_within(sizes: list[int], budget: int, alike: bool = True) -> list[tuple[int, int]]:
-    """Micro-batches by tokens: consecutive items (start, stop), of these sizes, that `budget` holds together.
-    An item alone may be larger than the budget.
+    """Micro-batches by tokens: spans (start, stop) of consecutive items, whose sizes add up to at most the
+    budget. An item that is larger than that is a span of its own.
 
-    alike, a collective: every rank needs the same number of them, or FSDP's gathers would not match. A rank
-    that needs fewer halves its longest.
+    alike: all ranks must call this, and get the same number of spans, or FSDP's gathers would not match. A
+    rank that needs fewer halves its longest.
 
     >>> spans_within([50, 30, 20, 60], budget=100)
     [(0, 3), (3, 4)]
@@ -218,7 +218,7 @@ def spans_within(sizes: list[int], budget: int, alike: bool = True) -> list[tupl
         if i == len(sizes) or sum(sizes[start:i + 1]) > budget:
             spans.append((start, i))
             start = i
-    most = max(all_gather_object(len(spans))) if alike else 0  # once: not as often as a rank has to halve
+    most = max(all_gather_object(len(spans))) if alike else 0
     while len(spans) < most:
         start, stop = max(spans, key=lambda span: span[1] - span[0])
         at = spans.index((start, stop))
@@ -227,8 +227,8 @@ def spans_within(sizes: list[int], budget: int, alike: bool = True) -> list[tupl
 
 
 def to_device(batch, device):
-    """The batch (a dict, or one tensor) on that device. To a GPU it is copied from pinned memory, so that the
-    host does not wait for what the GPU is doing."""
+    """The batch (a dict, or one tensor) on that device. Copies to a GPU start from pinned memory, so that the
+    CPU does not wait for them."""
     def move(x):
         if torch.device(device).type == "cuda" and not x.is_cuda:
             return x.contiguous().pin_memory().to(device, non_blocking=True)
@@ -264,11 +264,11 @@ def group_attention_mask(segment_ids, *others, window=None) -> torch.Tensor:
 
 
 def group_block_mask(segment_ids, *others, window=None, block: int = 128) -> BlockMask:
-    """`attention_rule` for FlexAttention, which passes over blocks that nothing may see. As create_block_mask
-    makes it, but 8 rows of blocks at a time: (S, S) tensors take 5 GB each at 70,000 tokens."""
+    """`attention_rule` for FlexAttention, which skips blocks in which nothing may attend. The result is that
+    of create_block_mask, made 8 rows of blocks at a time: an (S, S) tensor has 5 GB at 70,000 tokens."""
     (B, S), device = segment_ids.shape, segment_ids.device
     may_attend, k = attention_rule(segment_ids, *others, window=window), torch.arange(S, device=device)
-    some, every = [], []  # of a block's pairs may attend: (B, 8, n) each
+    some, every = [], []  # whether some, or all, of a block's pairs may attend: (B, 8, n) each
     for q in k[:, None].split(8 * block):
         allowed = may_attend(torch.arange(B, device=device)[:, None, None], 0, q, k)      # (B, 8 * block, S)
         allowed = F.pad(allowed, (0, -S % block, 0, -len(q) % block))
@@ -276,24 +276,25 @@ def group_block_mask(segment_ids, *others, window=None, block: int = 128) -> Blo
         some.append(allowed.any(-1)), every.append(allowed.all(-1))
     some, every = torch.cat(some, 1), torch.cat(every, 1)                                 # (B, n, n)
 
-    def listed(blocks):  # how many in each row of blocks, and which, these first
-        index = blocks.int().argsort(stable=True, dim=-1, descending=True)
-        return blocks.sum(-1, dtype=torch.int32)[:, None], index.int()[:, None]
+    def count_and_order(blocks):  # the form that BlockMask takes: the True ones of a row come first
+        order = blocks.int().argsort(stable=True, dim=-1, descending=True)
+        return blocks.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
 
-    return BlockMask.from_kv_blocks(*listed(some & ~every), *listed(every), block, may_attend, (S, S))
+    partial, whole = count_and_order(some & ~every), count_and_order(every)
+    return BlockMask.from_kv_blocks(*partial, *whole, block, may_attend, (S, S))
 
 
 def attention_mask_of(batch: dict, window: int | None = None):
-    """The mask of a `pack_groups` batch in the form that is fastest on its device (see group_attention).
+    """The mask of a `pack_groups` batch, in the form that is fastest on its device (see group_attention).
 
-    mask.within(window) is that of a sliding-window layer, made once for all of them, and mask.longest the
-    longest prompt + completion: no larger window makes a difference.
+    mask.within(window) is the mask of sliding-window layers, made once for all of them. mask.longest is the
+    longest prompt + completion: a window of that size or more hides nothing.
     """
     rows = [batch[key] for key in ("segment_ids", "group_ids", "image_ids", "offsets")]  # (B, S) each
     if rows[0].is_cuda:
         mask = group_block_mask(*rows, window=window)
     elif window is None and batch["image_ids"] is None:
-        B, S = rows[0].shape  # one False for all: read as a mask, it would hide everything
+        B, S = rows[0].shape  # only its segments are used; read as a mask, it would hide everything
         mask = rows[0].new_zeros((), dtype=torch.bool).expand(B, 1, S, S)
         mask.segments = batch["segments"]
     else:
@@ -304,22 +305,23 @@ def attention_mask_of(batch: dict, window: int | None = None):
 
 
 def group_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
-    """Attention of the language model's layers, registered with transformers as "flatpo", by what comes in:
+    """Attention of the language model's layers, registered with transformers as "flatpo". It depends on the
+    arguments what computes it:
 
-        decoding      the sampler's cache stands where keys would, and attends itself (rollout.GroupCache)
-        on a GPU      a FlexAttention block mask: blocks that nothing may see are never computed
-        on a CPU      a mask with its `segments`: `attend_segments`
+        decoding      key is the sampler's cache, which has an `attend` of its own (rollout.GroupCache)
+        on a GPU      a FlexAttention block mask: empty blocks are never computed
+        on a CPU      a mask with `segments`: `attend_segments`
         otherwise     any 4-D mask: scaled_dot_product_attention over the whole row
 
     query (B, heads, S, D), key and value (B, kv, S, D) -> (B, S, heads, D). The last three agree to rounding.
-    A sliding-window layer says its window with every call.
+    sliding_window: a layer's window, None for full attention.
     """
     if hasattr(key, "attend"):
         return key.attend(value, query, attention_mask, scaling, sliding_window), None
     if sliding_window is not None and attention_mask.longest > sliding_window:
         attention_mask = attention_mask.within(sliding_window)
     if isinstance(attention_mask, BlockMask):
-        # Without this a short row goes to a decoding kernel that has no valid block size for our masks.
+        # Without kernel_options a short row goes to a decoding kernel, which has no block size for our masks.
         out = compiled_flex_attention()(query, key, value, block_mask=attention_mask, scale=scaling,
                                         enable_gqa=query.shape[1] != key.shape[1],
                                         kernel_options={"FORCE_USE_FLEX_ATTENTION": True})
@@ -334,15 +336,15 @@ def compiled_flex_attention():
     if torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
         print("attention kernels are compiled when they are first needed: 10 to 20 s each, once a machine",
               flush=True)
-    # A variant for each of grad mode, one row or several, one block or several, window and dtype: beyond its
-    # limit of 8 torch would go on uncompiled, and build the (S, S) scores. fullgraph makes that an error.
+    # torch compiles a variant for each of grad mode, one row or several, one block or several, window and
+    # dtype. Beyond 8 variants it would run uncompiled, with (S, S) scores; fullgraph makes that an error.
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def attend_segments(query, key, value, segments, scaling) -> torch.Tensor:
-    """Prompts attend causally, each completion to [its prompt | itself]: what the dense mask allows, and no
-    more, so that nothing masked is computed. Shapes as in `group_attention`; padding comes out as 0."""
+    """What `attention_rule` allows, without computing what it hides: a prompt attends to itself, causally, a
+    completion to [its prompt | itself]. Shapes as in `group_attention`; padding comes out as 0."""
     gqa = query.shape[1] != key.shape[1]
     attend = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=gqa)
     causal = functools.cache(lambda P, T: torch.ones(T, P + T, dtype=torch.bool).tril(P))
@@ -363,10 +365,10 @@ def attend_segments(query, key, value, segments, scaling) -> torch.Tensor:
 
 
 def window_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
-    """Attention of a vision tower over its windows and images, which stand one after the other: Qwen-VL's.
+    """Attention of Qwen-VL's vision tower over its windows and images, which are packed into one row.
 
-    transformers calls its attention once for each of them, thousands of times for a batch of large images,
-    but hands all over at once to one that has "flash" in its name. Here windows of one length are one batch.
+    transformers calls its attention once for each window, thousands of times for a batch of large images. A
+    function with "flash" in its name gets all of them in one call. Here windows of one length are one batch.
     query, key, value (1, heads, S, D), cu_seq_lens_q (windows + 1,) -> (1, S, heads, D).
     """
     lengths = window_lengths(cu_seq_lens_q)
@@ -386,8 +388,8 @@ def window_attention(module, query, key, value, attention_mask, scaling=None, cu
 
 
 def window_lengths(ends: torch.Tensor) -> list[int]:
-    """Lengths of the windows that end there, (windows + 1,). A GPU is asked once for each tensor: all layers
-    of a tower, and their recomputation, are handed the same one."""
+    """The lengths of windows, from where they start and end (windows + 1,). They are kept on the tensor,
+    which all layers of a tower and their recomputation share: one GPU sync, not one a layer."""
     if not hasattr(ends, "lengths"):
         ends.lengths = ends.diff().tolist()
     return ends.lengths
@@ -411,8 +413,8 @@ def scaled_logits(logits, never_sampled, temperature):
 
 
 def head_weight(weight: torch.Tensor, dtype) -> torch.Tensor:
-    """The output head (V, H) as `head_product` takes it. On a CPU bf16 values are held in fp32, since torch
-    has no product there that takes bf16 and returns fp32."""
+    """The output head (V, H) for `head_product`. On a CPU bf16 values are kept in fp32, because torch has no
+    product there that takes bf16 and returns fp32."""
     weight = weight.to(dtype)
     return weight if weight.is_cuda else weight.float()
 
@@ -432,8 +434,8 @@ def head_product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def bf16_products():
-    """Within it a CPU with bf16 units may multiply fp32 matrices as bf16 ones, and sums in fp32. Exact where
-    all values are bf16's, and faster; a CPU without such units computes as ever."""
+    """Within it a CPU with bf16 units multiplies fp32 matrices as bf16 ones, and adds up in fp32. That is
+    exact where all values are bf16 ones, and faster. A CPU without such units computes as before."""
     settings = torch.backends.mkldnn.matmul
     before, settings.fp32_precision = settings.fp32_precision, "bf16"
     try:
@@ -476,7 +478,7 @@ class ChunkedLogps(torch.autograd.Function):
                     p[torch.arange(len(p), device=p.device), targets[at]] -= 1
                     slope[at] = p.to(dtype).to(W.dtype) @ W / -temperature
                 del p
-            del logits, log_p  # or the next chunk's are made beside them
+            del logits, log_p  # before the next chunk's are made
         # (M, H), (V, H), (M,), (few,), (M,), (M,), (M, H)
         ctx.save_for_backward(hidden, weight, targets, never_sampled, lse, entropy, slope)
         ctx.temperature, ctx.chunk = temperature, chunk
@@ -519,12 +521,12 @@ class ChunkedLogps(torch.autograd.Function):
         return grad_hidden, grad_weight, *nothing
 
 
-# The families that the tests build, each from transformers' own classes. How one lays out images and
-# positions its own parts say: the processor where image tokens stand, `get_rope_index` M-RoPE's positions,
-# each layer its window; `cat_pixels` joins what any processor returns. What none of them says stands here.
+# The families that the tests build, each from transformers' own classes. transformers tells us most of their
+# differences: image tokens come from the processor, M-RoPE's positions from `get_rope_index`, windows from
+# the layers. Only what it does not tell is listed here.
 TESTED = ("gemma3", "idefics3", "internvl", "llama", "llava", "llava_next", "llava_onevision", "qwen2",
           "qwen2_5_vl", "qwen2_vl", "qwen3", "qwen3_vl", "qwen3_vl_moe")
-BIDIRECTIONAL_IMAGES = ("gemma3",)  # the tokens of an image see each other both ways
+BIDIRECTIONAL_IMAGES = ("gemma3",)  # the tokens of an image attend to each other in both directions
 
 
 class Policy(nn.Module):
@@ -570,7 +572,7 @@ class Policy(nn.Module):
         self.notes = [note for holds, note in (
             (family not in TESTED, "not among the families that the tests cover"),
             (isinstance(processor, TextProcessor), "a text-only model: a row with images is an error"),
-            (uneven, "windows, or images that see all of themselves: a CPU computes what their mask hides"),
+            (uneven, "sliding windows or bidirectional image tokens: a CPU computes masked positions too"),
             (hasattr(text_config, "router_aux_loss_coef"), "the router's auxiliary loss is not added"),
             (of_template, f"{''.join(tokenizer.convert_ids_to_tokens([*of_template]))}, which the chat "
                           "template writes after an answer, ends one here"),
@@ -580,27 +582,28 @@ class Policy(nn.Module):
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         never_sampled = torch.tensor(sorted(ids - eos), dtype=torch.long)  # (few,)
         self.register_buffer("never_sampled", never_sampled, persistent=False)
-        self.never_sampled_ids = frozenset(never_sampled.tolist())  # for the host, which need not ask a GPU
-        # Dropout off, everywhere: the ratio of the first update must be exactly 1. train() mode stays on,
-        # because transformers skips gradient checkpointing in eval() without a word.
+        self.never_sampled_ids = frozenset(never_sampled.tolist())  # kept on the CPU to avoid a device sync
+
         for module in hf.modules():
+            # No dropout: the ratio of the first update must be exactly 1. train() mode stays on, because
+            # transformers silently skips gradient checkpointing in eval().
             for name in ("p", "dropout", "attention_dropout", "drop_path_rate", "drop_prob"):
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
-        for module in hf.modules():
             if isinstance(module, (nn.Conv2d, nn.Conv3d)) and (
                     module.kernel_size == module.stride and module.groups == 1 and set(module.dilation) == {1}
                     and (module.padding == "valid" or not any(module.padding))):
                 module.forward = functools.partial(embed_patches, module)
+
         self.casting = []  # [(module, its forward that casts, its own)], in bf16
         for module in hf.modules() if dtype != torch.float32 else ():
             if next(module.parameters(recurse=False), None) is not None:
                 own = vars(module).get("forward")
                 self.casting.append((module, compute_in(module, dtype), own))
         self.kept, self.copies = {}, {}  # what sampler and `compute_weights` keep on a GPU; see `let_go`
-        self.whole = False  # within `gathered`
-        self.source, self.files = None, {}  # where it was loaded from, and the files that `export` copies
         self.spare_memory = 0  # bytes of the GPU that training does not need: `preflight` measures them
+        self.whole = False  # True within `gathered`
+        self.source, self.files = None, {}  # where it was loaded from, and the files that `export` copies
 
     @property
     def device(self):
@@ -615,8 +618,8 @@ class Policy(nn.Module):
         if sum(x.nbytes for x in tensors) > self.spare_memory:
             self.kept.clear(), self.copies.clear()
 
-    def standing(self, key, new: torch.Tensor, keep: bool) -> torch.Tensor:
-        """`new`; if keep, in memory that is the same in every call with this key: graphs read it there."""
+    def at_same_address(self, key, new: torch.Tensor, keep: bool) -> torch.Tensor:
+        """`new`; if keep, in the memory that this key had in the call before: CUDA graphs read it there."""
         if not keep:
             return new
         old = self.copies.get(key)
@@ -627,9 +630,9 @@ class Policy(nn.Module):
 
     @contextmanager
     def compute_weights(self, keep: bool = False):
-        """Within it the weights are of the compute dtype, not cast anew by every forward: for the sampler.
-        Under FSDP they are so already, once gathered. On a CPU the decoder's and the head's linear layers
-        multiply by a copy in oneDNN's own layout: a sampler's step is 1.1 (bf16) to 1.7 times as fast.
+        """For the sampler: within it the weights have the compute dtype, so that no forward casts them.
+        (FSDP's have it already, once gathered.) On a CPU the linear layers of decoder and head multiply by a
+        copy in oneDNN's own layout: a step of the sampler is 1.1 (bf16) to 1.7 times as fast.
         keep: the copies keep their memory until `let_go`."""
         masters = [(p, p.data) for p in self.parameters()
                    if p.is_floating_point() and p.dtype != self.dtype and not hasattr(p, "quant_state")]
@@ -640,7 +643,7 @@ class Policy(nn.Module):
                 module.forward = own
         try:
             for p, data in masters:
-                p.data = self.standing(id(p), data.to(self.dtype), keep)
+                p.data = self.at_same_address(id(p), data.to(self.dtype), keep)
             self.head = head_weight(self.hf.get_output_embeddings().weight.detach(), self.dtype)
             if self.device.type == "cpu" and torch.backends.mkldnn.is_available() and (
                     self.dtype == torch.float32 or mkldnn._is_mkldnn_bf16_supported()):
@@ -653,7 +656,7 @@ class Policy(nn.Module):
                 setattr(layer, name, lambda x, w=weight, b=layer.bias: mkldnn._linear_pointwise(
                     x.to(w.dtype), w, b, "none", [], ""))
             for layer in dora:  # two passes over W: not once a token
-                layer.gain = self.standing(("gain", id(layer)), layer.magnitude().detach(), keep)
+                layer.gain = self.at_same_address(("gain", id(layer)), layer.magnitude().detach(), keep)
             yield
         finally:
             for layer in (*packed, *dora):
@@ -666,9 +669,9 @@ class Policy(nn.Module):
             self.head = None
 
     def pack(self, groups, share_prompt: bool = True) -> dict:
-        """`pack_groups` into one row; without share_prompt each completion behind its own prompt. Under
-        FSDP every rank must run the vision tower in every pass, or the others wait for it: there a batch
-        without images gets a group with one, `filler`, of no completion and so of gradient 0."""
+        """`pack_groups` into one row; without share_prompt each completion has its own copy of the prompt.
+        Under FSDP every rank must run the vision tower in every pass, or the others wait for it. So a batch
+        without images gets `filler`, a prompt with one and no completion: its gradient is 0."""
         if not share_prompt:
             groups = [(prompt, [completion]) for prompt, completions in groups for completion in completions]
         if self.filler is not None and not any(prompt.pixels for prompt, _ in groups):
@@ -676,8 +679,8 @@ class Policy(nn.Module):
         return pack_groups(groups, self.pad_id, one_row=True)
 
     def prompt_positions(self, tokens: torch.Tensor, text_inputs: dict, pixels: dict) -> torch.Tensor:
-        """Rotary positions (R, P) of one prompt (P,). M-RoPE families say theirs (`get_rope_index`: an image
-        spans a (t, h, w) grid, so the text after it goes on from less than its index); others count up."""
+        """Rotary positions (R, P) of one prompt (P,). M-RoPE families have `get_rope_index`: an image spans a
+        (t, h, w) grid, so the text after it has positions below its index. Other families count up."""
         rope_index = getattr(self.hf.base_model, "get_rope_index", None)
         if rope_index is None:
             return torch.arange(len(tokens))[None]
@@ -691,16 +694,16 @@ class Policy(nn.Module):
         if self.hf.config.model_type not in BIDIRECTIONAL_IMAGES:
             return None
         image = tokens == self.hf.config.image_token_id
-        first = image & ~F.pad(image, (1, 0))[:-1]  # images stand apart: other tokens mark their ends
+        first = image & ~F.pad(image, (1, 0))[:-1]  # other tokens stand between two images
         return torch.where(image, first.cumsum(0), -1)
 
     @torch.no_grad()
     def run_frozen_tower(self, prompts: list[Prompt]) -> list[Prompt]:
-        """Run a vision tower of which nothing is trained, once for every prompt. What it says stays with the
-        prompt's pixels, where all passes, the reference's too, find it (`hidden`). A collective."""
+        """Run a vision tower of which nothing is trained, once for every prompt. Its output is cached in
+        pixels["tower"] and reused by every pass (`hidden`), the reference's too. All ranks must call this."""
         base, seen = self.hf.base_model, []
         if not hasattr(base, "get_image_features") or self.hf.config.model_type not in TESTED:
-            return prompts  # another family's tower may answer in a shape that `cat_pixels` cannot join
+            return prompts  # `cat_pixels` may not be able to join the output of another family's tower
         tower, known = self.hf.get_encoder(modality="image"), inspect.signature(base.get_image_features)
         if any(p.requires_grad for p in tower.parameters()):
             return prompts
@@ -758,13 +761,13 @@ class Policy(nn.Module):
 
 
 def embed_patches(conv, x: torch.Tensor) -> torch.Tensor:
-    """A convolution whose kernel is its stride, (B, C, n1 * k1, n2 * k2, ...) -> (B, E, n1, n2, ...), as what
-    it is: one matrix product of the patches. A convolution takes 2 to 200 times as long (Qwen-VL's 3-D one,
-    by the CPU and dtype), and on a GPU some of its kernels are not repeatable."""
+    """A convolution whose kernel is its stride, (B, C, n1 * k1, n2 * k2, ...) -> (B, E, n1, n2, ...), as one
+    matrix product of the patches. As a convolution Qwen-VL's takes 2 to 200 times as long, depending on CPU
+    and dtype, and on a GPU some kernels are not repeatable."""
     kernel = conv.kernel_size
     counts = [size // k for size, k in zip(x.shape[2:], kernel)]
     for d, (n, k) in enumerate(zip(counts, kernel), 2):
-        x = x.narrow(d, 0, n * k)  # as a convolution leaves out what fills no kernel
+        x = x.narrow(d, 0, n * k)  # a convolution, too, leaves out what does not fill a kernel
     x = x.reshape(*x.shape[:2], *(size for pair in zip(counts, kernel) for size in pair))
     dims = range(2, x.dim(), 2)
     x = x.permute(0, *dims, 1, *(d + 1 for d in dims))                      # (B, n1, n2, ..., C, k1, k2, ...)
@@ -773,11 +776,11 @@ def embed_patches(conv, x: torch.Tensor) -> torch.Tensor:
 
 
 def compute_in(module: nn.Module, dtype):
-    """Let a module compute in `dtype`: its own parameters, fp32 masters, are cast for each call, and so are
-    floating-point inputs. Gradients reach the masters through the cast. Returns the module's new forward.
+    """Let a module compute in `dtype`: its own parameters (fp32 masters) and floating-point inputs are cast
+    for each call. Gradients reach the masters through the cast. Returns the module's new forward.
 
-    Not torch.autocast: it leaves embeddings, norms and so the residual stream in fp32, which is another
-    program than the sampler's and FSDP's, and keeps every cast weight until the pass ends.
+    torch.autocast would not do: it leaves embeddings, norms and so the residual stream in fp32, unlike the
+    sampler and FSDP, and keeps every cast weight until the pass ends.
     """
     forward = module.forward
     if hasattr(module, "compute_dtype"):  # bitsandbytes' 4-bit layers
@@ -804,7 +807,7 @@ def compute_in(module: nn.Module, dtype):
 
     module.forward = with_casts(forward)
     checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-    if checkpoint is not None:  # a layer with weights of its own is recomputed without its `forward`
+    if checkpoint is not None:  # transformers recomputes a layer without calling its `forward`
         module._gradient_checkpointing_func = (
             lambda function, *args, **kwargs: checkpoint(with_casts(function), *args, **kwargs))
     return module.forward
@@ -822,7 +825,7 @@ class LoraLinear:
 
     s is alpha / r, or alpha / sqrt(r) (rsLoRA 2312.03732). |V| (out,) are the norms of V's rows, constant in
     the backward pass (DoRA's section 4.3). `lora_m` holds m - |W|, so that the start is exactly the base, in
-    bf16 too. There is no dropout, which would move the first ratio of an update from 1.
+    bf16 too. There is no dropout: the first ratio of an update must be 1.
     """
 
     adapter_on = True
@@ -851,7 +854,8 @@ class LoraLinear:
 
     @torch.no_grad()
     def merged(self) -> tuple[torch.Tensor, dict]:
-        """The weight (out, in) that computes the same alone; the adapter under PEFT's names. A collective."""
+        """-> the weight (out, in) that computes the same without an adapter, and the adapter under PEFT's
+        names. All ranks must call this."""
         W, A, B = fp32_weight(self), unsharded(self.lora_A), unsharded(self.lora_B)
         V, adapter = self.added(W, A, B), {"lora_A.weight": A, "lora_B.weight": B}
         if hasattr(self, "lora_m"):
@@ -861,7 +865,7 @@ class LoraLinear:
 
 
 def fp32_weight(layer) -> torch.Tensor:
-    """A linear layer's weight in fp32, whole, and decoded where bitsandbytes holds it in 4 bits."""
+    """A linear layer's weight in fp32, unsharded, and decoded where bitsandbytes holds it in 4 bits."""
     if hasattr(layer.weight, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
         return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
@@ -870,7 +874,7 @@ def fp32_weight(layer) -> torch.Tensor:
 
 @contextmanager
 def adapter_off(policy: Policy):
-    """Within it the policy is the model that it started from: the reference. Without LoRA nothing changes."""
+    """Within it the policy is the model that it started from, its reference. Without LoRA nothing changes."""
     layers = [m for m in policy.modules() if isinstance(m, LoraLinear)]
     for layer in layers:
         layer.adapter_on = False
@@ -1079,11 +1083,8 @@ def check_weights(folder: Path, index):
 
 
 def without_video(processor_class):
-    """The same processor class without its video processor, which transformers only has with torchvision.
-
-    transformers' own constructor and from_pretrained refuse to build Qwen-VL's processor without it, also
-    when no video is ever used. Its image and text halves need nothing but Pillow.
-    """
+    """The processor class without its video part, for which transformers needs torchvision. Without the part
+    transformers refuses to build Qwen-VL's processor, although images and text need only Pillow."""
     names = processor_class.get_attributes()
     if not any("video" in name for name in names):
         return processor_class
@@ -1119,7 +1120,7 @@ def end_of_turn(processor) -> int | None:
 
 
 class TextProcessor:
-    """A text-only model's tokenizer, where a processor is expected. Its chat template wants strings."""
+    """A text-only model's tokenizer in a processor's place. Its chat template wants strings, not blocks."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.chat_template = tokenizer, tokenizer.chat_template
@@ -1160,12 +1161,11 @@ def loading(what):
 def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkpointing: bool = False,
                 freeze_vision_tower: bool = False, shard_size: int | None = None, lora=None,
                 eos_token: str | None = None):
-    """A local folder or a hub id -> (Policy, processor). Weights are held in fp32 whatever the compute dtype.
+    """A local folder or a hub id -> (Policy, processor). Weights are fp32 whatever the compute dtype.
 
-    Only safetensors are read and no remote code runs. freeze_vision_tower freezes what transformers calls the
-    image encoder; Qwen's merger is part of it, LLaVA's and Idefics3's projector is not. lora takes the flags
-    that `add_lora` reads, which then trains adapters alone. With several ranks the policy comes sharded
-    (`shard`): rank 0 reads the files, once, and the others never hold more than their part of the weights.
+    freeze_vision_tower freezes what transformers calls the image encoder; Qwen's merger is part of it, the
+    projector of LLaVA and Idefics3 is not. lora: the flags that `add_lora` reads. With several ranks the
+    policy comes sharded (`shard`): rank 0 reads the weights, and the others never hold more than their part.
     """
     rank_0 = not dist.is_initialized() or dist.get_rank() == 0
     folder, files, odd = read_model_folder(path, weights=rank_0)
@@ -1195,7 +1195,7 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
 
     def finish(hf):
         if gradient_checkpointing:
-            # transformers 5.23 has a new name for it, and warns of the old one.
+            # 5.23 renamed it, and warns of the old name.
             enable = getattr(hf, "activation_checkpointing_enable", hf.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
         if freeze_vision_tower:
@@ -1235,7 +1235,7 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
 
     if not dist.is_initialized():
         return load().to(device), processor
-    # The others build the model without weights, shard it, and only then take memory.
+    # The other ranks build the model without weights, shard it, and only then allocate memory.
     whole = []
 
     def configs():
@@ -1248,7 +1248,7 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
     hf.generation_config = generation_config
     policy = shard(finish(hf), device_mesh(torch.device(device).type, shard_size)).to_empty(device=device)
     copy_from_rank_0(whole.pop() if whole else None, policy)
-    # FSDP finds its root in the first forward: it must be this one, and not one of the sampler's.
+    # FSDP takes the module of the first forward as its root: that must not be a part that the sampler calls.
     token = torch.tensor([policy.eos_ids[0]])
     prompt = Prompt(token, policy.prompt_positions(token, {}, {}), {}, {})
     with torch.no_grad():
@@ -1259,8 +1259,8 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
 
 @torch.no_grad()
 def check_logps(policy: Policy, path: str):
-    """Refuse a model whose log-probs in a group row are not those of its own forward: one whose head scales
-    its logits (Granite, Cohere), or whose attention cannot be replaced (Falcon). Of text only."""
+    """Refuse a model whose log-probs in a group row differ from those of its own forward: its head scales the
+    logits (Granite, Cohere), or its attention cannot be replaced (Falcon). Tried on text only."""
     text_config, never = policy.hf.config.get_text_config(), policy.never_sampled_ids
     V = policy.hf.get_output_embeddings().weight.shape[0]
     ids = [i for i in range(V) if i not in never]
@@ -1334,8 +1334,8 @@ def export(policy: Policy, folder: str | Path, rank: int = 0):
 
 
 def weights_fingerprint(policy: Policy) -> str:
-    """sha256 of every parameter and buffer that `state_dict` holds, adapters left out, with names, shapes and
-    dtypes; the same whether sharded or not. A collective."""
+    """sha256 of all parameters and saved buffers but the adapters', with names, shapes and dtypes; the same
+    whether sharded or not. All ranks must call this."""
     digest = hashlib.sha256()
     for name, tensor in policy.hf.state_dict().items():
         if ".lora_" in name:
@@ -1395,8 +1395,9 @@ def shard(policy: Policy, mesh) -> Policy:
 
 @torch.no_grad()
 def copy_from_rank_0(whole: Policy | None, policy: Policy):
-    """Each rank takes its part of rank 0's unsharded weights and buffers, tensor by tensor. (transformers can
-    have every rank read its own slices, but wants its own model at FSDP's root.)"""
+    """Each rank takes its part of rank 0's weights and buffers, tensor by tensor. (torch's own
+    set_model_state_dict would leave out buffers that are not saved, and keep rank 0's whole copy to the end.)
+    """
     def tensors(module):
         return [*module.named_parameters(), *module.named_buffers()]
 
@@ -1413,10 +1414,10 @@ def copy_from_rank_0(whole: Policy | None, policy: Policy):
 
 @contextmanager
 def gathered(policy: Policy):
-    """Within it every rank holds the whole model, and passes without gradient need no collective: ranks may
-    run different numbers of them, of different lengths. For rollouts, held-out data, reference passes.
+    """Within it every rank holds the whole model. Passes without gradient then need no communication, so
+    ranks may run different numbers of them: in rollouts, on held-out data, for the reference.
 
-    FSDP's hooks are taken off meanwhile: they have nothing to do, and a CUDA graph could not hold them.
+    FSDP's hooks are removed meanwhile: they would do nothing, and a CUDA graph cannot capture them.
     """
     units, hooks = [m for m in policy.modules() if isinstance(m, FSDPModule)], []
     for unit in units:
@@ -1455,8 +1456,8 @@ def all_gather(x: torch.Tensor, device="cpu") -> torch.Tensor:
 
 
 def add_sums(sums: dict, new: dict, prefix: str = ""):
-    """sums[prefix + key] += new[key], pairs of (sum, count), in fp64. Tensors are added where they are: a GPU
-    is not waited for."""
+    """sums[prefix + key] += new[key], pairs of (sum, count), in fp64. Tensors stay on their device, so that
+    nothing waits for a GPU."""
     def fp64(x):
         return x.detach().double() if isinstance(x, torch.Tensor) else float(x)
 
@@ -1466,8 +1467,8 @@ def add_sums(sums: dict, new: dict, prefix: str = ""):
 
 
 def all_reduce_sums(sums: dict[str, tuple], device="cpu") -> dict[str, tuple[float, float]]:
-    """{key: (sum, count)} of this rank, numbers or tensors -> of all ranks, as numbers, in fp64 and one
-    collective. Keys must agree. The host waits once, and not at all for numbers of one rank."""
+    """{key: (sum, count)} of this rank, numbers or tensors -> of all ranks, as numbers, in fp64. All ranks
+    must call this with the same keys. The CPU waits for a GPU once, and for numbers of one rank never."""
     keys = sorted(sums)
     numbers = [x for key in keys for x in sums[key]]
     if not dist.is_initialized() and not any(isinstance(x, torch.Tensor) for x in numbers):
@@ -1483,8 +1484,8 @@ def all_reduce_sums(sums: dict[str, tuple], device="cpu") -> dict[str, tuple[flo
 def clip_grad_norm_(parameters, max_norm: float) -> float:
     """Global norm of all gradients before clipping, the same on every rank.
 
-    A parameter that no row used (the vision tower, where no row has an image) gets a gradient of zero first,
-    so that AdamW's momentum moves it alike whatever the other rows and ranks held.
+    A parameter that no row used (the vision tower, where no row has an image) gets a gradient of zero, so
+    that AdamW's momentum moves it in every step, whatever rows this rank had.
     """
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
