@@ -772,3 +772,18 @@ def test_group_sums_and_counts_add_up(loss_type):
     assert whole[1] == halves[0][1] + halves[1][1]
     order = torch.tensor([2, 0, 1, 4, 3, 5])
     torch.testing.assert_close(grouped(loss_type, *(x[order] for x in (logps, old, ref, mask, r)))[0], whole[0])
+
+
+def test_limits_are_where_they_are_said_to_be():
+    """Numbers that no other test reached: a spread of a millionth is one, and of a billionth of the rewards none; a better
+    answer is better by more than 1e-6; the highest reward counts positive weights alone; a bound of a mask belongs to it."""
+    wide = torch.tensor([1000.0, 1000.5, 0, 1e-6, 1e9, 1e9 + 1], dtype=torch.float64)
+    A = losses.group_advantages(wide, 2, scale_rewards="none")
+    torch.testing.assert_close(A, torch.tensor([-0.25, 0.25, -5e-7, 5e-7, 0, 0], dtype=torch.float64), rtol=0, atol=1e-12)
+    assert losses.better(torch.tensor([[0.0, 1e-3, 1e-3 + 1e-7]]))[0].tolist() == [[False] * 3, *[[True, False, False]] * 2]
+    scores = torch.tensor([[1.0, 0.5], [1.0, 0.0]], dtype=torch.float64)
+    less_than_best = losses.advantages("none", scores, torch.tensor([1.0, -0.5], dtype=torch.float64), 2)
+    assert less_than_best.tolist() == [-0.5, -0.5]
+    logps, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    for mode in ("token_mask", "sequence_mask"):
+        assert losses.sampler_correction(logps, logps, mask, mode, 1.0, 1.0).tolist() == [[1.0, 1.0]]

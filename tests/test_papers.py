@@ -698,6 +698,15 @@ def test_every_option_of_papers_reaches_the_loss(launch, arguments):
         assert losses_[1] != pytest.approx(other, rel=1e-4)
 
 
+def test_wpo_weighs_a_pair_by_both_answers():
+    """exp(mean(log p - log sum p^2)) of each side, multiplied: 2^-1 of the chosen answer times 2^-3 of the rejected one.
+    The weight of one answer alone passed all other tests."""
+    pair = {f"mask_{side}": torch.ones(1, 2, dtype=torch.bool) for side in "wl"}
+    pair |= {f"log_sum_sq_probs_{side}": torch.zeros(1, 2, **F64) for side in "wl"}
+    pair |= {"logps_w": math.log(2) * torch.tensor([[-0.5, -1.5]], **F64), "logps_l": math.log(2) * torch.tensor([[-2.0, -4]], **F64)}
+    assert METHODS["wpo"].pair_weights(pair, None, None).item() == pytest.approx(2.0 ** -4)
+
+
 # --- files combine
 
 

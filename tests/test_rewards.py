@@ -588,3 +588,8 @@ def test_the_child_bounds_itself_under_a_memory_limit_too():
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+
+
+def test_a_cache_of_one_is_one_token():
+    """soft_punish_cache below 1 is a share; 1 is a token, not all of the length."""
+    assert form.soft_overlong(["", ""], [[5] * 9, [5] * 10], [10, 10], soft_punish_cache=1) == [0, -1]
