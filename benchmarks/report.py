@@ -100,9 +100,10 @@ def rows_of(args: dict, sources: set[str]) -> dict[str, dict]:
     for split in ("train", "test"):
         numbers = [int(s.split()[2]) for s in sources if re.fullmatch(rf"shapes {split} \d+", s)]
         found |= {row["_source"]: row for row in data.shapes_rows(max(numbers, default=-1) + 1, args["seed"], split)}
-    for path in {args["dataset"], args["eval_dataset"]} - {None}:
+    for names, split in ((args["dataset"], "train"), (args["eval_dataset"], "test")):
         try:
-            found |= {row["_source"]: row for row in data.read_rows(path, args["image_root"], ("prompt",))}
+            rows = [] if names is None else data.read_rows(names, args["image_root"], ("prompt",), split)
+            found |= {row["_source"]: row for row in data.readable(rows) if row["_source"] in sources}
         except data.RowError as error:
             print(f"without questions and pictures: {error}", file=sys.stderr)
     return found

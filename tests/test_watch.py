@@ -359,7 +359,7 @@ def write_run(folder, task):
     """A run's files with what is awkward: nan in the metrics, markup and control characters in the texts."""
     (folder / "completions").mkdir(parents=True)
     (folder / "args.json").write_text(json.dumps(dict(
-        algo=["grpo"], command=["train_grpo.py", "--x", "<y>"], seed=3, dataset=str(task / "pairs.jsonl"), eval_dataset=None,
+        algo=["grpo"], command=["train_grpo.py", "--x", "<y>"], seed=3, dataset=[str(task / "pairs.jsonl")], eval_dataset=None,
         image_root=str(task))))
     (folder / "status.json").write_text(json.dumps(dict(status="done", step=3)))
     with open(folder / "metrics.jsonl", "w") as file:
@@ -399,6 +399,20 @@ def test_report_page(task, tmp_path):
     high, low, half = (float(points[i].get("cy")) for i in (0, 2, 3))
     assert low > half > high > 5 and (low - half) / (low - high) == pytest.approx(1 / 3, abs=0.01)  # 0.25, 0.5 of 0.25 to 1
     assert float(points[2].get("cx")) == x0 < x1 and (y0, y1) == (low, half)
+
+
+@pytest.mark.parametrize("name, extra, pictures", [
+    ("train_dpo", ["--algo", "sft"], 0), ("train_dpo", ["--eval_dataset", "PAIRS"], 4),
+    ("train_grpo", ["--dataset", "PAIRS", "PAIRS", "--eval_dataset", "PAIRS"], 8), ("train_grpo", ["--algo", "online_dpo"], 2)])
+def test_report_of_every_kind_of_run(launch, task, tmp_path, name, extra, pictures):  # noqa: F811
+    """A run with --dataset, which is a list, ended in a traceback. Its questions and pictures are found, those of held-out
+    rows too."""
+    extra = [str(task / "pairs.jsonl") if word == "PAIRS" else word for word in extra]
+    launch(name, *(grpo(task) if name == "train_grpo" else []), *extra, "--max_steps", 1)
+    report.main([str(tmp_path / "run0"), "--groups", "4"])
+    page = Page((tmp_path / "run0" / "report.html").read_text())
+    assert "grad_norm" in " ".join(page.text) and len(page.sources) >= pictures
+    assert bool(pictures) == any("how many shapes are there?" in text for text in page.text)
 
 
 def test_ticks_are_few_round_and_inside():
