@@ -30,6 +30,13 @@ def masked_sum(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(mask, x, 0.0).sum(-1)
 
 
+def pick(name: str, kind: str, options: Mapping):
+    """options[kind]; for an unknown kind an error that lists them."""
+    if kind not in options:
+        raise ValueError(f"{name} must be one of {', '.join(options)}, got {kind!r}")
+    return options[kind]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Preference losses, (B,), (B,) -> (B,). Pair: chosen w, rejected l; s: log-probs summed over tokens; r: their
 # log-ratios to the reference; n: lengths in tokens; m = beta (r_w - r_l); eps: label_smoothing. Each takes
@@ -104,13 +111,10 @@ def next_bco_delta(delta: float, mean_reward: float, step: int, kind: str, ema_d
     step: optimizer steps completed before this one. InternVL includes the current micro-batch in its mean;
     here the shift lags by one optimizer step, so that it cannot depend on the cut into micro-batches.
     """
-    if kind == "none":
-        return 0.0
-    if kind == "running":
-        return delta + (mean_reward - delta) / (step + 1)
-    if kind == "ema":
-        return mean_reward if step == 0 else ema_decay * delta + (1 - ema_decay) * mean_reward
-    raise ValueError(f"bco_delta must be running, ema or none, got {kind!r}")
+    return pick("bco_delta", kind, {
+        "running": delta + (mean_reward - delta) / (step + 1),
+        "ema": mean_reward if step == 0 else ema_decay * delta + (1 - ema_decay) * mean_reward,
+        "none": 0.0})
 
 
 def sppo_hard_loss(r_w, r_l, *, beta, **_):
@@ -172,7 +176,7 @@ class PairLoss(NamedTuple):
     columns: Mapping = {}     # numbers of a pair that come with the data: {column: (lowest, highest)}
     smoothed: bool = False    # it takes --label_smoothing
     of_ratios: bool = False   # a function of r_w and r_l that any other score of an answer can stand for
-    sorts: bool = False       # it sorts the two sides apart: it has no pairs to weigh
+    sorts: bool = False       # it sorts chosen and rejected separately, so no pair can be weighed
 
 
 PAIR_LOSSES = {
@@ -207,11 +211,9 @@ def nll_loss(logps, mask, *, normalization):
                                                                    it per micro-batch, here it spans the step
     """
     per_sequence, lengths = -masked_sum(logps, mask), mask.sum(-1)
-    if normalization == "sequence":
-        return (per_sequence / lengths.clamp(min=1)).sum(), lengths.new_tensor(len(lengths))
-    if normalization == "token":
-        return per_sequence.sum(), lengths.sum()
-    raise ValueError(f"nll normalization must be sequence or token, got {normalization!r}")
+    return pick("nll_normalization", normalization, {
+        "sequence": ((per_sequence / lengths.clamp(min=1)).sum(), lengths.new_tensor(len(lengths))),
+        "token": (per_sequence.sum(), lengths.sum())})
 
 
 def pair_of(chosen: dict, rejected: dict) -> dict:
@@ -250,13 +252,11 @@ def preference_losses(loss_types, pair: dict, *, beta, pair_weights=None, **opti
     """
     terms, B = {}, len(pair["s_w"])
     for name in loss_types:
-        if name not in PAIR_LOSSES:
-            raise ValueError(f"unknown loss_type {name!r}; choose from {', '.join(PAIR_LOSSES)}")
-        loss = PAIR_LOSSES[name]
+        loss = pick("loss_type", name, PAIR_LOSSES)
         if loss.reference and "ref_s_w" not in pair:
             raise ValueError(f"loss_type {name} needs the reference's log-probs")
         if pair_weights is not None and loss.sorts:
-            raise ValueError(f"loss_type {name} sorts the two sides apart: it has no pairs to weigh")
+            raise ValueError(f"loss_type {name} sorts chosen and rejected separately: it takes no weights")
         values = loss.term(**pair, beta=beta, **options)                                    # (B,)
         terms[name] = (values if pair_weights is None else values * pair_weights).sum(), B
     ratios = log_ratios_of(pair)  # a file of papers/ may have put another score in their place for the losses
@@ -315,14 +315,12 @@ def group_advantages(rewards, num_generations, *, scale_rewards="group", eps=1e-
 
     A reward of nan is left out of mean and std and gets advantage 0; a group without spread gets exactly 0.
     """
-    if scale_rewards not in ("group", "batch", "none"):
-        raise ValueError(f"scale_rewards must be group, batch or none, got {scale_rewards!r}")
     A, known = centred(rewards, num_generations)
-    if scale_rewards == "group":
-        A = A / (unbiased_std(A, known, -1) + eps)
-    elif scale_rewards == "batch":
-        A = A / (unbiased_std(rewards.double().view_as(A), known) + eps)
-    return A.flatten().to(rewards.dtype)
+    scale = pick("scale_rewards", scale_rewards, {
+        "group": unbiased_std(A, known, -1) + eps,
+        "batch": unbiased_std(rewards.double().view_as(A), known) + eps,
+        "none": 1.0})
+    return (A / scale).flatten().to(rewards.dtype)
 
 
 def rloo_advantages(rewards, num_generations):
@@ -372,12 +370,11 @@ def advantages(estimator, scores, weights, num_generations, /, *, scale_rewards=
     penalty (N,): taken off each reward first; RLOO's beta * sum_t (log pi_old - log pi_ref). The highest
     reward is the sum of the positive weights: of functions that give at most 1, as the built-in ones do.
     """
-    if estimator not in ADVANTAGES:
-        raise ValueError(f"advantage estimator must be one of {', '.join(ADVANTAGES)}, got {estimator!r}")
+    function = pick("advantage_estimator", estimator, ADVANTAGES).function
     rewards, reward_max = weighted_rewards(scores, weights) - penalty, float(weights.clamp(min=0).sum())
     options |= dict(scores=scores, weights=weights, scale_rewards=scale_rewards, reward_max=reward_max)
     options.pop("num_generations", None)
-    return ADVANTAGES[estimator].function(rewards, num_generations, **options)
+    return function(rewards, num_generations, **options)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -395,17 +392,11 @@ def log_ratios(logps, old_logps, mask, level):
         sequence_sum    prod_t c_t, the same for each token                      RLOO, arXiv 2402.14740
     """
     token = torch.where(mask, logps - old_logps, 0.0)
-    if level == "token":
-        return token
     total = token.sum(-1, keepdim=True)                                                     # (N, 1)
-    if level == "sequence_sum":
-        return total.expand_as(token)
     mean = total / mask.sum(-1, keepdim=True).clamp(min=1)
-    if level == "sequence":
-        return mean.expand_as(token)
-    if level == "sequence_token":
-        return mean.detach() + token - token.detach()
-    raise ValueError(f"importance_sampling_level must be one of {', '.join(RATIO_LEVELS)}, got {level!r}")
+    return pick("importance_sampling_level", level, {
+        "token": token, "sequence": mean.expand_as(token),
+        "sequence_token": mean.detach() + token - token.detach(), "sequence_sum": total.expand_as(token)})
 
 
 def clipped_term(ratio, A, *, epsilon, epsilon_high, delta, **_):
@@ -481,10 +472,7 @@ def policy_loss_count(loss_type, mask, max_completion_length, rewards=None, num_
     over the optimizer step. mask (N, T)."""
     if loss_type in GROUP_LOSSES:
         return float(GROUP_LOSSES[loss_type].count(rewards.view(-1, num_generations)).sum())
-    if loss_type not in POLICY_LOSSES:
-        raise ValueError(f"unknown loss_type {loss_type!r}; "
-                         f"choose from {', '.join([*POLICY_LOSSES, *GROUP_LOSSES])}")
-    N, mean = len(mask), POLICY_LOSSES[loss_type].mean
+    N, mean = len(mask), pick("loss_type", loss_type, POLICY_LOSSES).mean
     return float({"sequence": N, "sequence_sum": N, "token": mask.sum(), "micro_batch": 1,
                   "constant": N * max_completion_length}[mean])
 
@@ -507,13 +495,7 @@ def kl_penalty(logps, ref_logps, estimator="k3"):
     ratio of the whole sequence (`sequence_sum`). d is clamped so that one outlier cannot overflow exp.
     """
     d = (logps - ref_logps).clamp(-20, 20)
-    if estimator == "k1":
-        return d
-    if estimator == "k2":
-        return d**2 / 2
-    if estimator == "k3":
-        return torch.exp(-d) - 1 + d
-    raise ValueError(f"kl_estimator must be k1, k2 or k3, got {estimator!r}")
+    return pick("kl_estimator", estimator, {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d})
 
 
 def sampler_correction(old_logps, sampling_logps, mask, mode, clip_max=3.0, clip_min=None):
@@ -523,13 +505,11 @@ def sampler_correction(old_logps, sampling_logps, mask, mode, clip_max=3.0, clip
     of higher variance). *_truncate clips the weight to [clip_min, clip_max] (truncated importance sampling);
     *_mask sets weights outside to 0 (masked importance sampling, IcePop).
     """
-    level, _, bound = mode.partition("_")
-    if level not in ("token", "sequence") or bound not in ("truncate", "mask"):
-        raise ValueError("importance_sampling_correction must be token_truncate, token_mask, "
-                         f"sequence_truncate or sequence_mask, got {mode!r}")
-    level = "token" if level == "token" else "sequence_sum"
+    level, cut = pick("importance_sampling_correction", mode, {
+        "token_truncate": ("token", True), "token_mask": ("token", False),
+        "sequence_truncate": ("sequence_sum", True), "sequence_mask": ("sequence_sum", False)})
     weight = log_ratios(old_logps.detach(), sampling_logps, mask, level).exp()              # (N, T)
-    if bound == "truncate":
+    if cut:
         return weight.clamp(clip_min, clip_max)
     low, high = -math.inf if clip_min is None else clip_min, math.inf if clip_max is None else clip_max
     return torch.where((weight >= low) & (weight <= high), weight, 0.0)
@@ -548,9 +528,7 @@ def policy_loss(logps, old_logps, advantages, mask, *, loss_type, importance_sam
     use_bias_correction_kl multiplies the KL by the unclipped ratio. options: what a term takes by name
     besides, (N, T) entropies, say. Padding may be anything. Returns (loss sum, {metric: (sum, count)}).
     """
-    if loss_type not in POLICY_LOSSES:
-        raise ValueError(f"unknown loss_type {loss_type!r}; choose from {', '.join(POLICY_LOSSES)}")
-    term, mean, clips = POLICY_LOSSES[loss_type]
+    term, mean, clips = pick("loss_type", loss_type, POLICY_LOSSES)
     logps = torch.where(mask, logps, 0.0)
     token_log_ratios = torch.where(mask, logps - old_logps, 0.0)
     # +-20: a bf16 outlier of +-100 would make exp overflow; e^20 is beyond every clip range.
@@ -588,7 +566,7 @@ def policy_loss(logps, old_logps, advantages, mask, *, loss_type, importance_sam
 # log-probs s summed over n tokens, u = s - s_ref, rho = s - s_old. Each gives (P,); counts: GROUP_LOSSES.
 
 
-def better(r):
+def is_above(r):
     """(P, G) -> (P, G, G), True where r_i > r_j; a difference below 1e-6 is a tie, nan is neither."""
     return r[:, :, None] - r[:, None, :] > 1e-6
 
@@ -603,7 +581,7 @@ def best_against_worst(loss, r, u, s, n, *, beta, **_):
 
 
 def has_spread(r):
-    return better(r).any(-1).any(-1)
+    return is_above(r).any(-1).any(-1)
 
 
 class GroupLoss(NamedTuple):
@@ -631,7 +609,7 @@ def group_loss(logps, old_logps, rewards, mask, *, loss_type, num_generations, r
     rho = masked_sum(logps - old_logps, mask).view_as(r)
     metrics = {"frac_groups_skipped": ((count_of(r) == 0).sum(), len(r))}
     if u is not None:
-        wins, margins = better(r), beta * (u[:, :, None] - u[:, None, :]).detach()          # (P, G, G)
+        wins, margins = is_above(r), beta * (u[:, :, None] - u[:, None, :]).detach()          # (P, G, G)
         metrics |= {"rewards/margins": (margins[wins].sum(), wins.sum()),
                     "rewards/accuracies": ((margins[wins] > 0).sum() + 0.5 * (margins[wins] == 0).sum(),
                                            wins.sum()),

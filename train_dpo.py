@@ -11,18 +11,7 @@
 
 At step 1 the policy is the reference: the losses must be sigmoid 0.6931, bco_pair 1.3863, MPO 0.8318 + NLL.
 
-Where this differs from the papers and from TRL:
- 1. BCO's reward shift delta is the mean reward of all completed optimizer steps (--bco_delta running).
-    InternVL includes the current micro-batch, TRL >= 0.29 has none (--bco_delta none). Evaluation keeps it.
- 2. Every loss is a sum over the whole optimizer step divided by its count there, so the gradient depends on
-    neither micro-batch size nor number of ranks. TRL averages micro-batch means, which differs for `sft`.
- 3. `sft` in MPO is the paper's per-response mean (--nll_normalization sequence), in --algo sft a token mean.
- 4. A completion ends with its first EOS; what the template writes after it is not trained. TRL trains it.
- 5. The reference is the starting policy. Its log-probs are computed before the first step and kept on disk,
-    by the content of weights, ids and pixels; there is no second model in memory. LoRA has no dropout.
- 6. rewards/accuracies counts a tie as 1/2, so it starts at 0.5 (TRL: 0).
- 7. --label_smoothing makes sigmoid cDPO (TRL ignores it there); WPO weighs pair losses only.
- 8. A pair's weight (papers/weighted.py) multiplies its pair losses, whose count stays the number of pairs.
+METHODS.md lists every loss, and where this differs from the papers and from TRL.
 """
 
 import os
@@ -627,19 +616,20 @@ class Groups:
     def micro_batches(self, groups: list) -> list[list]:
         """An update's, by number or by tokens. All ranks must call this: each needs as many of them."""
         if self.args.max_tokens_per_batch is not None:
-            sizes = [self.tokens_of(group) for group in groups]
-            return [groups[a:b] for a, b in model.spans_within(sizes, self.args.max_tokens_per_batch)]
+            return self.cut_by_tokens(groups)
         size = self.args.per_device_train_batch_size
         return [groups[i:i + size] for i in range(0, len(groups), size)]
 
+    def cut_by_tokens(self, groups: list, alike=True) -> list[list]:
+        """Into lists of at most --max_tokens_per_batch; alike: as many of them on every rank."""
+        sizes = [self.tokens_of(group) for group in groups]
+        return [groups[a:b] for a, b in model.spans_within(sizes, self.args.max_tokens_per_batch, alike)]
+
     def within_budget(self, batches):
-        """The same groups in smaller lists where a list is more than --max_tokens_per_batch holds."""
+        """The same groups, in smaller lists where a list is more than --max_tokens_per_batch holds."""
         for groups in batches:
-            spans = [(0, len(groups))]
-            if self.args.max_tokens_per_batch is not None:
-                sizes = [self.tokens_of(group) for group in groups]
-                spans = model.spans_within(sizes, self.args.max_tokens_per_batch, alike=False)
-            yield from (groups[a:b] for a, b in spans)
+            yield from ([groups] if self.args.max_tokens_per_batch is None else
+                        self.cut_by_tokens(groups, alike=False))
 
     def eval_batches(self):
         """This rank's held-out rows, in batches as large as evaluation takes."""

@@ -13,22 +13,9 @@
 At the first update of a rollout the ratio is exactly 1, nothing is clipped, yet the gradient norm is not 0;
 with loss_type grpo the loss is 0 (advantages are centred), with dapo it is -sum A|y| / sum |y|.
 
-Where this differs from the papers and from TRL:
- 1. Every loss is a sum over the whole optimizer step divided by its count there, so the gradient depends on
-    neither micro-batch size nor number of ranks. TRL's does in `bnpo`, in the entropy bonus, and where its
-    micro-batches are of unequal sizes; `cispo`, `dapo` and `vespo` it divides by the rollout's tokens.
- 2. A rollout's groups are cut into updates whole. TRL shuffles completions across the updates of a rollout.
- 3. beta is 0 (TRL's default; the GRPO paper has 0.04): no reference model is kept. With LoRA there never is
-    one: it is the policy with its adapter off. LoRA has no dropout, since the first ratio must be 1.
- 4. With one update per rollout, and no KL in the reward, old log-probs are the training pass's own, detached:
-    the ratio is exactly 1 also in bf16; else one no-grad pass of the same function on the same rows. The
-    sampler's own log-probs are compared with them (sampling/sampling_logp_difference/mean), and used for
-    nothing else but --importance_sampling_correction and papers/off_policy_mask.py.
- 5. Ids that can never be an answer (image placeholders) are left out of the softmax, in sampler and trainer.
- 6. --algo dapo is its loss, clip range and truncation mask; --dynamic_sampling N (candidates beyond the batch
-    are not kept: the next rollout draws them anew) and --reward_funcs ... soft_overlong are to be asked for.
- 7. The KL is k3 times the ratio, as in TRL 1.16, whose gradient is that of KL(pi || ref) (not with GSPO's
-    ratio, a root); papers/kl_estimator.py has others. The entropy bonus is a mean over the step's tokens.
+With one update per rollout, and no KL in the reward, the old log-probs are the training pass's own, detached;
+else one pass without gradients of the same function on the same rows. So the ratio is exactly 1 also in bf16.
+METHODS.md lists every loss, and where this differs from the papers and from TRL.
 """
 
 import os

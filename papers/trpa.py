@@ -8,7 +8,7 @@ Source: arXiv 2504.04524.
 import torch
 import torch.nn.functional as F
 
-from losses import GroupLoss, better
+from losses import GroupLoss, is_above
 
 SCRIPT = "train_grpo.py"
 PRESET = dict(loss_type="trpa", advantage_estimator="none", beta=0.1)
@@ -19,7 +19,7 @@ def trpa_loss(r, u, s, n, *, beta, **_):
     is 2.5 where i has the highest reward there is (the paper's level 1), else 1."""
     mean, c = u / n, torch.where(r > -1e-6, 2.5, 1.0)[:, :, None]
     pairs = -F.logsigmoid(c * beta * (mean[:, :, None] - mean[:, None, :]))                 # (P, G, G)
-    return torch.where(better(r), pairs, 0.0).sum((1, 2))
+    return torch.where(is_above(r), pairs, 0.0).sum((1, 2))
 
 
-GROUP_LOSSES = {"trpa": GroupLoss(trpa_loss, lambda r: better(r).sum((1, 2)))}
+GROUP_LOSSES = {"trpa": GroupLoss(trpa_loss, lambda r: is_above(r).sum((1, 2)))}

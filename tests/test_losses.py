@@ -780,7 +780,7 @@ def test_limits_are_where_they_are_said_to_be():
     wide = torch.tensor([1000.0, 1000.5, 0, 1e-6, 1e9, 1e9 + 1], dtype=torch.float64)
     A = losses.group_advantages(wide, 2, scale_rewards="none")
     torch.testing.assert_close(A, torch.tensor([-0.25, 0.25, -5e-7, 5e-7, 0, 0], dtype=torch.float64), rtol=0, atol=1e-12)
-    assert losses.better(torch.tensor([[0.0, 1e-3, 1e-3 + 1e-7]]))[0].tolist() == [[False] * 3, *[[True, False, False]] * 2]
+    assert losses.is_above(torch.tensor([[0.0, 1e-3, 1e-3 + 1e-7]]))[0].tolist() == [[False] * 3, *[[True, False, False]] * 2]
     scores = torch.tensor([[1.0, 0.5], [1.0, 0.0]], dtype=torch.float64)
     less_than_best = losses.advantages("none", scores, torch.tensor([1.0, -0.5], dtype=torch.float64), 2)
     assert less_than_best.tolist() == [-0.5, -0.5]

@@ -106,7 +106,7 @@ def test_methods_page_is_complete():
     public = {name for module in (losses, *METHODS.values()) for name, value in vars(module).items()
               if inspect.isfunction(value) and value.__module__ == module.__name__} - hooks
     unlisted = {"masked_sum", "weighted_rewards", "centred", "unbiased_std", "log_ratios", "preference_losses",
-                "better", "has_spread", "which", "pair_of", "log_ratios_of"}
+                "is_above", "pick", "has_spread", "which", "pair_of", "log_ratios_of"}
     assert public - named == unlisted, (public - named) ^ unlisted
     tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
     for name in named:
