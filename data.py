@@ -180,7 +180,7 @@ class Parquet:
     A row is cut out of its row group. All files together keep the groups that were read last, as many as fit
     into KEPT_BYTES, and always the last one."""
 
-    KEPT_BYTES = 256 << 20
+    KEPT_BYTES = 128 << 20
     kept, lock = OrderedDict(), threading.Lock()  # {(file, number of the group): table}, the latest last
 
     def __init__(self, path: Path, columns: set[str] | None = None):
@@ -715,8 +715,8 @@ def in_order(function, items, workers: int, ahead: int | None = None):
     """function(item) of each item, one by one; `workers` threads compute `ahead` of them (None: two a thread)
     before they are asked for. 0 workers: each when it is asked for. An error is raised at its item's place.
 
-    Threads, as Pillow, numpy and the tokenizer let others run while they work: pixels need not be copied, and
-    nothing is forked or left behind. What is not asked for any more is not begun.
+    Threads are enough, since Pillow, numpy and the tokenizer release Python's lock while they work: no pixels
+    are copied between processes, and none is left behind. Nothing is begun after the caller stops asking.
     """
     if not workers:
         yield from map(function, items)
