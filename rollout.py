@@ -1,7 +1,7 @@
-"""KV-cached sampling for groups, and the runner that scores completions in a killable process.
+"""Sampling of groups with a KV cache, by the trainer's own module or by a vLLM server, and held-out answers.
 
-The sampler runs the training module itself: no second engine, and no weights to keep in sync.
-A prompt and its images are prefilled once; its keys and values then serve all of the group's completions.
+The sampler runs the training module itself: no second engine, and no weights to keep in sync. A prompt and
+its images are prefilled once; its keys and values then serve all completions of the group.
 Sizes in comments: P prompts, G num_generations, N = P * G completions (group-major), S longest prompt, T
 longest completion, R position rows (3 for M-RoPE models, else 1).
 """
@@ -45,8 +45,8 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 def keyed_uniform(seed: int, draw: torch.Tensor, k: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """fp64 uniforms in [0, 1 - 2^-52] from (seed, draw number, k, token index) alone; int64s that broadcast.
 
-    So there is no generator state to save, and neither the batch a prompt sits in nor the number of ranks nor
-    an interrupted rollout can shift what is sampled.
+    There is no generator state to save. The batch, the number of ranks and an interrupted rollout change
+    nothing about what is sampled.
     """
     golden = -0x61C8864680B583EB  # 2^64 / phi, as int64
     x = torch.as_tensor(seed, dtype=torch.int64, device=draw.device)
@@ -69,7 +69,7 @@ def keep_likely(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p:
     if top_p < 1:
         ordered, index = logits.sort(descending=True)
         p = ordered.softmax(-1)
-        dropped = p.cumsum(-1) - p >= top_p  # what comes before it is enough already
+        dropped = p.cumsum(-1) - p >= top_p  # the likelier ids sum to top_p already
         logits = logits.masked_fill(dropped.scatter(-1, index, dropped), -math.inf)
     if min_p:
         p = logits.softmax(-1)
@@ -81,9 +81,10 @@ def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor | None, top_k: in
                   min_p: float = 0.0, block: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverse CDF: (N, V) logits, (N,) fp64 uniforms in [0, 1) -> (N,) ids, and their log-probs.
 
-    uniforms None takes the likeliest id. An id of probability 0 is never drawn. The CDF adds up the sums of
-    blocks in fp64 (in fp32 a CDF over 150k ids forgets its small ones), so that the vocabulary is passed over
-    twice, for the softmax and for these sums; their total takes the softmax's own rounding off the log-probs.
+    uniforms None takes the likeliest id. An id of probability 0 is never drawn. The CDF is summed in fp64: in
+    fp32, over 150k ids, it would lose the small ones. It is a CDF of blocks, then one within the chosen
+    block, so that only two passes read the whole vocabulary: the softmax, and the sums of the blocks. The
+    total of these sums corrects the rounding of the softmax in the log-probs.
     """
     V, p = logits.shape[-1], logits.softmax(-1)                                                 # (N, V)
     likely, whole = p, V // block * block
@@ -93,7 +94,7 @@ def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor | None, top_k: in
     if uniforms is None:
         token = logits.argmax(-1)
     else:
-        if top_k or top_p < 1 or min_p:  # rare, and so not made fast
+        if top_k or top_p < 1 or min_p:  # rare, so this is not optimised
             likely = keep_likely(logits, top_k, top_p, min_p).softmax(-1)
             sums = F.pad(likely, (0, -V % block)).view(len(p), -1, block).sum(-1).double()
         cdf = sums.cumsum(-1)
@@ -127,12 +128,14 @@ class Rollout(NamedTuple):
 class GroupCache(DynamicCache):
     """Keys and values in two regions: each prompt's once, for all its completions, and each completion's own.
 
-    So a step reads a prompt's keys once per group, not G times, which with images is most of what it reads
-    (Hydragen, arXiv 2402.05099; bifurcated attention, arXiv 2403.08845). A prompt has a slot, a completion a
-    row; all is allocated once, and reused when prompts and completions come and go.
-    prefix[layer]: K, V (slots, kv, S, D).  own[layer]: K, V (rows, kv, T, D).
-    Of the prompts: lengths (slots,), prefix_bias (slots, 1, 1, S), 0 or -inf behind the end. Of a step: its
-    rows and their token index t, both (n,). places (p, g), place (rows,): `place_rows`.
+    A step reads a prompt's keys once for its group, not G times; with images they are most of what it reads
+    (Hydragen, arXiv 2402.05099; bifurcated attention, arXiv 2403.08845). A prompt takes a slot, a completion
+    a row. The memory is allocated once; slots and rows are used again.
+
+    prefix[layer]: K, V (slots, kv, S, D)     own[layer]: K, V (rows, kv, T, D)
+    lengths: (slots,) of the prompts          prefix_bias: (slots, 1, 1, S), 0, or -inf behind a prompt's end
+    rows, t: (n,) of a step's rows, and the index of each one's token
+    places: (p, g), place: (rows,), see `place_rows`
     """
 
     def __init__(self, slots: int, rows: int, S: int, T: int, device):
@@ -144,13 +147,13 @@ class GroupCache(DynamicCache):
         self.place, self.places, self.all_places = None, None, None
 
     def update(self, key, value, layer, *args, **kwargs):
-        """transformers' layers call it with what is new, and hand what it returns to `model.group_attention`:
-        the keys and values themselves while prompts are prefilled, else this cache and the layer."""
+        """transformers' layers call this with new keys and values, and give what it returns to
+        `model.group_attention`: these keys and values during the prefill, later this cache and the layer."""
         if layer not in self.prefix:
             slots, rows, S, T = self.sizes
             kv, D = key.shape[1], key.shape[3]
             self.prefix[layer] = [x.new_zeros(slots, kv, S, D) for x in (key, value)]
-            # A row's keys lie (D, T) in memory: on a CPU, in bf16, its scores are then up to 3 times as fast.
+            # Keys are stored as (D, T): on a CPU, in bf16, scores are then up to 3 times as fast.
             self.own[layer] = [key.new_zeros(rows, kv, D, T).mT, value.new_zeros(rows, kv, T, D)]
         if self.filling is not None:
             for buffer, new in zip(self.prefix[layer], (key, value)):
@@ -163,8 +166,8 @@ class GroupCache(DynamicCache):
     def attend(self, layer, query, own_bias, scaling, window: int | None = None) -> torch.Tensor:
         """query (n, heads, 1, D), own_bias (n, 1, 1, W) -> (n, 1, heads, D): one softmax over both regions.
 
-        The prompt's part is one matrix product per prompt and kv head, over the (g, r) queries of its g
-        completions and r heads; `places` (p, g) holds the row of each, `place` (n,) finds a row's way back.
+        The scores with the prompts are one matrix product for each prompt and kv head. It takes the queries
+        of g completions and r heads together: `places` sorts rows by prompt, `place` sorts them back.
         """
         (prefix_k, prefix_v), (own_k, own_v) = self.prefix[layer], self.own[layer]
         n, heads, _, D = query.shape
@@ -178,7 +181,7 @@ class GroupCache(DynamicCache):
             return x.view(p, kv, g, r, -1).transpose(1, 2).reshape(p * g, kv, r, -1)[self.place[:n]]
 
         q, prefix_bias = query.view(n, kv, r, D), self.prefix_bias[:p]
-        if window is not None:  # hide what is further back; a group's completions are of one age
+        if window is not None:  # hide keys that are further back; a group's completions have one length
             age = (self.lengths[:p] + self.t[self.places[:, 0]])[:, None]
             far = age - torch.arange(prefix_k.shape[2], device=q.device) >= window                 # (p, S)
             prefix_bias = prefix_bias.masked_fill(far[:, None, None], -math.inf)
@@ -192,8 +195,8 @@ class GroupCache(DynamicCache):
         return out.view(n, 1, heads, D)
 
     def place_rows(self, slot_of: list[int], p: int = 0, g: int = 0):
-        """Say which slot each row belongs to, in `places` (p, g) and `place` (rows,) of `attend`; p and g are
-        raised to what the rows need.
+        """Set `places` (p, g), the rows of each prompt, and `place` (rows,), where each row is in it, for
+        `attend`. p and g are the least sizes.
 
         Unused places point at row 0 and spare rows at place 0; their results are never read. If p and g are
         enough for every call the tensors keep their memory: a CUDA graph of each size reads them there.
@@ -215,38 +218,38 @@ class GroupCache(DynamicCache):
         self.place.copy_(place), self.places.copy_(places)
 
     def move(self, sources, targets, width: int):
-        """Rows take the place of others, with their first `width` tokens."""
+        """Copy the first `width` tokens of rows over other rows."""
         for buffer in (buffer for pair in self.own.values() for buffer in pair):
             buffer[targets, :, :width] = buffer[sources, :, :width]
 
     def move_slots(self, sources, targets):
-        """Prompts take the slots of others."""
+        """Copy prompts into other slots."""
         keys_and_values = (buffer for pair in self.prefix.values() for buffer in pair)
         for buffer in (*keys_and_values, self.prefix_bias, self.lengths):
             buffer[targets] = buffer[sources]
 
 
 def score(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """(n, kv, r, D), (n, kv, S, D) -> (n, kv, r, S), on a GPU in fp32, as the trainer's kernels hold their
-    scores: bf16 would round one of 20 by up to 0.06. A CPU has no such product in torch, and does round."""
+    """(n, kv, r, D), (n, kv, S, D) -> (n, kv, r, S). On a GPU in fp32, as in the trainer's kernels: in bf16 a
+    score of 20 is rounded by up to 0.06. On a CPU torch has no such product, and scores are rounded."""
     if q.is_cuda and q.dtype != torch.float32:
         scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, out_dtype=torch.float32)
         return scores.unflatten(0, q.shape[:2])
     return q @ k.mT
 
 
-CHECK_EVERY = {"cuda": 16}  # tokens between two looks at who has ended (and a device sync); elsewhere 4
-# On a GPU a step is a CUDA graph, one for each size of the batch, rounded up to these: rows, own tokens, and
-# slots, which are doubled. Prompts are rounded up to PREFIX tokens, so that most rollouts are of one size.
+CHECK_EVERY = {"cuda": 16}  # tokens between two checks of which rows have ended (a device sync); elsewhere 4
+# On a GPU a step is a CUDA graph, one for each size of the batch. Rows and own tokens are rounded up to the
+# first two of BUCKETS, slots to a doubling of the third, and prompts to PREFIX tokens.
 CUDA_GRAPHS, BUCKETS, PREFIX = True, {"cuda": (64, 128, 8)}, {"cuda": 256}
-PREFILL_TOKENS = 16_384  # prompt tokens in one forward, at most, if they are of several prompts
+PREFILL_TOKENS = 16_384  # most prompt tokens in one forward of several prompts
 
 
 class Steps:
-    """The memory that a step of `sample` reads and writes, and the step: one token of every row.
+    """The memory of a step of `sample`, and the step: one token for every row.
 
-    On a GPU it stays between calls (`Policy.kept`), with the CUDA graphs of the steps, which would otherwise
-    be captured anew in each rollout. A graph is good for as long as the weights stand where they stood.
+    On a GPU it is kept between calls (`Policy.kept`) with the steps' CUDA graphs, which take long to capture.
+    A graph can be used as long as the weights keep their addresses.
     """
 
     def __init__(self, policy: Policy, slots: int, rows: int, S: int, T: int, wide_T: int, completions: int,
@@ -260,12 +263,12 @@ class Steps:
         # Results. Column T is scratch space for finished rows.
         self.ids = torch.full((completions, T + 1), policy.pad_id, device=device)
         self.logps = torch.zeros(completions, T + 1, device=device)
-        # The rows: which completion each is; its last token, and that token's index and position.
+        # Of each row: the number of its completion, its last token, and the token's index and position.
         self.row, self.token, self.t, self.position = (
             torch.zeros(rows, dtype=torch.long, device=device) for _ in range(4))
         self.running = torch.zeros(rows, dtype=torch.bool, device=device)
         self.graphs, self.weights = {}, None
-        # A stream of its own: cuBLAS keeps one workspace a stream, in the pool of who captured there first.
+        # An own stream: cuBLAS keeps one workspace a stream, in the pool of the first capture on it.
         cuda = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if cuda else None
         self.pool = torch.cuda.graph_pool_handle() if cuda else None
@@ -275,7 +278,7 @@ class Steps:
         return [*caches, self.uniforms, self.ids, self.logps]
 
     def begin(self, uniforms: torch.Tensor | None):
-        """Ready for another call: uniforms (completions, T), or None for the likeliest tokens."""
+        """Prepare for a call of `sample`. uniforms: (completions, T), or None for the likeliest tokens."""
         self.ids.fill_(self.policy.pad_id), self.logps.zero_(), self.running.fill_(False), self.t.zero_()
         if uniforms is not None:
             self.uniforms[:len(uniforms)] = uniforms
@@ -286,7 +289,7 @@ class Steps:
             self.pool = torch.cuda.graph_pool_handle() if self.t.is_cuda else None  # the old one is closed
 
     def draw(self, hidden: torch.Tensor, at: slice):
-        """The next token of the n rows `at`, from the hidden states (n, H) of their last."""
+        """Draw the next token of the n rows `at`, from the hidden states (n, H) of their last tokens."""
         temperature, *narrowed = self.settings
         logits = self.policy.logits(hidden, temperature or 1.0)                                    # (n, V)
         row, next_t = self.row[at], (self.t[at] + 1).clamp(max=self.T - 1)
@@ -295,13 +298,13 @@ class Steps:
         self.token[at] = token
         column = torch.where(self.running[at], next_t, self.T)
         self.ids[row, column], self.logps[row, column] = token, logp
-        self.position[at] += self.running[at].long()  # who has ended stays where it is
+        self.position[at] += self.running[at].long()  # finished rows stay where they are
         ended = (token[:, None] == self.eos).any(-1)
         self.running[at] &= ~ended & (next_t < self.T - 1)
         self.t[at] = next_t
 
     def step(self, size: int, width: int):
-        """One token of the first `size` rows, attending to the first `width` of their own."""
+        """One token for each of the first `size` rows, which attends to `width` of its row's own tokens."""
         at, device, cache = slice(size), self.t.device, self.cache
         cache.rows, cache.t = torch.arange(size, device=device), self.t[at]
         future = torch.arange(width, device=device) > self.t[at, None]                      # (size, width)
@@ -312,10 +315,10 @@ class Steps:
         self.draw(hidden[:, 0], at)
 
     def run(self, size: int, width: int):
-        """`step`; on a GPU as a CUDA graph, which spares the launches of its hundreds of kernels."""
+        """`step`, on a GPU as a CUDA graph: one launch in place of hundreds of kernels'."""
         key = size, width, self.cache.places.shape
         if not self.graphed or key not in self.graphs:
-            self.graphs[key] = None  # the first of a size runs as it is, and warms up what no capture may do
+            self.graphs[key] = None  # the first step of a size is not captured: it does the warm-up
             return self.step(size, width)
         if self.graphs[key] is None:
             self.graphs[key] = torch.cuda.CUDAGraph()
@@ -324,8 +327,8 @@ class Steps:
         self.graphs[key].replay()
 
     def admit(self, prompts: list[Prompt], chosen: list[int], free: list[int], n: int, G: int):
-        """Prefill prompts[i] for i in chosen into free slots, and draw their completions' first tokens, in
-        rows from n on."""
+        """Prefill prompts[i] for i in chosen into free slots, and draw the first tokens of their completions,
+        which take the rows from n on."""
         cache, policy, device = self.cache, self.policy, self.t.device
         cache.filling = to_device(torch.tensor(free), device)
         batch = to_device(pack_groups([(prompts[i], []) for i in chosen], policy.pad_id), device)
@@ -345,7 +348,7 @@ class Steps:
         self.draw(hidden.repeat_interleave(G, 0), at)
 
     def drop_ended(self, slot_of: list[int], age_of: list[int]):
-        """Rows from the end take the places of those that have ended; slot_of and age_of follow."""
+        """Remove rows that have ended: the last rows move into their places, also in slot_of and age_of."""
         n = len(slot_of)
         keep = [i for i, alive in enumerate(self.running[:n].tolist()) if alive]
         sources, targets = [i for i in keep if i >= len(keep)], sorted(set(range(len(keep))) - set(keep))
@@ -360,8 +363,8 @@ class Steps:
         del slot_of[len(keep):], age_of[len(keep):]
 
     def close_ranks(self, slot_of: list[int], bucket: int) -> int:
-        """How many slots a step looks at: those in use, in a bucket. Prompts move into lower slots if that
-        spares a bucket: a step reads the keys of every slot below the highest in use."""
+        """The number of slots that a step reads: up to the highest in use, rounded up to a bucket. Prompts
+        move into lower slots if a smaller bucket is then enough."""
         used = sorted(set(slot_of))
         enough, now = (bucketed(n, bucket, self.sizes[0]) for n in (len(used), used[-1] + 1))
         if enough < now:
@@ -385,8 +388,8 @@ def bucketed(n: int, bucket: int, most: int) -> int:
 
 
 def can_be_graphed(policy: Policy) -> bool:
-    """A capture may not wait for the GPU: experts' grouped_mm does, but in bf16 on Hopper and Blackwell;
-    rotary frequencies that follow the longest row do. Nor may it gather FSDP's shards."""
+    """Whether a CUDA graph can hold a step. It must not wait for the GPU, as experts' grouped_mm does (but in
+    bf16 on Hopper and Blackwell) and rotary frequencies that depend on the longest row; nor gather shards."""
     device, config = policy.device, policy.hf.config.get_text_config()
     experts = any(name.endswith("_experts") for name in config.to_dict())
     waits = device.type == "cuda" and experts and (
@@ -402,15 +405,15 @@ def can_be_graphed(policy: Policy) -> bool:
 def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_generations: int,
            max_completion_length: int, temperature: float, seed: int, top_k: int = 0, top_p: float = 1.0,
            min_p: float = 0.0, rollout_tokens: int = 1 << 18, stop=None) -> Rollout:
-    """num_generations completions of every prompt; temperature 0 is greedy (log-probs are then those at 1).
+    """Sample num_generations completions of every prompt; the result is on the CPU. Temperature 0 is greedy,
+    with log-probs at temperature 1.
 
-    top_k, top_p and min_p narrow what is drawn, not the log-probs returned: those are of the whole softmax,
-    which is what the trainer computes. stop() is asked every 4 tokens (GPU: 16); if True: Interrupted.
+    top_k, top_p and min_p restrict what is drawn. The log-probs are those of the whole softmax, as in the
+    trainer. draws: the prompts' draw numbers, which key the randomness.
 
-    draws: the prompts' draw numbers, which key the randomness. Results come back on the CPU. Completions end
-    when they end: every 4 tokens those that have leave the batch, and prompts that wait take their place.
-    rollout_tokens bounds the keys and values in memory, in tokens (but one group always fits). Runs in eval()
-    mode and restores the mode it found, unless interrupted.
+    Every 4 tokens (on a GPU 16) completions that have ended leave the batch, prompts that wait take their
+    place, and stop() is asked: Interrupted if True. rollout_tokens bounds the keys and values in memory, in
+    tokens, but one group always fits. Runs in eval() mode and restores the mode it found, unless interrupted.
     """
     P, G, T, device = len(prompts), num_generations, max_completion_length, policy.device
     S, was_training = max(len(p.tokens) for p in prompts), policy.training
@@ -488,15 +491,15 @@ def first_not_finite(policy: Policy, prompt: Prompt) -> str:
 
 def steps_for(policy: Policy, sizes: tuple, T: int, wide_T: int, G: int, settings: tuple, R: int,
               keep: bool, rollout_tokens: int) -> Steps:
-    """`Steps` of these sizes (slots, rows, prefix tokens, completions) or larger ones that were kept. What is
-    kept holds keys and values of at most rollout_tokens in all, or else only what is needed now."""
+    """`Steps` of these sizes (slots, rows, prefix tokens, completions), or larger ones that were kept. All
+    that are kept hold keys and values of at most rollout_tokens, or of this call alone."""
     def tokens(slots, rows, S, _, wide_T=wide_T):
         return slots * S + rows * wide_T
 
     key = T, G, settings, R
     kept = policy.kept.get(key) if keep else None
     if kept is None or any(have < need for have, need in zip(kept.sizes, sizes)):
-        if kept is not None:  # grow, so that the sizes settle; the old memory goes first
+        if kept is not None:  # grow, so that sizes settle; free the old memory first
             grown = tuple(map(max, kept.sizes, sizes))
             sizes = grown if tokens(*grown) <= rollout_tokens else sizes
             del policy.kept[key], kept
@@ -515,7 +518,7 @@ def steps_for(policy: Policy, sizes: tuple, T: int, wide_T: int, G: int, setting
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """What names another address is an error: weights and prompts go to the server of the flag alone."""
+    """A redirect is an error: prompts go to the server of the flag alone."""
 
     def redirect_request(self, *_):
         return None
@@ -526,22 +529,22 @@ SERVER_REQUESTS = 64  # groups asked for at once, by each rank
 
 
 class VLLMServer:
-    """`sample` by a stock vLLM server with GPUs of its own, for rollouts that outgrow the trainers'.
+    """`sample` by a stock vLLM server on GPUs of its own, for rollouts that are too large for the trainers'.
 
         VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm
 
-    MODEL: what --model_name_or_path names. Run with vLLM 0.32.0 (CPU build, fp32); older ones are refused.
-    Every rank sends its own prompts, one /v1/chat/completions each, n = G. The server renders, tokenizes and
-    prepares images itself: the prompt ids that it answers must be the trainer's. Its log-probs are at the
-    temperature, and without never_sampled (logit_bias -100 where the trainer has probability 0).
+    MODEL is that of --model_name_or_path. Tried with vLLM 0.32.0 (CPU build, fp32); older ones are refused.
+    Every rank sends its own prompts, each in one /v1/chat/completions with n = G. The server renders,
+    tokenizes and prepares images itself, and must answer the trainer's prompt ids. Its log-probs are at the
+    temperature, and without never_sampled (logit_bias -100; the trainer has probability 0 there).
 
     Weights go through `folder`, which the server must see under the same path, before every rollout: /pause
-    (which empties the prefix, image and encoder caches: they are of the old weights), /collective_rpc
-    reload_weights, /resume. vLLM's transfer by NCCL needs CUDA at both ends, and could not be tried.
+    (which empties the caches of prefixes and images), /collective_rpc reload_weights, /resume. vLLM's
+    transfer by NCCL needs CUDA at both ends, and could not be tried.
 
-    The server draws with its own generator: --seed does not reach it, a rollout drawn again is another one.
-    (Seeded requests are slower, and kill a CPU build when a prompt is prefilled in chunks.) A server that is
-    away, older, started otherwise or of another model is an InputError; nothing is tried twice.
+    The server draws with its own generator: --seed does not reach it, and a rollout drawn again differs.
+    (Seeded requests are slower, and end a CPU build when a prompt is prefilled in chunks.) A server that is
+    away or older, runs another model, or answers wrongly is an InputError; nothing is tried twice.
     """
 
     def __init__(self, url: str, folder: str | Path, chat):
@@ -578,7 +581,7 @@ class VLLMServer:
                              f"{answer[:300].decode(errors='replace')}") from None
 
     def push(self, policy: Policy, processor, source: str, rank: int):
-        """Give the server the policy's weights. A collective: rank 0 writes and asks, the others wait."""
+        """Give the server the policy's weights: rank 0 writes and asks. All ranks must call this."""
         head, embeddings = policy.hf.get_output_embeddings(), policy.hf.get_input_embeddings()
         if self.device == "cpu" and head.weight is embeddings.weight:
             raise self.error("on a CPU vLLM keeps the old output head where it is tied to the embeddings")
@@ -589,8 +592,8 @@ class VLLMServer:
 
     def sample(self, policy: Policy, prompts: list[Prompt], draws: list[int], *, num_generations: int,
                max_completion_length: int, temperature: float, stop=None, **_) -> Rollout:
-        """As `rollout.sample`; draws, seed and rollout_tokens mean nothing to a server, and top_k, top_p and
-        min_p must be off: log-probs would be of what they leave (the script refuses)."""
+        """As `rollout.sample`, but a server takes no draws, seed or rollout_tokens. top_k, top_p and min_p
+        must be off, as the script checks: vLLM's log-probs would be those of the ids that they leave."""
         T, eos, banned = max_completion_length, set(policy.eos_ids), policy.never_sampled_ids
         sampled = set(range(len(policy.hf.get_output_embeddings().weight))) - banned
         settings = dict(
@@ -643,7 +646,7 @@ class VLLMServer:
                     raise Interrupted
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            if pending:  # the process would not end before the threads that wait for an answer
+            if pending:  # threads wait for answers, and the process does not end before them
                 with suppress(InputError):
                     self.ask("/abort_requests", {})
         ids, logps = zip(*(completion for group in groups for completion in group.result()))
@@ -674,11 +677,10 @@ class RewardRunner(runner.RewardRunner):
 def evaluate(policy: Policy, processor, rows: list[dict], draws: list[int], prompts, rewards: RewardRunner, *,
              temperature: float, max_completion_length: int, batch_size: int, seed: int, step: int,
              num_generations: int = 1, rollout_tokens: int = 1 << 18, stop=None):
-    """n answers to every held-out row, a row's after one another -> (texts, rewards (functions, rows * n));
-    temperature 0 is greedy.
+    """num_generations answers to every held-out row -> (texts, rewards (functions, N)), row by row.
 
-    draws: the rows' numbers among all ranks' rows, which key the randomness. prompts: the rows' Prompts; they
-    are taken batch by batch, so that never all pixels are in memory at once.
+    draws: the rows' numbers among the rows of all ranks, which key the randomness. prompts: an iterable of
+    the rows' Prompts, taken batch by batch: not all pixels are in memory at once. Temperature 0 is greedy.
     """
     texts, ids, truncated, prompts = [], [], [], iter(prompts)
     for i in range(0, len(rows), batch_size):

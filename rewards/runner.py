@@ -1,7 +1,7 @@
-"""The trainer's end of the reward process: it starts process.py, asks it for rewards, and outlives it.
+"""The trainer's end of the reward process: it starts process.py, asks it for rewards, and survives its end.
 
-rollout.RewardRunner is this class with the program's errors and tensors. Like all of this folder it needs no
-torch.
+rollout.RewardRunner is this class with the program's errors and tensors. This file imports no torch, as all of
+this folder.
 """
 
 import json

@@ -584,7 +584,7 @@ def test_every_import_is_known():
     known = {"PIL", "argparse", "atexit", "base64", "bitsandbytes", "collections", "concurrent", "contextlib", "copy", "ctypes",
              "data", "dataclasses", "datetime", "difflib", "fcntl", "functools", "hashlib", "huggingface_hub", "importlib", "inspect", "io", "itertools",
              "answers", "asyncio", "json", "losses", "math", "math_verify",
-             "model", "multiprocessing", "numpy", "operator", "os", "pathlib", "pyarrow", "random", "re", "resource",
+             "model", "multiprocessing", "numpy", "operator", "os", "papers", "pathlib", "pyarrow", "random", "re", "resource",
              "rewards", "rollout", "safetensors", "shlex", "shutil", "signal", "socket", "struct", "subprocess", "sys", "tempfile",
              "threading", "time",
              "tokenizers", "torch", "tqdm", "traceback", "transformers", "types", "typing",

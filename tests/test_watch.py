@@ -43,6 +43,9 @@ class Judge:
     def wait_until_ready(self):
         pass
 
+    def columns(self):
+        return None
+
     def score(self, completions, rows, step, **more):
         sums = torch.tensor([sum(map(ord, c)) + int(r["solution"]) for c, r in zip(completions, rows, strict=True)],
                             dtype=torch.float64)
