@@ -1,7 +1,6 @@
 """The trainer's end of the reward process: it starts process.py, asks it for rewards, and survives its end.
 
-rollout.RewardRunner is this class with the program's errors and tensors. This file imports no torch, as all of
-this folder.
+rollout.RewardRunner is this class with the program's errors and tensors. Nothing here imports torch.
 """
 
 import json
