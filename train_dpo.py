@@ -249,7 +249,7 @@ def scorer_fingerprint(policy) -> str:
     """sha256 of all that log-probs depend on besides ids and pixels. All ranks must call this."""
     config = policy.hf.config.to_json_string(use_diff=False).splitlines()  # with transformers' version
     config = [line for line in config if "_name_or_path" not in line]
-    attention = {str(module.config._attn_implementation)
+    attention = {str(getattr(module.config, "_attn_implementation", None))
                  for module in policy.hf.modules() if hasattr(module, "config")}
     parts = (model.weights_fingerprint(policy), config, sorted(attention), sorted(policy.never_sampled_ids),
              str(policy.dtype), policy.device.type, torch.__version__, "format 2")
@@ -594,7 +594,7 @@ class Groups:
         return data.encode_group(self.policy, self.processor, row, self.columns)
 
     def tokens_of(self, group) -> int:
-        """Of a group: its prompt stands there once."""
+        """The tokens that a group takes in a micro-batch; its prompt counts once."""
         prompt, answers = group
         return len(prompt.tokens) + sum(map(len, answers))
 

@@ -91,7 +91,7 @@ def test_metrics_are_of_the_groups_that_are_trained(launch, task, monkeypatch): 
     rounds = []
 
     def sample(policy, prompts, draws, *, num_generations, **_):
-        rounds.append(list(draws))
+        rounds.extend([list(draws)] if num_generations > 1 else [])  # a held-out row gets one answer
         found = rank_cases.fixed_sample(policy, prompts, draws, num_generations=num_generations)
         cut = torch.tensor([(3 * draw + k) % 7 < 3 for draw in draws for k in range(num_generations)])
         return found._replace(truncated=cut)
@@ -99,7 +99,8 @@ def test_metrics_are_of_the_groups_that_are_trained(launch, task, monkeypatch): 
     monkeypatch.setattr(rollout, "sample", sample)
     metrics, _ = launch("train_grpo", *grpo(task), "--reward_funcs", f"{task / 'rewards.py'}:rare", "finished",
                         "--filter_metric", "rare", "--per_device_train_batch_size", 8, "--dynamic_sampling", 9,
-                        "--max_steps", 3)
+                        "--max_steps", 3, "--eval_dataset", task / "pairs.jsonl")
+    assert metrics[-1]["eval/rewards/finished/mean"] == pytest.approx(sum(3 * row % 7 >= 3 for row in range(12)) / 12)
     assert len(rounds) > 3, "else nothing was drawn twice"
     assert len({m["completions/clipped_ratio"] for m in metrics}) > 1
     for m in metrics:
