@@ -83,22 +83,19 @@ class Args:
     algo: list[Name] = field(default_factory=lambda: ["mpo"])  # a preset of the loss flags, a file of papers/
     # or a path to your own; a flag given wins. Further files add what they bring. Presets: PRESETS; files:
     # PAPERS
-    model_name_or_path: str | None = None  # folder or hub id of a vision-language model; tiny, the default of
-    # the built-in task: a random one of half a million parameters
+    model_name_or_path: str | None = None  # folder or hub id; for the built-in task: tiny, a random model
     # --- data
     dataset: list[str] | None = None  # files, folders, hub ids of pairs (see data.py); none: shapes
     dataset_weights: list[Positive] | None = None  # each one's share of the draws; default: its rows
     image_root: str | None = None  # folder that image paths are relative to, and may not leave
-    sort_by: str | None = None  # column of the data: train in its order, lowest first, in each epoch
-    # (curriculum)
+    sort_by: str | None = None  # column that each epoch is sorted by, lowest first (a curriculum)
     eval_dataset: str | None = None  # held-out rows, same columns and --image_root
     overlong: Literal["error", "skip"] = "error"  # rows over the limit: stop, or skip and count them
     dataloader_num_workers: Count = 2  # threads that read and process rows ahead
     seed: Count = 0  # of the data order, the sampling, the tiny model
     max_length: Size | None = None  # longest prompt + completion in tokens; default: the model's context
     # --- losses
-    loss_type: list[Name] = field(default_factory=list)  # of pairs: LOSSES; or sft; spaces or commas;
-    # default: the preset's
+    loss_type: list[Name] = field(default_factory=list)  # of pairs: LOSSES; or sft; default: the preset's
     loss_weights: list[Finite] | None = None  # one per loss_type; default 1 each
     beta: Positive = 0.1  # strength of the pull to the reference; simpo's scale; in asft of the metrics alone
     bco_delta: Literal["running", "ema", "none"] = "running"  # BCO's reward shift
@@ -111,8 +108,7 @@ class Args:
     gradient_accumulation_steps: Size = 1  # micro-batches of an optimizer step
     max_tokens_per_batch: Size | None = None  # cut a step into micro-batches of whole groups by tokens;
     # per_device_train_batch_size x gradient_accumulation_steps stays the step
-    num_train_epochs: Positive = 1.0  # passes over the data, of as many draws as it has rows, skipped ones
-    # replaced, those that dynamic sampling rejects not counted; max_steps wins
+    num_train_epochs: Positive = 1.0  # passes over the data, rejected draws not counted; max_steps wins
     max_steps: Annotated[int, "[-1, inf)"] = -1  # optimizer steps; -1: from the epochs
     learning_rate: NonNegative = 1e-6  # peak, after the warm-up
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "linear"  # the decay
@@ -132,20 +128,17 @@ class Args:
     shard_size: Size | None = None  # ranks that hold one copy of the weights between them; default: all
     lora_r: Size | None = None  # rank of LoRA adapters, which alone are trained; none: train all weights
     lora_alpha: Size | None = None  # adapters are scaled by lora_alpha / lora_r; default 32
-    lora_target_modules: list[Name] | None = None  # names of linear layers (q_proj v_proj), or all-linear,
-    # the default: all but the output head
+    lora_target_modules: list[Name] | None = None  # q_proj v_proj, or all-linear (default): all but the head
     use_rslora: bool = False  # scale by lora_alpha / sqrt(lora_r)
     use_dora: bool = False  # DoRA: train the norm of each row as well
     preflight: bool | None = None  # try the largest micro-batch before step 1; default: on cuda
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    deterministic: bool = False  # on a GPU: only kernels that give the same bits each time, so that a resumed
-    # run equals one never stopped; slower. On a CPU it always does
+    deterministic: bool = False  # on a GPU: only kernels that repeat to the bit; slower. A CPU always does
     # --- evaluation
     eval_steps: Size = 100  # evaluate every so many steps, and before and after
     per_device_eval_batch_size: Size = 16  # held-out rows answered or scored at once
     eval_temperature: NonNegative = 0.0  # of held-out answers; 0 is greedy
-    num_generations_eval: Size = 1  # answers to each held-out row; above 1 adds eval/pass@k, and needs
-    # --eval_temperature
+    num_generations_eval: Size = 1  # answers a held-out row; above 1: eval/pass@k; with --eval_temperature
     max_completion_length: Size = 256  # tokens of a held-out answer
     stop_at_accuracy: Annotated[float, "(0, 1]"] | None = None  # stop once eval/accuracy reaches it
     # --- run
@@ -155,8 +148,7 @@ class Args:
     resume: Literal["auto", "never"] = "auto"  # auto: go on with the run in --output_dir
     allow_changed: list[str] = field(default_factory=list)  # settings that may differ from the resumed run's
     max_hours: Positive | None = None  # write a checkpoint and end after so long, as on SIGTERM
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # send metrics there too; pip
-    # install it
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # send metrics there too
     push_to_hub: str | None = None  # OWNER/NAME: upload final/ there at the end; made private if new
 
     HELP = {"PRESETS": ", ".join(PRESETS), "PAPERS": model.papers_for("train_dpo.py"),
