@@ -975,61 +975,64 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def fault_of(file: Path, folder: Path, needed: bool = True) -> str | None:
-    """Why this is not a plain file of the folder, or, if needed, why it cannot be read. A link must stay in
-    the folder; in the hub's cache it may lead from a snapshot to the blobs."""
+def fault_of(file: Path, folder: Path) -> str | None:
+    """Why this is not a plain file of the folder. A link must stay in the folder; in the hub's cache it may
+    lead from a snapshot to the blobs."""
     if not file.exists():
         return "a link to nothing" if file.is_symlink() else "missing"
     root = folder.resolve()
     blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
     if not any(file.resolve().is_relative_to(place) for place in (root, blobs)):
         return "a link that leaves the folder (copy the file)"
-    if not file.is_file():
-        return "a folder" if file.is_dir() else "not a regular file"
-    if not needed:
-        return None
+    return None if file.is_file() else "a folder" if file.is_dir() else "not a regular file"
+
+
+def read_plain_file(file: Path, folder: Path, size: int | None = None) -> bytes:
+    """The file's first bytes, or all of it; refuses what is no plain file, or stands in for one."""
+    if (fault := fault_of(file, folder)) is not None:
+        raise InputError(f"{file}: {fault}")
     try:
         with open(file, "rb") as opened:
-            start = opened.read(64).lstrip().lower()
+            content = opened.read(size)
     except OSError as error:
-        return str(error.strerror)
+        raise InputError(f"{file}: {error.strerror}") from error
+    start = content[:64].lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer, not the file itself (git lfs pull)"
-    return "a web page" if start.startswith((b"<!doctype", b"<html")) else None
+        raise InputError(f"{file}: a git-lfs pointer, not the file itself (git lfs pull)")
+    if start.startswith((b"<!doctype", b"<html")):
+        raise InputError(f"{file}: a web page")
+    return content
 
 
 def read_model_folder(path: str, weights: bool = True) -> tuple[Path, dict[str, bytes], list[str]]:
     """Refuse a model's folder (or hub id) in which a file is damaged, or would make transformers unpickle,
     run code or read outside it. -> the folder, {name: content} of its small files, what is no plain file.
     """
-    folder, files, contents, odd = model_folder(path, weights), {}, {}, []
+    folder, files, odd, index = model_folder(path, weights), {}, [], None
     for file in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
         name = file.relative_to(folder).as_posix()
-        needed = bool(MODEL_FILES.fullmatch(name) or CONFIGS.fullmatch(name) or name == INDEX)
-        fault = fault_of(file, folder, needed)
         if name == "adapter_config.json":
             raise InputError(f"{file}: a PEFT adapter; pass the whole model (a run's final/), or merge it "
                              "(peft's merge_and_unload)")
         if name == "audio_tokenizer_config.json" or name.startswith("shard-"):
             raise InputError(f"{file}: no part of a model that can be trained here")
-        if needed and fault is not None:
-            raise InputError(f"{file}: {fault}")
-        if needed:
-            files[name] = file.read_bytes()
-        elif fault is not None and (file.suffix or not file.is_dir()):
+        if MODEL_FILES.fullmatch(name) or CONFIGS.fullmatch(name) or name == INDEX:
+            files[name] = read_plain_file(file, folder)
+        elif (fault := fault_of(file, folder)) and (file.suffix or not file.is_dir()):
             odd.append(f"{name} ({fault})")
+    if "config.json" not in files:
+        raise InputError(f"{folder}/config.json: missing, so this is no model")
 
     for name in [name for name in files if name.endswith(".json")]:
         try:
-            contents[name] = json.loads(files[name])
+            content = json.loads(files[name])
         except (ValueError, RecursionError) as error:
             raise InputError(f"{folder / name}: not JSON: {one_line(error)}") from error
         if CONFIGS.fullmatch(name):
-            check_config(folder / name, contents[name])
-    if "config.json" not in files:
-        raise InputError(f"{folder}/config.json: missing, so this is no model")
+            check_config(folder / name, content)
+        index = content if name == INDEX else index
     if weights:
-        check_weights(folder, contents.get(INDEX))
+        check_weights(folder, index)
     return folder, files, odd
 
 
@@ -1069,8 +1072,7 @@ def check_weights(folder: Path, index):
     for name in names:
         if "/" in name or not name.endswith(".safetensors"):
             raise InputError(f"{folder / INDEX} names {name}: only safetensors in the folder are read")
-        if (fault := fault_of(folder / name, folder)) is not None:
-            raise InputError(f"{folder / name}: {fault}")
+        read_plain_file(folder / name, folder, 64)
         try:
             with safe_open(folder / name, "pt"):  # checks its header against its size
                 pass
@@ -1180,6 +1182,8 @@ def load_policy(path: str, dtype: str = "float32", device="cpu", gradient_checkp
         text = [{"type": "text", "text": "hello"}]
         processor.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
     tokenizer = getattr(processor, "tokenizer", processor)
+    with loading(folder / "tokenizer_config.json"):
+        tokenizer("hello")
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise InputError(f"--eos_token {eos_token}: the tokenizer of {path} has no such token")

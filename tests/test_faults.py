@@ -493,6 +493,7 @@ NO_MODELS = {  # name: (what is changed in the folder, what the one line says)
     "generation config": (file("generation_config.json", "{"), "generation_config.json: not JSON"),
     "no object": (file("processor_config.json", "[]"), "processor_config.json: expected a JSON object, got list"),
     "EOS": (json_file("generation_config.json", eos_token_id="x"), "neither generation_config.json nor the tokenizer names an EOS token"),
+    "a length": (json_file("tokenizer_config.json", model_max_length="x"), "tokenizer_config.json: TypeError"),
     "no config": (replaced("config.json", lambda path: None), "config.json: missing"),
     "no class": (json_file("config.json", model_type="nosuch"), "config.json: ValueError: .*nosuch"),
     "a FIFO": (replaced("tokenizer.json", os.mkfifo), "tokenizer.json: not a regular file"),
