@@ -245,7 +245,7 @@ def test_the_templates_end_of_turn_ends_an_answer(folders, tmp_path):
     policy.never_sampled = torch.tensor([i for i in range(len(processor.tokenizer)) if i != end])
     sampled = rollout.sample(policy, [prompt], [0], num_generations=2, max_completion_length=5, temperature=1.0, seed=0)
     assert sampled.completion_ids.tolist() == [[end], [end]] and not sampled.truncated.any()
-    model.export(policy, processor, str(tmp_path / "base"), tmp_path / "final")
+    model.export(policy, tmp_path / "final")
     assert json.loads((tmp_path / "final" / "generation_config.json").read_text())["eos_token_id"] == policy.eos_ids
 
 

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from test_data import root
-from test_faults import pytestmark, runner
+from test_faults import pytestmark, returns, runner
 from test_runs import launch, task
 
 import data
@@ -41,7 +41,8 @@ import model
 import rollout
 import train_dpo
 import train_grpo
-from rewards import answers, form, runner
+from rewards import answers, form
+from rewards import runner as reward_runner
 
 RED = (AssertionError, pytest.fail.Exception)  # the second is `pytest.raises` that saw nothing raised
 
@@ -241,7 +242,7 @@ def no_second_try(original, *args, **kwargs):
     """A process that died is an error of the function, and not of one completion."""
     try:
         return original(*args, **kwargs)
-    except runner.ProcessLost as error:
+    except reward_runner.ProcessLost as error:
         raise rollout.RewardError(str(error)) from error
 
 
@@ -530,7 +531,7 @@ EXHIBITS = [
             around(losses, "weighted_rewards", lambda _, scores, weights: (weights[:, None] * scores).sum(0)),
             "test_losses.test_weighted_rewards_skip_who_abstained"),
     Exhibit("TRL #6533: one reward is broadcast to all",
-            around(runner, "checked_rewards", repeated), "test_faults.test_what_a_reward_may_return",
+            around(reward_runner, "checked_rewards", repeated), "test_faults.test_what_a_reward_may_return",
             {"what": "[1.0]", "expected": "expected 3 rewards"}),
     Exhibit("verl #6673, UniRL #462: one completion that the grader dies of ends the run",
             around(rollout.RewardRunner, "_call", no_second_try), "test_faults.test_rewards_that_crash",
