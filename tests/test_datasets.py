@@ -312,19 +312,20 @@ for columns in ({"prompt"}, None):
     rows = data.read_rows("set", None, ("prompt",), columns=columns)
     texts = [rows[i]["prompt"] for i in data.Plan([len(rows)], 2 * len(rows), 0)]
     assert sorted(texts) == sorted(2 * [str(i) for i in range(32)])
-    print("peak", status("VmHWM") - base)
+    print("peak", status("VmHWM") - base if columns else pyarrow.default_memory_pool().max_memory() >> 20)
 """
 
 
 @pytest.mark.slow
 def test_memory_of_eight_shards(tmp_path):
     """Shards kept a row group of every file in memory, with every column, here 320 MB and more. Columns that the run does
-    not use cost nothing; of those that it uses, as many row groups are kept as the bound says, here 50 MB."""
+    not use cost nothing; of those that it uses, as many row groups are kept as the bound says, here 50 MB (by pyarrow's own
+    count, since its pool keeps what was freed)."""
     for n in range(8):
         rows = [dict(prompt=str(i), scan=random.Random(i).randbytes(10 << 20)) for i in range(4 * n, 4 * n + 4)]
         write_parquet(tmp_path / "set" / f"train-{n}.parquet", rows, group=4)
     used, every = map(float, re.findall(r"peak (\S+)", run(sys.executable, "-c", READING % str(ROOT), cwd=tmp_path)))
-    assert used < 50 and every < 300, (used, every)
+    assert used < 50 and every < 250, (used, every)
 
 
 def test_unused_columns_are_not_read(root):
