@@ -186,7 +186,7 @@ def test_what_a_family_lacks_is_said(loaded):
     assert loaded("qwen2_5_vl")[0].notes == loaded("internvl")[0].notes == []
     assert "auxiliary loss is not added" in loaded("qwen3_vl_moe")[0].notes[0]
     assert "row with images is an error" in loaded("llama")[0].notes[0]
-    assert "a CPU computes what their mask hides" in loaded("gemma3")[0].notes[0]
+    assert "a CPU computes masked positions too" in loaded("gemma3")[0].notes[0]
     assert set(model.TESTED) == set(FAMILIES)
 
 

@@ -363,15 +363,15 @@ def insists_at_once(original, stop, *args):
     return original(stop, *args)
 
 
-def without_processor(original, policy, processor, source, folder, rank=0):
-    original(policy, processor, source, folder, rank)
+def without_processor(original, policy, folder, rank=0):
+    original(policy, folder, rank)
     for name in ("processor_config.json", "preprocessor_config.json", "chat_template.jinja"):
         (folder / name).unlink(missing_ok=True)
 
 
-def head_written_again(original, policy, processor, source, folder, rank=0):
+def head_written_again(original, policy, folder, rank=0):
     """The output head, though it is the embeddings."""
-    original(policy, processor, source, folder, rank)
+    original(policy, folder, rank)
     head = policy.hf.get_output_embeddings().weight.detach().to(policy.dtype, copy=True)
     file = folder / "model.safetensors"
     save_file(load_file(file) | {"lm_head.weight": head}, file, {"format": "pt"})
@@ -480,7 +480,7 @@ EXHIBITS = [
             around(data, "to_messages", any_role), "test_data.test_odd_prompts_are_refused",
             {"prompt": [{"role": "User", "content": "x"}]}),
     Exhibit("transformers runs on with a model that brings its own code",
-            around(model, "refuse_remote_code", lambda *_: None), "test_faults.test_models_that_are_not_loaded"),
+            around(model, "check_config", lambda *_: None), "test_faults.test_models_that_are_not_loaded"),
 
     # --- room 2: sampling
     Exhibit("R1-V #91, verl #3469: the policy samples <|image_pad|>",
@@ -594,7 +594,7 @@ EXHIBITS = [
     Exhibit("ours: the signal that torchrun passes on was a second one",
             around(model.Stop, "_handle", insists_at_once), "test_resume.test_a_second_signal_ends_at_once"),
     Exhibit("EasyR1 #48, ours: the processor is not saved",
-            around(model, "export", without_processor), "test_data.test_export_from_a_hub_id"),
+            around(model, "export", without_processor), "test_faults.test_only_a_models_files_reach_final"),
     Exhibit("ours: a bf16 export held tied weights twice",
             around(model, "export", head_written_again),
             "test_data.test_bf16_export_is_bf16_and_tied_weights_stay_one"),

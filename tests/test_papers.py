@@ -646,7 +646,7 @@ def test_every_file_says_what_it_is(name):
 
 def test_every_hook_is_called():
     """What a file defines is a hook that some loop calls, a value that one asks for, or used in the file; GUIDE.md lists all."""
-    source = "".join((ROOT / file).read_text() for file in ("model.py", "train_dpo.py", "train_grpo.py"))
+    source = "".join((ROOT / file).read_text() for file in ("papers/__init__.py", "model.py", "train_dpo.py", "train_grpo.py"))
     hooks = {*re.findall(r'hooks\(\w+, "(\w+)"', source), *re.findall(r'getattr\((?:m|method|lead), "([A-Z]\w+)"', source),
              *papers.TABLES, "SCRIPT", "Flags"}
     fork = (ROOT / "GUIDE.md").read_text().split("## Fork it")[1].split("\n## ")[0]
