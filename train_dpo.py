@@ -41,7 +41,9 @@ from tqdm import tqdm
 import data
 import losses
 import model
+import papers
 import rollout
+from layers.lora import adapter_off
 from model import Count, Finite, Name, NonNegative, Positive, Size
 
 PRESETS = {
@@ -151,14 +153,14 @@ class Args:
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # send metrics there too
     push_to_hub: str | None = None  # OWNER/NAME: upload final/ there at the end; made private if new
 
-    HELP = {"PRESETS": ", ".join(PRESETS), "PAPERS": model.papers_for("train_dpo.py"),
+    HELP = {"PRESETS": ", ".join(PRESETS), "PAPERS": papers.papers_for("train_dpo.py"),
             "LOSSES": ", ".join(losses.PAIR_LOSSES),
             "SMOOTHED": ", ".join(sorted(losses.which(losses.PAIR_LOSSES, smoothed=True)))}
 
     def __post_init__(self):
         model.check_shared(self)
         check_losses(self)
-        model.check_methods(self)
+        papers.check_methods(self)
 
 
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "nll", "grad_norm",
@@ -190,7 +192,7 @@ def check_losses(args):
                          f"{', '.join(sorted(smoothed))}")
     if "exo_pair" in given and args.label_smoothing == 0:
         raise ValueError("exo_pair needs --label_smoothing above 0 (1e-3, say): it takes its logarithm")
-    if model.hooks(args, "pair_weights") and (not pairs or given & sorting):
+    if papers.hooks(args, "pair_weights") and (not pairs or given & sorting):
         raise ValueError(f"--algo {' '.join(args.algo)} weighs pairs: not sft, nor aot and aot_unpaired, "
                          "which sort them apart")
     model.changes_nothing(args, {
@@ -205,7 +207,7 @@ def columns_of(args, losses_only=False) -> dict[str, tuple[float, float]]:
     found = {}
     for name in args.loss_type:
         found |= losses.PAIR_LOSSES[name].columns if name != "sft" else {}
-    for columns in model.hooks(args, "columns") if not losses_only else ():
+    for columns in papers.hooks(args, "columns") if not losses_only else ():
         found |= columns(args)
     return found
 
@@ -360,7 +362,7 @@ def score_groups(args, policy, groups, references, state):
 
     references: {"ref": ReferenceCache, ...}, of the reference and of further models, as the losses need."""
     batch = model.to_device(policy.pack(groups), policy.device)
-    squares = any(model.hooks(args, "SUMS_OF_SQUARES"))
+    squares = any(papers.hooks(args, "SUMS_OF_SQUARES"))
     logps, _, log_sum_sq_probs = policy(batch, entropies=False, sums_of_squares=squares)        # (N, T)
     mask = batch["completion_mask"]
     scores = {"logps": logps, "mask": mask}
@@ -378,18 +380,18 @@ def score_groups(args, policy, groups, references, state):
         return terms, metrics
 
     pair = losses.pair_of(chosen, {name: x[1::2] for name, x in scores.items()})
-    for log_ratios in model.hooks(args, "log_ratios"):
+    for log_ratios in papers.hooks(args, "log_ratios"):
         pair |= log_ratios(pair, args)
     columns = {c: model.to_device(torch.tensor([float(prompt.row[c]) for prompt, _ in groups]), mask.device)
                for c in columns_of(args)}                                                       # (B,) each
     weights = None
-    for pair_weights in model.hooks(args, "pair_weights"):
+    for pair_weights in papers.hooks(args, "pair_weights"):
         weights = pair_weights(pair, args, columns) * (1.0 if weights is None else weights)     # (B,)
     options = vars(args) | state | {c: columns[c] for c in columns_of(args, losses_only=True)}
     options.pop("loss_type")
     pair_terms, pair_metrics = losses.preference_losses(
         [name for name in args.loss_type if name != "sft"], pair, pair_weights=weights, **options)
-    for more in model.hooks(args, "metrics"):
+    for more in papers.hooks(args, "metrics"):
         pair_metrics |= more(pair, **options)
     return terms | pair_terms, metrics | pair_metrics
 
@@ -408,11 +410,11 @@ def start_value(args, name: str) -> str:
     loss = losses.PAIR_LOSSES.get(name)
     if loss is None or not loss.reference:
         return "the starting policy's own value"
-    if model.hooks(args, "pair_weights"):
+    if papers.hooks(args, "pair_weights"):
         return "weighted"
     if loss.columns:
         return "of the rows' columns"
-    further = [f"{scorer}_logps" for scorers in model.hooks(args, "scorers") for scorer in scorers(args)]
+    further = [f"{scorer}_logps" for scorers in papers.hooks(args, "scorers") for scorer in scorers(args)]
     side = dict.fromkeys(["logps", "ref_logps", *further], torch.zeros(1, 1))
     pair = losses.pair_of(*[side | {"mask": torch.ones(1, 1, dtype=torch.bool)}] * 2)
     state = model.with_states(args, {"bco_shift": 0.0})
@@ -500,7 +502,7 @@ def main(argv=None):
             if math.isfinite(mean_reward):
                 state["bco_shift"] = losses.next_bco_delta(state["bco_shift"], mean_reward, step - 1,
                                                            args.bco_delta)
-        for after_step in model.hooks(args, "after_step"):
+        for after_step in papers.hooks(args, "after_step"):
             after_step(state, metrics)
         if step == 1:
             run.say("step 1 must start at: " + ", ".join(
@@ -664,7 +666,7 @@ def reference_logps(args, run, policy, processor, groups_of: Groups) -> dict | N
     def cached(scorer, name):
         cache = ReferenceCache(args.ref_cache, scorer, groups_of.keys())
         found = len(cache.known)
-        with model.gathered(scorer), model.adapter_off(scorer), run.stop.passes():
+        with model.gathered(scorer), adapter_off(scorer), run.stop.passes():
             cache.add(scorer, groups_of.batches_to_score(cache), run.stop)
         if run.stopping():
             return None
@@ -679,7 +681,7 @@ def reference_logps(args, run, policy, processor, groups_of: Groups) -> dict | N
     references = {}
     if any(losses.PAIR_LOSSES[name].reference for name in args.loss_type if name != "sft"):
         references["ref"] = cached(policy, "reference")
-    for name, path in (item for scorers in model.hooks(args, "scorers") for item in scorers(args).items()):
+    for name, path in (item for scorers in papers.hooks(args, "scorers") for item in scorers(args).items()):
         if None not in references.values():
             references[name] = cached(load_scorer(args, path, policy, processor, run.device), name)
     return None if None in references.values() else references

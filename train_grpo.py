@@ -41,7 +41,9 @@ from tqdm import tqdm
 import data
 import losses
 import model
+import papers
 import rollout
+from layers.lora import adapter_off
 from model import Count, Finite, Name, NonNegative, Positive, Share, Size
 from rewards import BUILT_IN, NEED_SOLUTION, answers, boxes
 
@@ -188,14 +190,14 @@ class Args:
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # send metrics there too
     push_to_hub: str | None = None  # OWNER/NAME: upload final/ there at the end; made private if new
 
-    HELP = {"PRESETS": ", ".join(PRESETS), "PAPERS": model.papers_for("train_grpo.py"),
+    HELP = {"PRESETS": ", ".join(PRESETS), "PAPERS": papers.papers_for("train_grpo.py"),
             "REWARDS": ", ".join(BUILT_IN), "POLICY_LOSSES": ", ".join(losses.POLICY_LOSSES),
             "GROUP_LOSSES": ", ".join(losses.GROUP_LOSSES), "FOUR_UPDATES": ", ".join(UPDATES_PER_ROLLOUT)}
 
     def __post_init__(self):
         model.check_shared(self)
         check_args(self)
-        model.check_methods(self)
+        papers.check_methods(self)
 
 
 def parse_args(argv):
@@ -300,7 +302,7 @@ def check_args(args):
     if args.filter_metric is None:
         args.filter_metric = "accuracy" if dict(zip(names, args.reward_weights)).get("accuracy") else "reward"
     ga, size, G = args.gradient_accumulation_steps, args.per_device_train_batch_size, args.num_generations
-    updates = max([UPDATES_PER_ROLLOUT.get(args.algo[0], 1), *model.hooks(args, "UPDATES")])
+    updates = max([UPDATES_PER_ROLLOUT.get(args.algo[0], 1), *papers.hooks(args, "UPDATES")])
     args.steps_per_generation = args.steps_per_generation or ga * updates
     if args.steps_per_generation % ga:
         enough = ga * math.ceil(args.steps_per_generation / ga)
@@ -310,7 +312,7 @@ def check_args(args):
         raise ValueError(f"an update of {size} x {ga} completions (per_device_train_batch_size x "
                      f"gradient_accumulation_steps) must hold whole groups of --num_generations {G}; "
                      f"{math.ceil(size * ga / G) * G} completions would")
-    if (args.loss_type in losses.GROUP_LOSSES or any(model.hooks(args, "WHOLE_GROUPS"))) and size % G:
+    if (args.loss_type in losses.GROUP_LOSSES or any(papers.hooks(args, "WHOLE_GROUPS"))) and size % G:
         raise ValueError(f"--loss_type {args.loss_type} compares the completions of a group: "
                      f"--per_device_train_batch_size {size} must be a multiple of --num_generations {G}")
 
@@ -355,7 +357,7 @@ def main(argv=None):
     state = model.with_states(args, {"step": 0, "pending": {"step": 0}, "start": {}, "end": {}, "skipped": 0,
                                      "draws": [], "next_draw": 0, "rollout_sums": {}})
     run.listen()
-    moving = ref if any(model.hooks(args, "MOVES_REFERENCE")) else None
+    moving = ref if any(papers.hooks(args, "MOVES_REFERENCE")) else None
     batch = resume_rollout(args, prompts, policy, state, run.restore(state, policy, optimizer, moving), sizes)
     held_out = functools.partial(evaluate, args, run, policy, processor, prompts, rewards)
     end_step = functools.partial(run.end_step, state, max_steps=sizes.max_steps, held_out=held_out,
@@ -383,7 +385,7 @@ def main(argv=None):
             if sizes.steps_per_rollout > 1 or kl_in_reward(args):  # else `old` is the training pass's own
                 batch["old_logps"] = logps_of(args, policy, batch, run.device)
             if ref is not None:
-                with model.adapter_off(ref):
+                with adapter_off(ref):
                     batch["ref_logps"] = logps_of(args, ref, batch, run.device)
                 if run.world_size > 1:
                     ref.reshard()  # after a pass without backward FSDP leaves the root unit whole
@@ -424,7 +426,7 @@ def main(argv=None):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         state["step"] = step = state["step"] + 1
-        for after_update in model.hooks(args, "after_update"):
+        for after_update in papers.hooks(args, "after_update"):
             after_update(args, policy, ref, step)
         run.count_nonfinite(state, grad_norm, rows_of_update(batch, update % sizes.updates, sizes))
 
@@ -435,7 +437,7 @@ def main(argv=None):
                    "grad_norm": grad_norm, "learning_rate": learning_rate,
                    "update_skipped": float(not math.isfinite(grad_norm)),
                    **{k: s / n for k, (s, n) in sums.items() if n}}
-        for after_step in model.hooks(args, "after_step"):
+        for after_step in papers.hooks(args, "after_step"):
             after_step(state, metrics)
         check_start(run, server, metrics, first_update)
         metrics |= {"rollout_time": batch["rollout_time"] if first_update else 0.0,
@@ -509,7 +511,7 @@ class Prompts:
     def __init__(self, args, run, sizes: Sizes, policy, processor, train, held_out):
         self.args, self.run, self.sizes, self.policy, self.processor = args, run, sizes, policy, processor
         self.train, self.coming, self.due = train, None, None  # the prompts from the draw `due` on
-        self.row_of = next(iter(model.hooks(args, "row_of")), None)  # --algo's, if not the plan's
+        self.row_of = next(iter(papers.hooks(args, "row_of")), None)  # --algo's, if not the plan's
         if args.sort_by is not None:
             data.check_numbers(train, args.sort_by, -1e300, 1e300, "--sort_by")
         context = data.length_limit(policy, None)
@@ -617,7 +619,7 @@ def collect(args, run, sizes: Sizes, policy, processor, source, prompts: Prompts
     Fills the state's draws, next_draw and rollout_sums.
     """
     G, began, candidates, failed, scored = args.num_generations, time.perf_counter(), [], 0, 0
-    for before_rollout in model.hooks(args, "before_rollout"):
+    for before_rollout in papers.hooks(args, "before_rollout"):
         before_rollout(state)
     while True:
         first = state["next_draw"] + sum(len(part["draws"]) for part in candidates)
@@ -651,7 +653,7 @@ def collect(args, run, sizes: Sizes, policy, processor, source, prompts: Prompts
             None if args.filter_metric == "reward" else names_of(args).index(args.filter_metric))
         enough = accepted == sizes.prompts_per_rollout
         if enough or len(candidates) > args.dynamic_sampling * run.world_size:
-            for after_rollout in model.hooks(args, "after_rollout"):
+            for after_rollout in papers.hooks(args, "after_rollout"):
                 after_rollout(state, dict(zip(prompts.rows_of(found, state), found.values())))
             draws, tried = prompts.share_of(drawn), following - state["next_draw"]
             groups = policy.run_frozen_tower(list(prompts.of(draws, state)))
@@ -884,7 +886,7 @@ def weigh_tokens(args, logps, old_logps, entropies, micro) -> dict:
         weighing["correction"] = losses.sampler_correction(
             old_logps, micro["sampling_logps"], mask, args.importance_sampling_correction,
             args.importance_sampling_clip_max)
-    for weigh in model.hooks(args, "weigh"):
+    for weigh in papers.hooks(args, "weigh"):
         weights = weigh(args, micro, logps, old_logps, entropies)
         weighing["keep"] = weights if "keep" not in weighing else weights * weighing["keep"]
     return weighing

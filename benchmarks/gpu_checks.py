@@ -23,6 +23,7 @@ import data
 import model
 import rollout
 import train_grpo
+from layers.lora import adapter_off, add_lora
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if CUDA else "cpu")
@@ -251,20 +252,20 @@ def lora():
     """LoRA and DoRA: the start is the base, a step moves the adapters alone, the sampler follows."""
     for dora in (False, True):
         hf = make_model("Qwen2_5_VL", **TINY["Qwen2_5_VL"])
-        model.add_lora(hf, SimpleNamespace(
+        add_lora(hf, SimpleNamespace(
             lora_r=4, lora_alpha=8, lora_target_modules=["all-linear"], use_rslora=False, use_dora=dora,
             freeze_vision_tower=False, dtype="bfloat16", seed=0))
         policy = make_policy(hf, torch.bfloat16)
         prompts = [make_prompt(policy, i) for i in range(2)]
         batch = on_device(policy, answered(prompts, 60, 40))
-        with model.adapter_off(policy):
+        with adapter_off(policy):
             base = policy(batch)[0].detach()
         start = policy(batch)[0]
         start.sum().backward()
         adapters = [p for p in policy.parameters() if p.requires_grad]
         torch.optim.AdamW(adapters, lr=1e-2, fused=CUDA).step()
         moved = (policy(batch)[0].detach() - base).abs().max()
-        with model.adapter_off(policy):
+        with adapter_off(policy):
             off = policy(batch)[0].detach()
         sampled = sample(policy, prompts, 40, G=4)
         gap = (sampled.sampling_logps - trainer_logps(policy, prompts, sampled)).abs()

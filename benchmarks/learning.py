@@ -20,12 +20,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import model  # noqa: E402
+import papers  # noqa: E402
 import train_dpo  # noqa: E402
 import train_grpo  # noqa: E402
 
-METHODS = {name: model.load_method(name, f"{module.__name__}.py") for module in (train_dpo, train_grpo)
-           for name in model.papers_for(f"{module.__name__}.py").split(", ")}
+METHODS = {name: papers.load_method(name, f"{module.__name__}.py") for module in (train_dpo, train_grpo)
+           for name in papers.papers_for(f"{module.__name__}.py").split(", ")}
 LEADS = {name: method for name, method in METHODS.items() if hasattr(method, "PRESET")}
 
 

@@ -25,12 +25,13 @@ sys.path.insert(0, str(ROOT))
 import data
 import losses
 import model
+import papers
 import rollout
 from rewards import process, runner
 
 # {name: module} of every file of papers/: tests that go over the tables of losses.py cover its methods, too.
-METHODS = {name: model.load_method(name, script) for script in ("train_dpo.py", "train_grpo.py")
-           for name in model.papers_for(script).split(", ")}
+METHODS = {name: papers.load_method(name, script) for script in ("train_dpo.py", "train_grpo.py")
+           for name in papers.papers_for(script).split(", ")}
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # of command lines
 LOCK = threading.Lock()

@@ -584,13 +584,13 @@ def test_every_import_is_known():
     thing that speaks HTTP by itself is rollout.VLLMServer, to the address of its flag."""
     known = {"PIL", "argparse", "atexit", "base64", "bitsandbytes", "collections", "concurrent", "contextlib", "copy", "ctypes",
              "data", "dataclasses", "datetime", "difflib", "fcntl", "functools", "hashlib", "huggingface_hub", "importlib", "inspect", "io", "itertools",
-             "answers", "asyncio", "json", "losses", "math", "math_verify",
+             "answers", "asyncio", "json", "layers", "losses", "math", "math_verify",
              "model", "multiprocessing", "numpy", "operator", "os", "papers", "pathlib", "pyarrow", "random", "re", "resource",
              "rewards", "rollout", "safetensors", "shlex", "shutil", "signal", "socket", "struct", "subprocess", "sys", "tempfile",
              "threading", "time",
              "tokenizers", "torch", "tqdm", "traceback", "transformers", "types", "typing",
              "unicodedata", "uuid", "warnings", "weakref", "zlib"}
-    for file in [*ROOT.glob("*.py"), *ROOT.glob("rewards/*.py")]:
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("rewards/*.py"), *ROOT.glob("layers/*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [node.module or "rewards"] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]

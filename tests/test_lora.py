@@ -18,6 +18,7 @@ import model
 import rollout
 import train_dpo
 import train_grpo
+from layers.lora import LoraLinear, adapter_off
 
 KINDS = {"lora": [], "rslora": ["--use_rslora"], "dora": ["--use_dora"]}
 
@@ -95,7 +96,7 @@ def test_start_and_adapter_off_are_exactly_the_base(folders, kind, dtype):
     for name, p in policy.named_parameters():
         p.data += 0.1 if p.requires_grad else 0
     assert not torch.allclose(logps_of(policy, processor), expected, atol=1e-3)
-    with model.adapter_off(policy):
+    with adapter_off(policy):
         assert torch.equal(logps_of(policy, processor), expected)
     assert not torch.equal(logps_of(policy, processor), expected)
 
@@ -201,11 +202,11 @@ def test_dpo_reference_is_the_base(launch, task, tmp_path, capsys):  # noqa: F81
 def test_dora_takes_its_norms_once_a_rollout(folders, monkeypatch):
     """Two passes over every weight, in fp32, for every token: 120 times LoRA's time for a layer of 2048 x 2048."""
     policy, processor = adapted(folders["qwen2_5_vl"], *KINDS["dora"])
-    calls, magnitude = [], model.LoraLinear.magnitude
-    monkeypatch.setattr(model.LoraLinear, "magnitude", lambda layer: (calls.append(layer), magnitude(layer))[1])
+    calls, magnitude = [], LoraLinear.magnitude
+    monkeypatch.setattr(LoraLinear, "magnitude", lambda layer: (calls.append(layer), magnitude(layer))[1])
     prompts = [data.encode_prompt(policy, processor, make_row(1, 3))]
     sampled = rollout.sample(policy, prompts, [0], num_generations=2, max_completion_length=9, temperature=1.0, seed=0)
-    assert len(calls) == len(set(calls)) == sum(isinstance(m, model.LoraLinear) for m in policy.modules())
+    assert len(calls) == len(set(calls)) == sum(isinstance(m, LoraLinear) for m in policy.modules())
     groups = [(prompts[0], [ids[mask] for ids, mask in zip(sampled.completion_ids, sampled.completion_mask)])]
     close_to_scale(policy(policy.pack(groups))[0], sampled.sampling_logps)
 
@@ -402,7 +403,7 @@ def test_vllm_loads_adapter_and_merged_model(folders, tmp_path):
         VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind"))
     answers = json.loads((tmp_path / "answers.json").read_text())
     for name, (ids, logps) in answers.items():
-        with model.adapter_off(policy) if name == "base" else contextlib.nullcontext():
+        with adapter_off(policy) if name == "base" else contextlib.nullcontext():
             policy.never_sampled = policy.never_sampled[:0]  # vLLM normalises over them too
             prompts = [data.encode_prompt(policy, processor, row) for row in rows]
             ours = rollout.sample(policy, prompts, [0] * 4, num_generations=1, max_completion_length=12, temperature=0, seed=0)

@@ -641,7 +641,7 @@ def test_every_file_says_what_it_is(name):
         args = SCRIPTS[file.removesuffix(".py")].parse_args(shlex.split(arguments))
         assert file == method.SCRIPT and name in args.algo and args.methods[args.algo.index(name) - len(args.algo)] is method
     named = {word for code in re.findall(r"`([^`]+)`", (ROOT / "METHODS.md").read_text()) for word in code.split()}
-    assert name in named and name in model.papers_for(method.SCRIPT)
+    assert name in named and name in papers.papers_for(method.SCRIPT)
 
 
 def test_every_hook_is_called():

@@ -16,6 +16,7 @@ from PIL import Image
 import data
 import losses
 import model
+import papers
 import rollout
 from rewards import answers
 
@@ -92,7 +93,7 @@ def test_every_promise_has_its_test():
 def known_flags():
     """Those of both scripts and of all files of papers/."""
     parsers = [model.parser_of(module.Args) for module in (train_dpo, train_grpo)]
-    return {flag for parser in parsers for flag in parser._option_string_actions} | {*model.flags_of_methods()}
+    return {flag for parser in parsers for flag in parser._option_string_actions} | {*papers.flags_of_methods()}
 
 
 def test_methods_page_is_complete():

@@ -276,7 +276,7 @@ def test_card_code_and_hub(launch, task, tmp_path, judge, monkeypatch, capsys):
     launch("train_grpo", *grpo(task), "--per_device_train_batch_size", 4, "--max_steps", 1, "--eval_dataset",
            task / "pairs.jsonl", "--push_to_hub", "me/it", "--max_completion_length", 3)
     folder = tmp_path / "run0"
-    for file in [*ROOT.glob("*.py"), *ROOT.glob("rewards/*.py")]:
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("rewards/*.py"), *ROOT.glob("layers/*.py")]:
         assert (folder / "code" / file.relative_to(ROOT)).read_text() == file.read_text()
     assert (folder / "code" / "rewards" / "0-rewards.py").read_text() == (task / "rewards.py").read_text()
     card = (folder / "final" / "README.md").read_text()

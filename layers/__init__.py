@@ -1,0 +1,1 @@
+"""Layers that are not plain attention or linear layers, a file a kind."""
