@@ -264,25 +264,42 @@ def group_attention_mask(segment_ids, *others, window=None) -> torch.Tensor:
     return may_attend(torch.arange(B)[:, None, None], 0, s[:, None], s)[:, None]
 
 
-def group_block_mask(segment_ids, *others, window=None, block: int = 128) -> BlockMask:
-    """`attention_rule` for FlexAttention, which skips blocks in which nothing may attend. The result is that
-    of create_block_mask, made 8 rows of blocks at a time: an (S, S) tensor has 5 GB at 70,000 tokens."""
-    (B, S), device = segment_ids.shape, segment_ids.device
-    may_attend, k = attention_rule(segment_ids, *others, window=window), torch.arange(S, device=device)
-    some, every = [], []  # whether some, or all, of a block's pairs may attend: (B, 8, n) each
-    for q in k[:, None].split(8 * block):
-        allowed = may_attend(torch.arange(B, device=device)[:, None, None], 0, q, k)      # (B, 8 * block, S)
-        allowed = F.pad(allowed, (0, -S % block, 0, -len(q) % block))
-        allowed = allowed.unflatten(1, (-1, block)).unflatten(-1, (-1, block)).transpose(2, 3).flatten(3)
-        some.append(allowed.any(-1)), every.append(allowed.all(-1))
-    some, every = torch.cat(some, 1), torch.cat(every, 1)                                 # (B, n, n)
+def group_block_mask(segment_ids, group_ids, image_ids=None, offsets=None, window=None, block=128):
+    """`attention_rule` as a BlockMask for FlexAttention, which passes over blocks that nothing may see.
 
-    def count_and_order(blocks):  # the form that BlockMask takes: the True ones of a row come first
-        order = blocks.int().argsort(stable=True, dim=-1, descending=True)
-        return blocks.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
+    No (S, S) tensor is made, which takes 5 GB at 70,000 tokens (create_block_mask makes several). A block's
+    lowest and highest run of tokens (of one segment), group and offset tell whether some of it may be seen,
+    or all of it. A block that is not quite empty or whole may count as mixed: there the rule is asked.
+    """
+    def ends(x, outside):  # (B, S) -> the lowest and the highest of each block, (B, n)
+        blocks = F.pad(x, (0, -S % block), value=outside).unflatten(-1, (-1, block))
+        return blocks.amin(-1), blocks.amax(-1)
 
-    partial, whole = count_and_order(some & ~every), count_and_order(every)
-    return BlockMask.from_kv_blocks(*partial, *whole, block, may_attend, (S, S))
+    def meet(q, k):  # two pairs of (lowest, highest) -> (B, n, n), whether they have a number in common
+        return (k[0][:, None] <= q[1][:, :, None]) & (k[1][:, None] >= q[0][:, :, None])
+
+    def listed(blocks):  # how many in each row of blocks, and which, these first
+        index = blocks.int().argsort(stable=True, dim=-1, descending=True)
+        return blocks.sum(-1, dtype=torch.int32)[:, None], index.int()[:, None]
+
+    S, prompt = segment_ids.shape[1], segment_ids == 0                                    # (B, S)
+    run = F.pad((segment_ids.diff() != 0) | (group_ids.diff() != 0), (1, 0)).cumsum(-1)
+    runs, groups = ends(run, S), ends(group_ids.masked_fill(group_ids < 0, S), S)         # pairs of (B, n)
+    prompts = (ends(group_ids.masked_fill(~prompt, S + 1), S + 1)[0],
+               ends(group_ids.masked_fill(~prompt, -1), -1)[1])
+    earlier = torch.ones(2 * [runs[0].shape[1]], dtype=torch.bool, device=run.device).tril()    # (n, n)
+
+    some = earlier if image_ids is None else earlier | meet(runs, runs)  # an image is of one run
+    some = some & (meet(runs, runs) | meet(groups, prompts))
+    own, shared = (((k[:, None] == q[0][:, :, None]) & (k[:, None] == q[1][:, :, None]))
+                   for q, k in ((runs, runs[0]), (groups, prompts[0])))                   # (B, n, n)
+    whole = earlier.tril(-1) & (runs[0] == runs[1])[:, None] & (own | shared)  # causal: not the diagonal
+    if window is not None:
+        (nearest, _), (_, furthest) = ends(offsets, S), ends(offsets, -1)
+        some, whole = some & (nearest[:, :, None] - furthest[:, None] < window), whole & False
+
+    may_attend = attention_rule(segment_ids, group_ids, image_ids, offsets, window)
+    return BlockMask.from_kv_blocks(*listed(some & ~whole), *listed(whole), block, may_attend, (S, S))
 
 
 def attention_mask_of(batch: dict, window: int | None = None):
