@@ -1939,8 +1939,8 @@ def sync_folder(folder: Path):
     os.close(handle)
 
 
-def join_rows(parts: list[dict]) -> dict:
-    """[{name: (n, ...)} of each rank] -> {name: (N, ...)}, padded with zeros to the longest."""
+def join_parts(parts: list[dict]) -> dict:
+    """[{name: (n,) or (n, t)}, ...] -> {name: (N,) or (N, T)}, padded with zeros to the longest."""
     if not parts[0]:
         return {}
 
@@ -1977,10 +1977,11 @@ def drop_checkpoint(folder: Path):
         print(f"warning: old checkpoint {folder} cannot be deleted: {reason}", flush=True)
 
 
-def save_checkpoint(output_dir: Path, policy, optimizer, ref, state: dict, rows: dict, keep: int,
+def save_checkpoint(output_dir: Path, policy, optimizer, ref, state: dict, tensors: dict, keep: int,
                     rank: int) -> bool:
     """checkpoints/step_N: what is trained (sharded), `state` (JSON with "step", alike on all ranks), and the
-    rollout in use, each rank's `rows` {name: tensor}. True if every rank wrote its part; else nothing is new.
+    rollout in use, each rank's `tensors` {name: (N, ...)}. True if every rank wrote its part; else nothing is
+    new.
 
     It is built as step_N.tmp, synced, given a manifest of sizes and checksums, and renamed. Of the others the
     newest `keep - 1` stay. All ranks must call this.
@@ -2012,13 +2013,13 @@ def save_checkpoint(output_dir: Path, policy, optimizer, ref, state: dict, rows:
         # No optimizer before the first step: torch would make up a state, of one step.
         parts = parts_of(policy, optimizer, ref, bool(optimizer.state))
         dcp.save(parts, checkpoint_id=temporary, no_dist=not dist.is_initialized())  # it syncs its files
-        rows = join_rows(all_gather_object(rows))
+        tensors = join_parts(all_gather_object(tensors))
         own = f"__{rank}_"
         if rank == 0:
             own = (own, ".metadata", "state.json", "rollout.safetensors")
             saved = json.dumps(state | {"optimizer": bool(optimizer.state)})
             write_atomically(temporary / "state.json", saved)
-            save_file(rows, temporary / "rollout.safetensors")
+            save_file(tensors, temporary / "rollout.safetensors")
         written = {file.name: [file.stat().st_size, crc32(file)] for file in temporary.iterdir()
                    if file.name.startswith(own)}
     except Exception as reason:  # a full disk, above all
@@ -2274,13 +2275,13 @@ class Run:
         on_rank_0(str(self.folder / "metrics.jsonl"), lambda: forget_after(self.folder, last))
         return rollout
 
-    def save(self, state: dict, rows: dict | None = None, must: bool = False):
-        """checkpoints/step_N, with this rank's rows of the rollout in use. One that must not fail ends the
+    def save(self, state: dict, tensors: dict | None = None, must: bool = False):
+        """checkpoints/step_N, with this rank's tensors of the rollout in use. One that must not fail ends the
         run if it does; so does the third failure in a row. All ranks must call this."""
         if self.saved == state["step"]:
             return  # it is there already: never written again, so never in danger
         keep = self.args.save_total_limit
-        if save_checkpoint(self.folder, *self.models, state, rows or {}, keep, self.rank):
+        if save_checkpoint(self.folder, *self.models, state, tensors or {}, keep, self.rank):
             self.saved, self.failures = state["step"], 0
             return
         self.failures += 1
@@ -2309,7 +2310,7 @@ class Run:
                              "rows")
 
     def end_step(self, state: dict, metrics: dict, max_steps: int, held_out, shown: tuple[str, ...],
-                 rows: dict | None = None) -> bool:
+                 tensors: dict | None = None) -> bool:
         """Held-out rows, the log, a checkpoint, each when it is due. True if the run was asked to stop.
 
         held_out(step): means over the held-out rows, None if the run was asked to stop meanwhile.
@@ -2318,7 +2319,7 @@ class Run:
         if step == 0 or step % self.args.eval_steps == 0 or step == max_steps:
             means = held_out(step)
             if means is None:
-                self.save(state | {"pending": metrics}, rows, must=True)
+                self.save(state | {"pending": metrics}, tensors, must=True)
                 return True
             metrics |= means
             state["end"], state["start"] = means, state["start"] or means
@@ -2326,7 +2327,7 @@ class Run:
         state["pending"] = None
         stopping = self.stopping()
         if stopping or step == max_steps or step % self.args.save_steps == 0 and step > 0:
-            self.save(state, rows, must=stopping or step == max_steps)
+            self.save(state, tensors, must=stopping or step == max_steps)
         return stopping
 
     def stopped(self, step: int | None, rewards=None):
@@ -2335,7 +2336,7 @@ class Run:
         self.say(f"stopped {where}; the same command with --output_dir {self.folder} goes on from there")
         self._end("stopped", step, rewards)
 
-    def finish(self, policy, processor, source: str, state: dict, rewards=None):
+    def finish(self, policy, state: dict, rewards=None):
         """A last checkpoint, final/ and its card, how the held-out rows fared, status done, the end of the
         ranks. If the export fails, the same command does it again."""
         self.save(state, must=True)

@@ -580,7 +580,7 @@ class VLLMServer:
             raise self.error(f"{path}: {error if type(error) is ValueError else 'no answer of vLLM'}: "
                              f"{answer[:300].decode(errors='replace')}") from None
 
-    def push(self, policy: Policy, processor, source: str, rank: int):
+    def push(self, policy: Policy, rank: int):
         """Give the server the policy's weights: rank 0 writes and asks. All ranks must call this."""
         head, embeddings = policy.hf.get_output_embeddings(), policy.hf.get_input_embeddings()
         if self.device == "cpu" and head.weight is embeddings.weight:

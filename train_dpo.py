@@ -431,8 +431,7 @@ def main(argv=None):
     train_rows, eval_rows = data.rows_of_run(args, ("prompt", *columns), {*columns_of(args), *NUMBERS})
     check_columns(args, train_rows, eval_rows)
     rewards = accuracy_of(args, run, eval_rows)
-    source = data.start_model(args, run.folder)
-    policy, processor = load_policy(args, run, source)
+    policy, processor = load_policy(args, run)
     groups_of = Groups(args, run, policy, processor, columns, train_rows, eval_rows, rewards is not None)
     max_steps = groups_of.max_steps
     run.listen()
@@ -519,7 +518,7 @@ def main(argv=None):
         return run.stopped(state["step"], rewards)
     if good_enough(args, state):
         run.say(f"stopped at step {state['step']}: eval/accuracy {state['end']['eval/accuracy']:.4f}")
-    run.finish(policy, processor, source, state, rewards)
+    run.finish(policy, state, rewards)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -537,8 +536,9 @@ def accuracy_of(args, run, eval_rows):
     return None
 
 
-def load_policy(args, run, source: str):
+def load_policy(args, run):
     """The policy, which is its own reference at the start, and its processor."""
+    source = data.start_model(args, run.folder)
     policy, processor = model.load_policy(source, args.dtype, run.device, args.gradient_checkpointing,
                                           args.freeze_vision_tower, args.shard_size, lora=args,
                                           eos_token=args.eos_token)

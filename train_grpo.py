@@ -342,7 +342,7 @@ def main(argv=None):
             f"{sizes.steps_per_rollout} updates each; {sizes.rollouts} rollouts, {sizes.max_steps} steps")
     if args.dynamic_sampling:
         run.say(f"dynamic sampling: groups whose {args.filter_metric} differs (--filter_metric)")
-    source, policy, processor, ref = load_models(args, run)
+    policy, processor, ref = load_models(args, run)
     prompts = Prompts(args, run, sizes, policy, processor, train_rows, eval_rows)
     if args.preflight or args.preflight is None and run.device.type == "cuda":
         preflight(args, run, policy, prompts)
@@ -351,18 +351,22 @@ def main(argv=None):
     policy_loss = losses.group_loss if args.loss_type in losses.GROUP_LOSSES else losses.policy_loss
     flags = vars(args) | {"beta": 0.0 if kl_in_reward(args) else args.beta}  # what losses take by name
 
-    # What a checkpoint holds besides weights, optimizer and the rollout in use. Data order and randomness
-    # follow from step.  pending: metrics of `step` that still wait for their evaluation;
-    # draws: the rollout's draw numbers, of all ranks; next_draw: the first of the next rollout
+    # What a checkpoint holds besides weights, optimizer and the rollout in use. The data order and the
+    # randomness follow from these numbers.
+    # pending: metrics of `step` that were not logged yet, since their evaluation was interrupted or, at
+    # step 0, has not run; None: logged.  start, end: the first and the latest held-out means.
+    # skipped: steps in a row with a gradient of nan.  draws: the rollout's draw numbers, of all ranks;
+    # next_draw: the first of the next rollout.  rollout_sums: its metrics, {name: (sum, count)}
     state = model.with_states(args, {"step": 0, "pending": {"step": 0}, "start": {}, "end": {}, "skipped": 0,
                                      "draws": [], "next_draw": 0, "rollout_sums": {}})
     run.listen()
     moving = ref if any(papers.hooks(args, "MOVES_REFERENCE")) else None
-    batch = resume_rollout(args, prompts, policy, state, run.restore(state, policy, optimizer, moving), sizes)
+    saved = run.restore(state, policy, optimizer, moving)  # fills the state too
+    batch = resume_rollout(args, prompts, policy, state, saved, sizes)
     held_out = functools.partial(evaluate, args, run, policy, processor, prompts, rewards)
     end_step = functools.partial(run.end_step, state, max_steps=sizes.max_steps, held_out=held_out,
                                  shown=shown_of(args))
-    stopped = state["pending"] is not None and end_step(state["pending"], rows=rows_in_use(batch))
+    stopped = state["pending"] is not None and end_step(state["pending"], tensors=tensors_in_use(batch))
     run.running(state["step"])
     recent, silent_until = deque(maxlen=20), {}  # metrics of the latest steps; no warning twice in 100 steps
     progress = tqdm(total=sizes.max_steps, initial=state["step"], desc=" ".join(args.algo),
@@ -375,7 +379,7 @@ def main(argv=None):
         first_update = update == 0
         if first_update:
             # 1. a rollout: G completions for each of this rank's P prompts, N = P * G, and their rewards
-            batch = collect(args, run, sizes, policy, processor, source, prompts, rewards, server, state)
+            batch = collect(args, run, sizes, policy, processor, prompts, rewards, server, state)
             if batch is None:  # asked to stop: the rollout is dropped, and drawn again it will be the same
                 run.save(state, must=True)
                 stopped = True
@@ -395,16 +399,17 @@ def main(argv=None):
             save_completions(args, run, sizes, batch, state)
 
         # 4. what the loss, and the entropy bonus, are divided by, over all micro-batches and ranks
-        mine = [with_rows(micro, batch) for micro in batch["micro_batches"][update % sizes.updates]]
+        micro_batches = [with_loss_inputs(micro, batch)
+                         for micro in batch["micro_batches"][update % sizes.updates]]
         counts = (sum(losses.policy_loss_count(args.loss_type, m["completion_mask"],
                                                args.max_completion_length, m["advantages"],
-                                               args.num_generations) for m in mine),
-                  sum(int(m["completion_mask"].sum()) for m in mine))
+                                               args.num_generations) for m in micro_batches),
+                  sum(int(m["completion_mask"].sum()) for m in micro_batches))
         count, tokens = (max(n, 1) for n in model.all_reduce_sums({"n": counts}, run.device)["n"])
 
         # 5. gradients of the update's micro-batches, one step
         sums = {}
-        for micro in mine:
+        for micro in micro_batches:
             micro = model.to_device(micro, run.device)
             logps, entropies, _ = policy(micro, args.temperature)                         # (n, T), (n, T)
             mask, old_logps = micro["completion_mask"], micro.get("old_logps", logps.detach())
@@ -444,13 +449,14 @@ def main(argv=None):
                     "step_time": time.perf_counter() - began}
         recent.append(metrics)
         warn_of_collapse(run, recent, silent_until, step)
-        stopped = end_step(metrics, rows={} if update == sizes.steps_per_rollout - 1 else rows_in_use(batch))
+        last_update = update == sizes.steps_per_rollout - 1
+        stopped = end_step(metrics, tensors={} if last_update else tensors_in_use(batch))
         progress.update()
 
     progress.close()
     if stopped:
         return run.stopped(state["step"], rewards)
-    run.finish(policy, processor, source, state, rewards)
+    run.finish(policy, state, rewards)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -458,14 +464,13 @@ def main(argv=None):
 
 
 class Sizes(NamedTuple):
-    """How a run is cut. Of this rank: completions and prompts of an update, prompts of a rollout."""
+    """How a run is cut into rollouts, and a rollout into updates (optimizer steps)."""
 
-    completions_per_update: int
-    prompts_per_update: int
-    prompts_per_rank: int
+    prompts_per_update: int   # of this rank
+    prompts_per_rank: int     # of a rollout, this rank's part
     prompts_per_rollout: int  # of all ranks
-    updates: int              # that share a rollout out
-    steps_per_rollout: int    # updates, num_iterations times over
+    updates: int              # that one pass over a rollout takes
+    steps_per_rollout: int    # updates * num_iterations, the passes over a rollout
     max_steps: int
     rollouts: int
 
@@ -478,13 +483,13 @@ def sizes_of(args, world_size: int, rows: int) -> Sizes:
     prompts_per_rollout, steps_per_rollout = prompts_per_rank * world_size, updates * args.num_iterations
     epochs = math.ceil(args.num_train_epochs * rows / prompts_per_rollout)  # in rollouts
     max_steps = args.max_steps if args.max_steps > 0 else epochs * steps_per_rollout
-    return Sizes(completions, completions // args.num_generations, prompts_per_rank, prompts_per_rollout,
-                 updates, steps_per_rollout, max_steps, math.ceil(max_steps / steps_per_rollout))
+    return Sizes(completions // args.num_generations, prompts_per_rank, prompts_per_rollout, updates,
+                 steps_per_rollout, max_steps, math.ceil(max_steps / steps_per_rollout))
 
 
 def load_models(args, run):
-    """-> where the policy starts from, the policy, its processor, and the reference: None without --beta, the
-    policy itself with LoRA, whose adapter is off then."""
+    """-> the policy, its processor, and the reference: None without --beta; with LoRA the policy itself, with
+    its adapter switched off (`adapter_off`)."""
     source = data.start_model(args, run.folder)
     policy, processor = model.load_policy(source, args.dtype, run.device, args.gradient_checkpointing,
                                           args.freeze_vision_tower, args.shard_size, lora=args,
@@ -498,7 +503,7 @@ def load_models(args, run):
     if run.world_size > 1 and hasattr(processor, "image_processor"):
         filler = data.encode_prompt(policy, processor, data.shapes_rows(1, 0, "train")[0])
         policy.filler = policy.run_frozen_tower([filler])[0]
-    return source, policy, processor, ref
+    return policy, processor, ref
 
 
 class Prompts:
@@ -610,22 +615,29 @@ def weights_of(args) -> torch.Tensor:
     return torch.tensor(args.reward_weights, dtype=torch.float64)
 
 
-def collect(args, run, sizes: Sizes, policy, processor, source, prompts: Prompts, rewards, server, state):
+def collect(args, run, sizes: Sizes, policy, processor, prompts: Prompts, rewards, server, state):
     """Sample and score one rollout; None if the run is asked to stop meanwhile.
 
     -> {prompts: this rank's P, texts: N, scores (functions, N), micro_batches of each update, rollout_time,
-        and by row (N, ...): completion_ids, completion_mask, sampling_logps, truncated}; draws (P,)
-    With --dynamic_sampling more rounds of prompts are drawn until --filter_metric differs in each group.
+        and tensors, one row a completion (N, ...): completion_ids, completion_mask, sampling_logps,
+        truncated; draws (P,)}
     Fills the state's draws, next_draw and rollout_sums.
+
+    With --dynamic_sampling this samples further rounds of prompts until --filter_metric differs in enough
+    groups of all ranks (`choose_groups`). The groups to train on may then be those of another rank.
     """
-    G, began, candidates, failed, scored = args.num_generations, time.perf_counter(), [], 0, 0
+    G, size, began = args.num_generations, sizes.prompts_per_rollout, time.perf_counter()
+    chooses = args.dynamic_sampling > 0 or prompts.row_of is not None
+    candidates, failed, scored = [], 0, 0
     for before_rollout in papers.hooks(args, "before_rollout"):
         before_rollout(state)
-    while True:
-        first = state["next_draw"] + sum(len(part["draws"]) for part in candidates)
+    if server is not None:
+        server.push(policy, run.rank)
+
+    for extra_round in range(1 + args.dynamic_sampling):
+        first = state["next_draw"] + extra_round * size
+        drawn, next_draw = range(first, first + size), first + size
         draws, groups = prompts.rollout_from(first, state)
-        if server is not None and not candidates:
-            server.push(policy, processor, source, run.rank)
         with run.stop.passes():
             with model.gathered(policy) if server is None else nullcontext():
                 sampled = (rollout.sample if server is None else server.sample)(
@@ -642,52 +654,55 @@ def collect(args, run, sizes: Sizes, policy, processor, source, prompts: Prompts
             failed, scored = failed + rewards.failed, scored + scores.numel()
         if run.stopping():
             return None
-        rows = sampled._asdict() | {"draws": torch.tensor(draws)}
-        drawn, following = range(first, first + sizes.prompts_per_rollout), first + sizes.prompts_per_rollout
-        if not args.dynamic_sampling and prompts.row_of is None:
-            accepted = tried = None
+        tensors = sampled._asdict() | {"draws": torch.tensor(draws)}
+        if not chooses:
             break
-        candidates += model.all_gather_object(rows | {f"score {k}": row for k, row in enumerate(scores)})
-        drawn, accepted, following, found = choose_groups(
-            candidates, weights_of(args), G, sizes.prompts_per_rollout, args.advantage_estimator,
+        candidates += model.all_gather_object(tensors | {f"score {k}": row for k, row in enumerate(scores)})
+        drawn, accepted, next_draw, variances = choose_groups(
+            candidates, weights_of(args), G, size, args.advantage_estimator,
             None if args.filter_metric == "reward" else names_of(args).index(args.filter_metric))
-        enough = accepted == sizes.prompts_per_rollout
-        if enough or len(candidates) > args.dynamic_sampling * run.world_size:
-            for after_rollout in papers.hooks(args, "after_rollout"):
-                after_rollout(state, dict(zip(prompts.rows_of(found, state), found.values())))
-            draws, tried = prompts.share_of(drawn), following - state["next_draw"]
-            groups = policy.run_frozen_tower(list(prompts.of(draws, state)))
-            rows = rows_of_draws(model.join_rows(candidates), draws, G)
-            scores = torch.stack([rows.pop(f"score {k}") for k in range(len(scores))])
-            chosen = rollout.Rollout(*(rows[name] for name in rollout.Rollout._fields))
-            texts = rollout.decode(policy, processor, chosen)
+        if accepted == size:
             break
-    state |= {"draws": list(drawn), "next_draw": following}
-    sums = rollout_metrics(args, scores, rows) | {"rewards/failed": (failed, scored)}
-    state["rollout_sums"] = sums  # of this rank, until `advantages_of` adds up those of all
-    if accepted is not None:
-        state["rollout_sums"]["frac_groups_accepted"] = accepted, tried
-    return rows | {"prompts": groups, "texts": texts, "scores": scores, "rollout_time": rollout_time,
-                   "micro_batches": cut(args, policy, groups, rows, sizes)}
+
+    if chooses:  # take this rank's part of the groups that were chosen, whichever rank sampled them
+        for after_rollout in papers.hooks(args, "after_rollout"):
+            after_rollout(state, dict(zip(prompts.rows_of(variances, state), variances.values())))
+        draws = prompts.share_of(drawn)
+        groups = policy.run_frozen_tower(list(prompts.of(draws, state)))
+        tensors = tensors_of_draws(model.join_parts(candidates), draws, G)
+        scores = torch.stack([tensors.pop(f"score {k}") for k in range(len(scores))])
+        sampled = rollout.Rollout(*(tensors[name] for name in rollout.Rollout._fields))
+        texts = rollout.decode(policy, processor, sampled)
+    sums = rollout_metrics(args, scores, tensors) | {"rewards/failed": (failed, scored)}
+    if chooses:
+        sums["frac_groups_accepted"] = accepted, next_draw - state["next_draw"]
+    # rollout_sums are this rank's, until `advantages_of` adds up those of all
+    state |= {"draws": list(drawn), "next_draw": next_draw, "rollout_sums": sums}
+    return tensors | {"prompts": groups, "texts": texts, "scores": scores, "rollout_time": rollout_time,
+                      "micro_batches": cut(args, policy, groups, tensors, sizes)}
 
 
-def resume_rollout(args, prompts: Prompts, policy, state: dict, rows: dict, sizes: Sizes) -> dict:
-    """This rank's part of the rollout in use of a run that was stopped inside one. rows: of all its ranks."""
-    if not rows:
+def resume_rollout(args, prompts: Prompts, policy, state: dict, saved: dict, sizes: Sizes) -> dict:
+    """This rank's part of a rollout that a stopped run was in the middle of; {} between two rollouts.
+
+    saved: the checkpoint's tensors of it, of all ranks. Prompts are encoded again, and micro-batches cut
+    again, from the same draws: so the updates that are left are those of a run that was left alone.
+    """
+    if not saved:
         if state["step"] % sizes.steps_per_rollout:
             raise model.InputError(f"the checkpoint of step {state['step']} holds no rollout, but must here; "
                                    "it is of another algorithm, or of other --steps_per_generation")
         return {}
     draws = prompts.share_of(state["draws"])
     groups = policy.run_frozen_tower(list(prompts.of(draws, state)))
-    rows = rows_of_draws(rows, draws, args.num_generations)
-    return rows | {"prompts": groups, "micro_batches": cut(args, policy, groups, rows, sizes)}
+    tensors = tensors_of_draws(saved, draws, args.num_generations)
+    return tensors | {"prompts": groups, "micro_batches": cut(args, policy, groups, tensors, sizes)}
 
 
-def cut(args, policy, prompts, rows, sizes: Sizes) -> list[list[dict]]:
+def cut(args, policy, prompts, tensors, sizes: Sizes) -> list[list[dict]]:
     """For each update its micro-batches of packed rows; one smaller than G holds slices of a group."""
     G = args.num_generations
-    lengths = rows["completion_mask"].sum(-1).view(-1, G).sum(-1)                             # (P,)
+    lengths = tensors["completion_mask"].sum(-1).view(-1, G).sum(-1)                            # (P,)
     tokens = [len(p.tokens) + int(n) for p, n in zip(prompts, lengths)]
     size, P, found = args.per_device_train_batch_size, sizes.prompts_per_update, []
     for i in range(0, len(prompts), P):
@@ -696,37 +711,36 @@ def cut(args, policy, prompts, rows, sizes: Sizes) -> list[list[dict]]:
         if args.max_tokens_per_batch is not None:
             spans = model.spans_within(tokens[i:i + P], args.max_tokens_per_batch)
             parts = [whole[start * G:stop * G] for start, stop in spans]
-        found.append([make_micro_batch(args, policy, prompts, rows, part) for part in parts])
+        found.append([make_micro_batch(args, policy, prompts, tensors, part) for part in parts])
     return found
 
 
 @torch.no_grad()
 def logps_of(args, scorer, batch, device) -> torch.Tensor:
-    """(N, T) log-probs of the rollout's completions, by the same function on the same rows as the update."""
+    """(N, T) log-probs of the rollout's completions, 0 where nothing is trained. They come from the same
+    micro-batches as the update's, so a policy that has not changed gives the same bits."""
     found, scored = torch.zeros(batch["sampling_logps"].shape), []
     for micro in (micro for update in batch["micro_batches"] for micro in update):
         logps, *_ = scorer(model.to_device(micro, device), args.temperature, entropies=False)  # (n, T')
-        scored.append((micro["rows"], logps))  # on the device, until all passes are under way
-    for rows, logps in scored:
-        found[rows, :logps.shape[1]] = logps.cpu()
+        scored.append((micro["index"], logps))  # on the device, until all passes are under way
+    for index, logps in scored:
+        found[index, :logps.shape[1]] = logps.cpu()
     return found
 
 
 def advantages_of(args, run, batch, flags, state) -> torch.Tensor:
-    """(N,) of this rank; adds the rollout's sums of all ranks up in the state."""
+    """The advantages (N,) of this rank's completions, from the rewards of all ranks. Also turns the state's
+    rollout_sums into those of all ranks."""
     sums, scores = state["rollout_sums"], batch["scores"]
-    minus = torch.zeros(scores.shape[1], dtype=torch.double)                                  # (N,)
+    penalty = torch.zeros(scores.shape[1], dtype=torch.double)                                # (N,)
     if kl_in_reward(args):
         kl = losses.kl_penalty(batch["old_logps"], batch["ref_logps"], "k1")                  # (N, T)
-        minus += args.beta * kl.sum(-1)
+        penalty += args.beta * kl.sum(-1)
         sums["kl"] = kl.sum(), sum(m["completion_mask"].sum() for u in batch["micro_batches"] for m in u)
-    accepted = sums.pop("frac_groups_accepted", None)  # the same on all ranks
-    everyone = model.all_gather(torch.cat([scores, minus[None]]), run.device)     # (functions + 1, ranks * N)
+    everyone = model.all_gather(torch.cat([scores, penalty[None]]), run.device)   # (functions + 1, ranks * N)
     A = losses.advantages(args.advantage_estimator, everyone[:-1], weights_of(args), args.num_generations,
                           penalty=everyone[-1], **flags | state)
     state["rollout_sums"] = model.all_reduce_sums(sums, run.device)
-    if accepted is not None:
-        state["rollout_sums"]["frac_groups_accepted"] = accepted
     return A[run.rank * scores.shape[1]:][:scores.shape[1]].float()
 
 
@@ -806,7 +820,7 @@ def shown_of(args) -> tuple[str, ...]:
             "completions/mean_length", "completions/clipped_ratio", "step_time", "eval/accuracy")
 
 
-def rows_in_use(batch) -> dict:
+def tensors_in_use(batch) -> dict:
     """The tensors of a rollout that a checkpoint keeps, for the updates that are still to come."""
     return {name: x for name, x in batch.items() if isinstance(x, torch.Tensor) and name != "scores"}
 
@@ -819,64 +833,69 @@ def warn_of_collapse(run, recent, silent_until: dict, step: int):
             silent_until[sign] = step + 100
 
 
-LOSS_ROWS = ("advantages", "sampling_logps", "old_logps", "ref_logps")
-
-
-def make_micro_batch(args, policy, prompts, rows, indices) -> dict:
-    """A rollout's completions `indices` as packed rows; consecutive ones of a prompt share a row."""
+def make_micro_batch(args, policy, prompts, tensors, indices) -> dict:
+    """The rollout's completions `indices` (n of the N) as a `pack_groups` batch; consecutive ones of a prompt
+    share its tokens. "index" (n,) says which they are."""
     groups = []
     for n in indices:
         prompt = prompts[n // args.num_generations]
-        ids = rows["completion_ids"][n][rows["completion_mask"][n]]
+        ids = tensors["completion_ids"][n][tensors["completion_mask"][n]]
         if groups and groups[-1][0] is prompt:
             groups[-1][1].append(ids)
         else:
             groups.append((prompt, [ids]))
-    batch = policy.pack(groups) | {"rows": torch.tensor(indices)}                   # (n,)
+    batch = policy.pack(groups) | {"index": torch.tensor(indices)}
     if args.mask_truncated_completions:  # not trained, none of its tokens counted, but still one of N
-        batch["completion_mask"] &= ~rows["truncated"][batch["rows"], None]
+        batch["completion_mask"] &= ~tensors["truncated"][batch["index"], None]
         batch["scored"] = model.flat_indices(batch["completion_mask"])
     return batch
 
 
-def with_rows(micro, rows) -> dict:
-    """The micro-batch, and its part of what the rollout's `rows` have for the loss: (n,), or (n, T)."""
-    chosen, T = micro["rows"], micro["completion_ids"].shape[1]
-    found = {name: rows[name][chosen] for name in LOSS_ROWS if name in rows}
+def with_loss_inputs(micro, batch) -> dict:
+    """The micro-batch, and its part of what the rollout has for the loss: (n,), or (n, T) cut to its T."""
+    index, T = micro["index"], micro["completion_ids"].shape[1]
+    names = ("advantages", "sampling_logps", "old_logps", "ref_logps")
+    found = {name: batch[name][index] for name in names if name in batch}
     return micro | {name: x if x.dim() == 1 else x[:, :T] for name, x in found.items()}
 
 
-def rows_of_draws(rows, draws, G) -> dict:
-    """Of a rollout's rows, P groups of G, those of these draws."""
-    place = {int(draw): p * G for p, draw in enumerate(rows["draws"])}
-    chosen = torch.tensor([place[draw] + g for draw in draws for g in range(G)])
-    return {name: x[chosen] for name, x in rows.items() if name != "draws"} | {"draws": torch.tensor(draws)}
+def tensors_of_draws(tensors, draws, G) -> dict:
+    """Of tensors of many groups, one row a completion, those of the groups of these draws, in their order."""
+    first = {int(draw): p * G for p, draw in enumerate(tensors["draws"])}  # a group's first row
+    index = torch.tensor([first[draw] + g for draw in draws for g in range(G)])
+    return {name: x[index] for name, x in tensors.items() if name != "draws"} | {"draws": torch.tensor(draws)}
 
 
-def choose_groups(parts, weights, G, count, estimator="grpo", metric: int | None = None):
+def choose_groups(candidates, weights, G, count, estimator="grpo", metric: int | None = None):
     """Dynamic sampling -> the draw numbers of the `count` groups to train on, how many of them are useful,
     the next rollout's first draw, and {draw: variance of its group's weighted rewards}.
 
-    A group is useful if the rewards of function `metric` differ in it (None: the weighted sums). An estimator
-    that learns from groups whose rewards are all alike (NGRPO) says which of them are useful, too. The first
-    useful ones are taken, in the order of draws, whichever rank drew them; others fill up. The variance is
-    p (1 - p) for rewards of 0 and 1.
+    candidates: of each round and rank {"draws": (P,), "score k": (P * G,) of reward function k}. A group is
+    useful if its rewards by function `metric` differ (None: the weighted sums). An estimator that learns
+    from groups of equal rewards, too (NGRPO), says which of them are useful.
+
+    The first useful groups by draw number are taken, whichever rank sampled them; if they are too few, the
+    first of the others fill up. The variance is p (1 - p) for rewards of 0 and 1.
     """
     variance, useful, chosen = {}, {}, slice(None) if metric is None else slice(metric, metric + 1)
-    for part in parts:
+    for part in candidates:
+        draws = part["draws"].tolist()
         scores = torch.stack([part[name] for name in part if name.startswith("score ")])          # (F, P * G)
         deviations, _ = losses.centred(losses.weighted_rewards(scores, weights), G)               # (P, G)
-        variance |= zip(part["draws"].tolist(), deviations.square().mean(-1).tolist())
+        variance |= zip(draws, deviations.square().mean(-1).tolist())
+
         weighed = weights[chosen] if metric is None else torch.ones(1, dtype=weights.dtype)
         signal, _ = losses.centred(losses.weighted_rewards(scores[chosen], weighed), G)           # (P, G)
         if losses.ADVANTAGES[estimator].flat_groups:
             signal = losses.advantages(estimator, scores[chosen], weighed, G).view(-1, G)
-        useful |= zip(part["draws"].tolist(), signal.ne(0).any(-1).tolist())
+        useful |= zip(draws, signal.ne(0).any(-1).tolist())
+
     variance = dict(sorted(variance.items()))
-    accepted = [d for d in variance if useful[d]][:count]
-    others = [d for d in variance if not useful[d]][:count - len(accepted)]
-    following = max(variance if others else accepted) + 1
-    return sorted(accepted + others), len(accepted), following, variance
+    accepted = [draw for draw in variance if useful[draw]][:count]
+    others = [draw for draw in variance if not useful[draw]][:count - len(accepted)]
+    # Useful groups that are left over are drawn again by the next policy.
+    next_draw = max(variance if others else accepted) + 1
+    return sorted(accepted + others), len(accepted), next_draw, variance
 
 
 def weigh_tokens(args, logps, old_logps, entropies, micro) -> dict:
@@ -892,16 +911,17 @@ def weigh_tokens(args, logps, old_logps, entropies, micro) -> dict:
     return weighing
 
 
-def rollout_metrics(args, scores, rows) -> dict[str, tuple[float, float]]:
+def rollout_metrics(args, scores, tensors) -> dict[str, tuple[float, float]]:
     """TRL's keys for one rollout of this rank, as (sum, count). scores (functions, N)."""
     total = losses.weighted_rewards(scores, weights_of(args))                                 # (N,)
-    groups, lengths = total.view(-1, args.num_generations), rows["completion_mask"].sum(-1)   # (P, G), (N,)
+    # (P, G), (N,)
+    groups, lengths = total.view(-1, args.num_generations), tensors["completion_mask"].sum(-1)
     known = groups[~groups.isnan().any(-1)]
     std = known.std(-1)                                                                       # (P',)
     sums = {"reward": (total.nansum(), (~total.isnan()).sum()), "reward_std": (std.sum(), len(std)),
             "frac_reward_zero_std": ((std < 1e-8).sum(), len(std)),
             "completions/mean_length": (lengths.sum(), len(lengths)),
-            "completions/clipped_ratio": (rows["truncated"].sum(), len(lengths))}
+            "completions/clipped_ratio": (tensors["truncated"].sum(), len(lengths))}
     for name, row in zip(names_of(args), scores):
         sums[f"rewards/{name}/mean"] = (row.nansum(), (~row.isnan()).sum())
     return {key: (float(value), float(n)) for key, (value, n) in sums.items()}

@@ -191,11 +191,11 @@ class Recorder(rollout.VLLMServer):
         return read(answer)
 
 
-def rollouts(server, policy, processor, prompts, folder):
+def rollouts(server, policy, prompts):
     """Two rollouts, each after a push of other weights; the gap of each."""
     for number in (1, 2):
         set_weights(policy, number)
-        server.push(policy, processor, str(folder), 0)
+        server.push(policy, 0)
         result = server.sample(policy, prompts, [0, 1, 2, 3], **ASKED)
         yield result, gap(policy, prompts, result)
 
@@ -207,7 +207,7 @@ def record():
         policy, processor, prompts = start(folder)
         with vllm_serve(folder, Path(work) / "log") as url:
             server = Recorder(url, Path(work) / "vllm_weights", data.chat_request)
-            for result, worst in rollouts(server, policy, processor, prompts, folder):
+            for result, worst in rollouts(server, policy, prompts):
                 print(f"gap {worst:.3g}, truncated {result.truncated.tolist()}")
     PATH.parent.mkdir(exist_ok=True)
     PATH.write_text("[\n" + ",\n".join(json.dumps(x) for x in server.log) + "\n]\n")
@@ -223,10 +223,10 @@ def test_a_real_servers_answers_are_the_policys_completions(started, tmp_path):
     """Guards what is asked (placeholders forbidden, plain softmax at the temperature, images as they are, prompts that
     the assistant begins) and what is made of the answer: the log-probs that vLLM gave are the trainer's, token by
     token, with the first weights and after a push, and every completion ends at its EOS or the limit."""
-    policy, processor, prompts, folder = started
+    policy, _, prompts, _ = started
     replay = Replay()
     server = rollout.VLLMServer(replay.url, tmp_path / "vllm_weights", data.chat_request)
-    both = list(rollouts(server, policy, processor, prompts, folder))
+    both = list(rollouts(server, policy, prompts))
     for result, worst in both:
         assert worst < 1e-4
         ends = torch.isin(result.completion_ids, torch.tensor(policy.eos_ids)) & result.completion_mask
@@ -278,15 +278,15 @@ def changed_choice(edit):
 def test_a_server_that_will_not_do_is_an_error_that_names_the_flag(started, tmp_path, change, message):
     """Guards against training on what the policy did not sample: other prompt ids, placeholders, half completions, log-
     probs of another softmax, weights that never arrived."""
-    policy, processor, prompts, folder = started
+    policy, _, prompts, _ = started
     with pytest.raises(model.InputError, match="--vllm_server_base_url.*" + message):
         server = rollout.VLLMServer(Replay(change).url, tmp_path / "vllm_weights", data.chat_request)
-        list(rollouts(server, policy, processor, prompts, folder))
+        list(rollouts(server, policy, prompts))
 
 
 def test_completions_stand_in_the_order_of_the_prompts(started, tmp_path):
     """Guards against completions in the order in which they came: here the third prompt's come last."""
-    policy, processor, prompts, folder = started
+    policy, _, prompts, _ = started
     others = threading.Semaphore(0)
 
     def change(path, answer):
@@ -298,8 +298,8 @@ def test_completions_stand_in_the_order_of_the_prompts(started, tmp_path):
             others.release()
         return answer
 
-    found = [next(rollouts(rollout.VLLMServer(replay.url, tmp_path / "vllm_weights", data.chat_request), policy, processor,
-                           prompts, folder))[0] for replay in (Replay(), Replay(change))]
+    found = [next(rollouts(rollout.VLLMServer(replay.url, tmp_path / "vllm_weights", data.chat_request), policy,
+                           prompts))[0] for replay in (Replay(), Replay(change))]
     for name, ids in zip(rollout.Rollout._fields, zip(*found)):
         assert torch.equal(*ids), name
 
@@ -329,7 +329,7 @@ def test_every_rollout_gets_the_weights_of_its_moment(launch, task, monkeypatch)
 
 def test_one_failed_request_aborts_the_others(started, tmp_path):
     """Guards against a run that has failed and does not end: a process waits for its threads, and those for answers."""
-    policy, processor, prompts, folder = started
+    policy, _, prompts, _ = started
     requests, released = itertools.count(), threading.Event()
 
     def change(path, answer):
@@ -343,7 +343,7 @@ def test_one_failed_request_aborts_the_others(started, tmp_path):
     server = rollout.VLLMServer(replay.url, tmp_path / "vllm_weights", data.chat_request)
     try:
         with pytest.raises(model.InputError, match=r"it reads \[1, 2\]"):
-            list(rollouts(server, policy, processor, prompts, folder))
+            list(rollouts(server, policy, prompts))
         assert "/abort_requests" in replay.seen  # another request may come in behind it
     finally:
         released.set()
@@ -356,7 +356,7 @@ def test_a_tied_head_on_a_cpu_is_refused(tmp_path):
     data.build_tiny_vlm(tmp_path / "tied")
     policy, processor = model.load_policy(str(tmp_path / "tied"))
     with pytest.raises(model.InputError, match="--vllm_server_base_url.*tied to the embeddings"):
-        server.push(policy, processor, str(tmp_path / "tied"), 0)
+        server.push(policy, 0)
 
 
 def test_a_server_that_is_away_is_an_error_that_names_the_flag(tmp_path):
