@@ -24,6 +24,7 @@ column unchanged; from parquet only the columns that the run uses are read (`row
 """
 
 import base64
+import ctypes
 import functools
 import hashlib
 import json
@@ -1145,17 +1146,27 @@ def cold_start(args, folder: Path, accuracy: float = 0.4):
     env = {k: v for k, v in os.environ.items()
            if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
            and not k.startswith("TORCHELASTIC")}
-    child, asked = subprocess.Popen(command, env=env), []
+    asked, child = [], None
 
     def pass_on(number, frame):
         asked.append(number)
-        child.terminate()  # it writes a checkpoint and ends
+        if child is not None:
+            child.terminate()  # it writes a checkpoint and ends
+
+    def end_with_parent():
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    child = subprocess.Popen(command, env=env, preexec_fn=end_with_parent)
+    if asked:
+        child.terminate()
     child.wait()  # not in the handler: it would wait for the lock that this wait holds
     for number, handler in before.items():
         signal.signal(number, handler)
     if asked:
+        print(f"stopped in the cold start; the same command with --output_dir {folder.parent} goes on",
+              file=sys.stderr, flush=True)
         sys.exit(128 + asked[0])
     if child.returncode or not (folder / "final").is_dir():
         raise InputError(f"the cold start was not finished (exit code {child.returncode}); see above")

@@ -1834,6 +1834,19 @@ def on_rank_0(what: str, function):
     return answer
 
 
+def run_main(main):
+    """main() of a script. What the user can mend is one line, and so is the end of another rank, which breaks
+    this one's collectives: that rank has said why."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if dist.is_initialized() and re.search("by peer|pair closure|Broken pipe", str(error)):
+            sys.exit(f"error: rank {dist.get_rank()} lost another rank ({one_line(error)[:150]})")
+        raise
+
+
 def end_ranks():
     """Destroy the process group. gloo's threads let go of a collective's tensors after it has returned, and
     need Python's lock for it: one that still waits for the lock when the interpreter ends aborts the process,
@@ -2305,7 +2318,8 @@ class Run:
         if state["skipped"] == 3:
             file = self.folder / f"nonfinite_rank_{self.rank}.json"
             names = [row["_source"] for row in rows]
-            file.write_text(json.dumps({"step": state["step"], "rows": names}, indent=2) + "\n")
+            with writing(file):
+                write_atomically(file, json.dumps({"step": state["step"], "rows": names}, indent=2) + "\n")
             raise InputError(f"three steps in a row had a gradient norm of nan or infinity; {file} has the "
                              "rows")
 

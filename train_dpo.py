@@ -305,15 +305,17 @@ class ReferenceCache:
         if not new:
             return
         temporary, number = self.folder / f"{uuid.uuid4().hex}.tmp", self.files_read + 1
-        with self.errors():
-            temporary.write_bytes(save(new | {"sha256": checksum(new)}))
-            while True:
-                try:
-                    os.link(temporary, self.folder / f"{number:06}.safetensors")
-                    break
-                except FileExistsError:
-                    number += 1
-            temporary.unlink()
+        with model.writing(temporary):
+            try:
+                temporary.write_bytes(save(new | {"sha256": checksum(new)}))
+                while True:
+                    try:
+                        os.link(temporary, self.folder / f"{number:06}.safetensors")
+                        break
+                    except FileExistsError:
+                        number += 1
+            finally:
+                temporary.unlink(missing_ok=True)
         self.read(number)
 
     def add(self, policy, batches, stop):
@@ -743,7 +745,4 @@ def good_enough(args, state) -> bool:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except model.InputError as error:
-        sys.exit(f"error: {error}")
+    model.run_main(main)

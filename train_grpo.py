@@ -951,7 +951,4 @@ def signs_of_collapse(recent) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except model.InputError as error:
-        sys.exit(f"error: {error}")
+    model.run_main(main)

@@ -102,7 +102,10 @@ class RewardRunner:
         if not traceback:
             return ""
         file = self.folder / "reward_error.txt"
-        file.write_text(traceback, encoding="utf-8", errors="backslashreplace")
+        try:
+            file.write_text(traceback, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:  # a full disk must not hide what is being reported
+            return f"; its traceback cannot be written: {error}"
         return f"; traceback: {file}"
 
     def columns(self) -> set[str] | None:

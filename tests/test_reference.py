@@ -1,5 +1,6 @@
 """The cache of reference log-probs: one value a row, whoever asks, and nothing that is damaged or of another model."""
 
+import errno
 import os
 import random
 import shutil
@@ -148,6 +149,19 @@ def test_the_folder_is_shared(cached, monkeypatch):
     folder.parent.write_text("a file")
     with pytest.raises(model.InputError, match="--ref_cache .*Not a directory"):
         cached("a")
+
+
+def test_a_full_disk_leaves_nothing(cached, monkeypatch):
+    """The line did not say which file nor how much room there is, and half a file stayed to fill the disk."""
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    cache = cached("a", "b")
+    cache.store({"a": torch.ones(1)})
+    monkeypatch.setattr(train_dpo.os, "link", full)
+    with pytest.raises(model.InputError, match="cannot be written: .*No space left on device; .* MB are free there"):
+        cache.store({"b": torch.ones(1)})
+    assert [file.name for file in cache.folder.iterdir()] == ["000001.safetensors"]
 
 
 def test_a_changed_image_is_said(loaded, cached, rows):

@@ -530,14 +530,18 @@ def test_a_folder_that_was_not_finished(trained, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_in_the_cold_start(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_in_the_cold_start(tmp_path, number):
     """SIGTERM while the built-in model has its supervised start hung for ever: the handler waited for the child under the
-    lock of the wait that it had interrupted."""
+    lock of the wait that it had interrupted. Later it ended without a word; and SIGKILL left the child, which held its folder."""
     command = [python(), ROOT / "train_grpo.py", "--output_dir", "r"]
-    child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    assert any(line.startswith("sft in ") for line in child.stdout)  # the child's: by now its parent waits for it
-    child.terminate()
-    assert child.wait(60) == 143
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT) as run:
+        assert any(line.startswith("sft in ") for line in run.stdout)  # the child's: by now its parent waits for it
+        run.send_signal(number)
+        rest = run.stdout.read()  # to its end: no process is left that could write to it
+        assert run.wait(60) == (143 if number == signal.SIGTERM else -9)
+    assert "Traceback" not in rest
+    assert number == signal.SIGKILL or "stopped in the cold start; the same command" in rest
 
 
 def test_a_second_signal_ends_at_once(monkeypatch):

@@ -1059,6 +1059,24 @@ def test_an_error_on_one_rank_ends_both(tmp_path, task):
     assert "rows.jsonl:2: image" in output and "cannot be read" in output
 
 
+@pytest.mark.slow
+def test_an_error_on_rank_0_alone(tmp_path, task):
+    """A full disk, say. The other rank's collective broke, and its traceback hid the line of rank 0."""
+    (tmp_path / "mine.py").write_text("""import os
+import model
+
+SCRIPT = "train_dpo.py"
+
+def after_step(state, means):
+    if os.environ["RANK"] == "0":
+        raise model.InputError("rank 0 alone")
+""")
+    output = script("train_dpo.py", "--algo", "dpo", "mine.py", "--model_name_or_path", "tiny", "--dataset", task / "pairs.jsonl",
+                    "--image_root", task, "--max_steps", "2", ranks=2, cwd=tmp_path, ok=False, timeout=120)
+    assert "error: rank 0 alone" in output and "error: rank 1 lost another rank" in output
+    assert "[rank1]: Traceback" not in output
+
+
 @pytest.mark.parametrize("name", ["train_grpo", pytest.param("train_dpo", marks=pytest.mark.slow)])
 def test_preflight_changes_nothing(launch, task, name, capsys, monkeypatch):
     """D10, F36: --preflight runs the largest micro-batch first: the longest prompts, completions of full length. The
