@@ -7,14 +7,19 @@ MMPR's {name: {root, annotation, repeat_time}} stands for those JSONL files. Col
     prompt    prompt | problem | query | question           a string, or messages [{"role", "content"}, ...]
                                                             whose content is a string, or a list of blocks
                                                             {"type": "text" | "image"}
-    images    images | decoded_image | image                paths under --image_root, or what parquet holds,
-                                                            {"bytes", "path"}; none in a text-only row
-    solution  solution | answer | answer_gt | ground_truth  what `accuracy` compares with
+    images    images | decoded_image | image | image_path   paths under --image_root, or what parquet holds,
+              | file_name | image_1, image_2, ...           {"bytes", "path"}; none in a text-only row
+    solution  solution | answer | answer_gt | ground_truth  what `accuracy` compares with; a list: any of them
               | reward_model["ground_truth"]                (verl)
+    system    system | system_prompt | system_message       the system turn; else --system_prompt is
     chosen    chosen | completion,  rejected                train_dpo.py: strings, or one assistant message
     conversations | messages                                [{"from", "value"}, ...] (LLaVA, ShareGPT) or
                                                             [{"role", "content"}, ...]: the prompt; its last
                                                             answer (alone) is chosen and solution, if missing
+
+`--columns solution=label` says which column it is. Where rewards use the solution, a row with two of its
+columns that differ is an error, and so is a file whose rows have it in different columns. A column of images
+or videos that nothing reads is an error in a row without images, else a warning.
 
 An image stands where `<image>` (in strings) or an image block (in messages) is, else before the first user
 text; any other number of placeholders is an error. If the prompt's last message is the assistant's, the
@@ -56,15 +61,24 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from model import InputError, Policy, Prompt, all_gather_object, on_rank_0, without_video
+from model import InputError, Policy, Prompt, all_gather_object, on_rank_0, warn, without_video
+from rewards.answers import final_answer, plain
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
 ALIASES = {
     "prompt": ("prompt", "problem", "query", "question"),
-    "images": ("images", "decoded_image", "image"),
+    "images": ("images", "decoded_image", "image", "image_path", "file_name"),
     "solution": ("solution", "answer", "answer_gt", "ground_truth"),
     "chosen": ("chosen", "completion"),
+    "rejected": ("rejected",),
+    "system": ("system", "system_prompt", "system_message"),
 }
+EMPTY = (None, "", [])
+# A column that may hold images, videos or sound, by its name; and a value that does.
+MEDIA_NAME = re.compile(r"(^|_)(image|img|picture|photo|video|audio)s?"
+                        r"(_?(\d+|path|file|file_?name|url|uri|byte|base64|b64|data)s?)?$", re.IGNORECASE)
+MEDIA_FILE = re.compile(r"\S+\.(png|jpe?g|webp|gif|bmp|tiff?|avif|heic|mp4|avi|mkv|webm|mov|wav|mp3|flac)"
+                        r"|(https?|file)://\S+|data:(image|video|audio)/.*", re.IGNORECASE | re.DOTALL)
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 TURNS = dict(enumerate([  # by EXIF's orientation
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
@@ -188,6 +202,10 @@ class Parquet:
         self.path = path
         about, self.names = self.read(lambda file: (file.metadata, file.schema_arrow.names))
         self.columns = None if columns is None else [name for name in self.names if name in columns]
+        if columns is not None and not {*ALIASES["images"]}.intersection(self.names):
+            kinds = self.read(lambda file: [str(kind) for kind in file.schema_arrow.types])
+            self.columns += [name for name, kind in zip(self.names, kinds) if name not in columns
+                             and (MEDIA_NAME.search(name) or "bytes: " in kind)]  # read, to be reported
         self.start = np.cumsum([0, *(about.row_group(g).num_rows for g in range(about.num_row_groups))])
 
     def read(self, what):
@@ -223,11 +241,13 @@ class Rows(Sequence):
     """The rows of some files, each read when it is asked for, with its columns under their canonical names.
 
     parts: (JsonLines | Parquet | list, folder of its images under the root) of each file; shares: how often
-    draws take from each (`Plan`), None: every row once an epoch. A slice is such a view, too.
+    draws take from each (`Plan`), None: every row once an epoch. A slice is such a view, too. seen: what
+    `report` tells of all rows that were read. golds: solutions are used, so `check_gold` looks at them.
     """
 
-    def __init__(self, parts, image_root, need, shares=None):
+    def __init__(self, parts, image_root, need, shares=None, renamed=None, system=None):
         self.parts, self.image_root, self.need, self.shares = parts, image_root, need, shares
+        self.renamed, self.system, self.seen, self.golds = renamed or {}, system, {}, False
         self.sizes = [len(part) for part, _ in parts]
         self.ends = np.cumsum(self.sizes)
         self.index = range(int(self.ends[-1]))
@@ -237,29 +257,39 @@ class Rows(Sequence):
 
     def __getitem__(self, i):
         if isinstance(i, slice):
-            view = Rows(self.parts, self.image_root, self.need)
-            view.index = self.index[i]
+            view = Rows(self.parts, self.image_root, self.need, None, self.renamed, self.system)
+            view.index, view.seen, view.golds = self.index[i], self.seen, self.golds
             return view
         at = self.index[i]
         p = int(np.searchsorted(self.ends, at, side="right"))
         part, folder = self.parts[p]
         source, value = part[at - int(self.ends[p]) + self.sizes[p]]
-        row = canonical(value, source, self.image_root, folder)
+        row = canonical(value, source, self.image_root, folder, self.renamed, self.system)
         for name in self.need:
-            if row.get(name) in (None, ""):
+            if row.get(name) in EMPTY:
                 has = getattr(part, "names", value)  # a parquet file has columns that were not read
-                raise RowError(f"{source}: no {' or '.join(ALIASES.get(name, (name,)))} column, or an empty "
-                               f"one; it has {', '.join(has)}")
+                wanted = (self.renamed[name],) if name in self.renamed else ALIASES.get(name, (name,))
+                raise RowError(f"{source}: no {' or '.join(wanted)} column, or an empty one; it has "
+                               f"{', '.join(has)}")
+        if self.golds:
+            check_gold(row)
+        file = re.sub(r":\d+$|\[\d+\]$", "", source)
+        self.seen.setdefault(("images", bool(row["images"])), source)
+        for column, gold in islice(row["_golds"].items(), 1):
+            self.seen.setdefault(("gold", file, column), (at, source, f"{gold!r:.100}"))
+        for column in row["_unread"]:
+            self.seen.setdefault(("unread", column), source)
         return row
 
 
 def read_rows(names, image_root: str | None, need: tuple[str, ...], split="train", weights=None,
-              flag="--dataset", columns: set[str] | None = None) -> Rows:
+              flag="--dataset", columns: set[str] | None = None, renamed=None, system=None) -> Rows:
     """The rows of the named datasets, in order (`find_files`); JSONL and parquet are not held in memory.
 
     A row is checked for `need` when it is read; images are opened by load_image. weights: one a dataset, its
     share of the draws; MMPR's repeat_time weighs its files in the same way. columns: the only ones that are
-    read from parquet, None: all.
+    read from parquet, None: all. renamed: {our name of a column: the data's}; system: the system turn of rows
+    that have none.
     """
     parts, shares = [], []
     names = [names] if isinstance(names, str) else names
@@ -274,22 +304,30 @@ def read_rows(names, image_root: str | None, need: tuple[str, ...], split="train
         parts += new
         shares += times if weight is None else [weight * n / sum(times) for n in times]
     uneven = weights is not None or shares != [len(part) for part, _ in parts]
-    return Rows(parts, image_root, need, shares if uneven else None)
+    return Rows(parts, image_root, need, shares if uneven else None, renamed, system)
 
 
 def rows_of_run(args, need: tuple[str, ...], columns: set[str] | None = None):
     """(training rows, held-out rows) that the flags name; without --dataset those of the built-in task.
     columns: those that the run uses beside the ones that this file knows by name; None: every column."""
+    renamed = dict(pair.split("=", 1) for pair in args.columns or ())
+    golds = "solution" in need or columns is None or "solution" in columns
     if columns is not None:
-        known = {"rejected", "conversations", "messages", "reward_model"}.union(*ALIASES.values())
+        known = {"conversations", "messages", "reward_model"}.union(*ALIASES.values(), renamed.values())
         columns = columns | known | {*need, args.sort_by}
-    read = functools.partial(read_rows, image_root=args.image_root, need=need, columns=columns)
+    read = functools.partial(read_rows, image_root=args.image_root, need=need, columns=columns,
+                             renamed=renamed, system=args.system_prompt)
     if args.dataset is None:
         train, held_out = shapes_rows(4096, args.seed, "train"), shapes_rows(256, args.seed, "test")
+        for row in (*train, *held_out):
+            row["_system"] = args.system_prompt
     else:
         train, held_out = read(args.dataset, weights=args.dataset_weights), []
     if args.eval_dataset is not None:
         held_out = read(args.eval_dataset, split="test", flag="--eval_dataset")
+    for rows in (train, held_out):
+        if isinstance(rows, Rows):
+            rows.golds = golds
     return train, held_out
 
 
@@ -319,27 +357,85 @@ def open_file(file: Path, columns: set[str] | None = None):
     return parts
 
 
-def canonical(value, source: str, image_root: str | None, folder: str) -> dict:
-    """A row as the rest of the program takes it: ALIASES, `images` a list, `_source` and `_image_root`."""
+def canonical(value, source: str, image_root: str | None, folder: str, renamed=None, system=None) -> dict:
+    """A row as the rest of the program takes it: ALIASES, `images` a list, and what starts with _:
+
+    _source, _image_root; _system: the text of its system turn; _golds: {column: its solution there}, of which
+    the first counts; _unread: columns with images or videos that nothing reads."""
     if not isinstance(value, dict):
         raise RowError(f"{source}: expected an object, got {type(value).__name__}")
     row = value | {"_source": source, "_image_root": image_root}  # ours win: a row cannot move its root
-    for name, aliases in ALIASES.items():
-        found = next((a for a in aliases if value.get(a) not in (None, "", [])), None)
+    renamed, used = renamed or {}, set()
+    names = {name: (renamed[name],) if name in renamed else aliases for name, aliases in ALIASES.items()}
+    for name, aliases in names.items():
+        found = next((a for a in aliases if value.get(a) not in EMPTY), None)
         if found is not None:  # under both names: a reward function may ask for the dataset's own
             row[name] = value[found]
+            used.add(found)
+        elif name in renamed:
+            row.pop(name, None)
+
+    row["_golds"] = {a: value[a] for a in names["solution"] if value.get(a) not in EMPTY}
+    verl = value.get("reward_model")
+    if "solution" not in renamed and isinstance(verl, dict) and verl.get("ground_truth") not in EMPTY:
+        row["_golds"]["reward_model"] = verl["ground_truth"]
+        row.setdefault("solution", verl["ground_truth"])
     turns = value.get("conversations") or value.get("messages")
     if row.get("prompt") is None and turns:
         row |= _from_turns(turns, row, source)
-    if row.get("solution") is None and isinstance(value.get("reward_model"), dict):
-        row["solution"] = value["reward_model"].get("ground_truth")
+        if row.get("solution") is not None and not row["_golds"]:
+            row["_golds"] = {"conversations" if value.get("conversations") else "messages": row["solution"]}
+
+    row["_system"] = system if row.get("system") in EMPTY else row["system"]
+    if not isinstance(row["_system"], str | None):
+        raise RowError(f"{source}: the system turn must be a string, got {type(row['_system']).__name__}")
+
     images = row.get("images")
     images = [] if images is None else images if isinstance(images, list) else [images]
-    row["images"] = [os.path.join(folder, x) if folder and isinstance(x, str) else x for x in images]
-    for name in ALIASES["images"][1:]:
-        if not isinstance(row.get(name), (str, list)):  # pixels stand in the row once
-            row.pop(name, None)
+    if not images and "images" not in renamed:
+        numbered = {name for name in value if re.fullmatch(r"image_\d+", name) and value[name] not in EMPTY}
+        images = [value.get(f"image_{i}") for i in range(1, len(numbered) + 1)]
+        used |= numbered
+    images = [os.path.join(folder, x) if folder and isinstance(x, str) else x for x in images]
+    row["images"], row["prompt"] = in_numbered_places(images, row.get("prompt"))
+    row["_unread"] = [name for name in value if name not in used and holds_media(name, value[name])]
+    if row["_unread"] and not images and "images" not in renamed:
+        name = row["_unread"][0]
+        raise RowError(f"{source}: nothing reads the column {name}, which holds images, video or sound: "
+                       f"--columns images={name} reads it as images (of text alone: --columns images=images)")
+    for name in value.keys() - {"images"}:
+        if not isinstance(value[name], str | list) and (name in ALIASES["images"] or name in row["_unread"]):
+            row.pop(name)  # pixels stand in the row once
     return row
+
+
+def holds_media(name: str, value) -> bool:
+    """Whether a column holds images, video or sound, or names files of such."""
+    if isinstance(value, list):
+        return any(holds_media(name, x) for x in value)
+    if isinstance(value, dict):
+        return bool(value.keys() & {"bytes", "path"}) and any(x not in EMPTY for x in value.values())
+    if isinstance(value, bytes):
+        return MEDIA_NAME.search(name) is not None
+    return isinstance(value, str) and MEDIA_FILE.fullmatch(value.strip()) is not None
+
+
+def in_numbered_places(images: list, prompt):
+    """(images, prompt), where <image 1> or <image1> in a prompt's text become `<image>`, if the numbers are
+    those of the images (MMMU, MathVision)."""
+    numbers = [int(n) for n in re.findall(r"<image ?(\d+)>", prompt)] if isinstance(prompt, str) else []
+    if not numbers or sorted(numbers) != list(range(1, len(images) + 1)):
+        return images, prompt
+    return [images[n - 1] for n in numbers], re.sub(r"<image ?\d+>", "<image>", prompt)
+
+
+def text_of(content):
+    """A message's content: the text of a list of text blocks; else as it is."""
+    if content and isinstance(content, list) and all(
+            isinstance(block, dict) and block.get("type") == "text" and isinstance(block.get("text"), str)
+            for block in content):
+        return "".join(block["text"] for block in content)
+    return content
 
 
 def _from_turns(turns, row: dict, source: str) -> dict:
@@ -354,10 +450,46 @@ def _from_turns(turns, row: dict, source: str) -> dict:
     except (TypeError, KeyError):
         raise RowError(f"{source}: expected turns of {{'from', 'value'}}, got {str(turns)[:80]}") from None
     if messages[-1]["role"] == "assistant" and row.get("chosen") is None:
-        new["chosen"] = messages.pop()["content"]
+        new["chosen"] = text_of(messages.pop()["content"])
         if row.get("solution") is None:
             new["solution"] = new["chosen"]
     return new | {"prompt": messages}
+
+
+def check_gold(row: dict):
+    """RowError for a row that has its solution in two columns which differ."""
+    (first, gold), *others = row.get("_golds", {"": None}).items() or [("", None)]
+    for name, other in others:
+        if plain(final_answer(str(gold))) != plain(final_answer(str(other))):
+            raise RowError(f"{row['_source']}: the columns {first} and {name} both hold a solution, and "
+                           f"differ ({gold!r:.60} and {other!r:.60}); --columns solution={name} takes one")
+
+
+def report(rows, rank: int, sees=False):
+    """What all ranks have seen in the rows: a file that has its solutions, if they are used, in different
+    columns is an error; rank 0 prints where they are, which columns with images nothing reads, and whether a
+    model that `sees` got no image. All ranks must call this."""
+    seen = {}
+    for part in all_gather_object(getattr(rows, "seen", {})):
+        seen = part | seen
+    found, examples = {}, {}  # {file: {column: (place, source, gold)}}, {column: one of them}
+    for (kind, *key), what in seen.items():
+        if kind == "gold" and rows.golds:
+            found.setdefault(key[0], {})[key[1]] = examples[key[1]] = what
+    errors = []
+    for file, columns in found.items():
+        (_, one, _), (_, other, _) = (sorted(columns.values()) * 2)[:2]
+        if len(columns) > 1:
+            errors.append(f"{file}: the solution is in the column {' or '.join(columns)} ({one} and {other} "
+                          "differ in that); --columns solution=NAME says which column it is")
+    refuse(errors)
+    if rank == 0:
+        for column, (_, source, gold) in examples.items():
+            print(f"data: solutions are from the column {column}, as in {source}: {gold}", flush=True)
+        for column in sorted(key[0] for kind, *key in seen if kind == "unread"):
+            warn(f"{seen['unread', column]}: nothing reads the column {column}: the images are in another")
+        if sees and ("images", False) in seen and ("images", True) not in seen:
+            warn("no row has an image, and this is a model that sees (--columns images=NAME)")
 
 
 def try_rows(rows):
@@ -484,10 +616,16 @@ def to_messages(row: dict) -> list[dict]:
     """
     source, prompt, count = row["_source"], row["prompt"], len(row["images"])
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    system = row.get("_system")
     if not isinstance(messages, list) or not messages or not all(
             isinstance(m, dict) and isinstance(m.get("role"), str)
             and isinstance(m.get("content"), (str, list)) for m in messages):
         raise RowError(f"{source}: prompt must be a string or a list of {{'role', 'content'}} messages")
+
+    if system is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    elif row.get("system") not in EMPTY and text_of(messages[0]["content"]) != system:
+        raise RowError(f"{source}: its column system and its first turn are two system turns, and differ")
 
     out, placeholders = [], 0
     for message in messages:
@@ -660,10 +798,7 @@ def answer_text(row: dict, column: str) -> str:
     answer = row[column]
     if (isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict)
             and answer[0].get("role", "assistant") == "assistant"):
-        answer = answer[0].get("content")
-        if isinstance(answer, list) and all(isinstance(block, dict) and block.get("type") == "text"
-                                            and isinstance(block.get("text"), str) for block in answer):
-            answer = "".join(block["text"] for block in answer)
+        answer = text_of(answer[0].get("content"))
     if not isinstance(answer, str) or not answer.strip():
         raise RowError(f"{row['_source']}: {column} must be a non-empty string or one assistant message of "
                        f"text, got {str(answer)[:80]!r}")
@@ -894,7 +1029,7 @@ class RowCache:
             images = [image_digest(image, row) for image in row["images"]]
         except (RowError, OSError):
             return None
-        content = [row["prompt"], images, *(row[column] for column in self.columns)]
+        content = [row["prompt"], row.get("_system"), images, *(row[column] for column in self.columns)]
         return hashlib.sha256(json.dumps(content, default=repr).encode()).hexdigest()[:32]
 
     def store(self):
@@ -964,7 +1099,7 @@ def gather_sizes(found: dict) -> dict[int, Size]:
 
 
 def check_rows(rows, num_draws: int, seed: int, overlong: str, limit: int, rank: int, world_size: int,
-               measure, sort_by: str | None = None, workers: int = 0):
+               measure, sort_by: str | None = None, workers: int = 0, sees=False):
     """Read and measure every row that the run will visit, before it starts -> (its Plan, the rows' indices
     from the longest to the shortest, {index: Size}), alike on all ranks.
 
@@ -985,6 +1120,7 @@ def check_rows(rows, num_draws: int, seed: int, overlong: str, limit: int, rank:
                                            limit if overlong == "error" else math.inf, rank, workers))
         lengths = {i: size.prompt + size.answer for i, size in sizes.items()}
         dropped = {i for i, length in lengths.items() if length > limit}
+    report(rows, rank, sees)
     longest = sorted(visited, key=lambda i: (-lengths[i], i))
     if rank == 0:
         print(f"data: {len(rows)} rows, {len(longest)} of them in this run, {len(dropped)} skipped as longer "
@@ -1009,6 +1145,7 @@ def check_eval_rows(rows, limit: int, rank: int, world_size: int, measure, worke
         raise InputError(f"{len(rows)} held-out rows for {world_size} ranks: every rank needs at least one")
     mine = range(rank, len(rows), world_size)
     sizes = gather_sizes(measure_rows(rows, mine, measure, limit, rank, workers))
+    report(rows, rank)
     return rows[rank::world_size], sizes  # of files: a view, which reads when asked
 
 

@@ -1595,6 +1595,15 @@ def check_shared(args):
         raise ValueError("--num_generations_eval needs --eval_temperature above 0: greedy answers are alike")
     if args.max_steps == 0:
         raise ValueError("--max_steps must be at least 1, or -1 for --num_train_epochs, got 0")
+    for pair in args.columns or ():
+        name, _, column = pair.partition("=")
+        if name not in ("prompt", "images", "solution", "chosen", "rejected", "system") or not column:
+            raise ValueError(f"--columns {pair}: expected NAME=COLUMN, NAME one of prompt, images, solution, "
+                             "chosen, rejected, system")
+    if args.system_prompt is not None and re.fullmatch(r"\S+\.\w+", args.system_prompt):
+        if not os.path.isfile(args.system_prompt):
+            raise ValueError(f"--system_prompt {args.system_prompt}: no such file (nor a text, by its looks)")
+        args.system_prompt = Path(args.system_prompt).read_text(encoding="utf-8").strip()
     weights = args.dataset_weights
     if weights is not None and len(weights) != len(args.dataset or []):
         raise ValueError(f"--dataset_weights must be one number for each --dataset, got {weights}")

@@ -90,6 +90,8 @@ class Args:
     dataset: list[str] | None = None  # files, folders, hub ids of pairs (see data.py); none: shapes
     dataset_weights: list[Positive] | None = None  # each one's share of the draws; default: its rows
     image_root: str | None = None  # folder that image paths are relative to, and may not leave
+    columns: list[Name] | None = None  # prompt=question solution=answer: which of the data's columns is which
+    system_prompt: str | None = None  # text, or a file of it: the system turn of rows that have none
     sort_by: str | None = None  # column that each epoch is sorted by, lowest first (a curriculum)
     eval_dataset: str | None = None  # held-out rows, same columns and --image_root
     overlong: Literal["error", "skip"] = "error"  # rows over the limit: stop, or skip and count them
@@ -529,6 +531,8 @@ def main(argv=None):
 
 def accuracy_of(args, run, eval_rows):
     """What scores held-out answers: the `accuracy` of rewards/answers.py, None where rows lack a solution."""
+    if isinstance(eval_rows, data.Rows):
+        eval_rows.golds = True
     if eval_rows and all(row.get("solution") is not None for row in data.readable(eval_rows)):
         return rollout.RewardRunner(["accuracy"])
     why = "some held-out rows lack a solution" if eval_rows else "no --eval_dataset"
@@ -579,7 +583,8 @@ class Groups:
         with measured:
             self.plan, self.longest, self.sizes = data.check_rows(
                 train, self.max_steps * self.step_rows, args.seed, args.overlong, limit, run.rank,
-                run.world_size, measured, args.sort_by, args.dataloader_num_workers)
+                run.world_size, measured, args.sort_by, args.dataloader_num_workers,
+                hasattr(processor, "image_processor"))
             self.held_out, self.eval_sizes = data.check_eval_rows(
                 held_out, limit, run.rank, run.world_size, held_out_size, args.dataloader_num_workers)
         self.all_held_out = held_out

@@ -96,6 +96,8 @@ class Args:
     dataset: list[str] | None = None  # files, folders, hub ids of prompts (see data.py); none: shapes
     dataset_weights: list[Positive] | None = None  # each one's share of the draws; default: its rows
     image_root: str | None = None  # folder that image paths are relative to, and may not leave
+    columns: list[Name] | None = None  # prompt=question solution=answer: which of the data's columns is which
+    system_prompt: str | None = None  # text, or a file of it: the system turn of rows that have none
     sort_by: str | None = None  # column that each epoch is sorted by, lowest first (a curriculum)
     eval_dataset: str | None = None  # held-out rows, same columns and --image_root
     overlong: Literal["error", "skip"] = "error"  # rows over the limit: stop, or skip and count them
@@ -320,9 +322,11 @@ def check_args(args):
 def check_solution(row, reward_funcs):
     """RowError for a solution that a built-in reward will not be able to read."""
     readers = answers.READERS | boxes.READERS
-    for name in readers.keys() & set(reward_funcs):
+    for name in NEED_SOLUTION & set(reward_funcs):
         try:
-            answers.compare(readers[name], [""], [row["solution"]])
+            answers.golds_of(row["solution"], box=name == "iou")
+            if name in readers:
+                answers.compare(readers[name], [""], [row["solution"]], box=name == "iou")
         except ValueError as error:
             raise data.RowError(f"{row['_source']}: --reward_funcs {name}: {error}") from None
 
@@ -530,7 +534,7 @@ class Prompts:
         with self.measured:
             self.plan, self.longest, _ = data.check_rows(
                 train, most_draws, args.seed, args.overlong, limit, run.rank, run.world_size, self.size_of,
-                args.sort_by, args.dataloader_num_workers)
+                args.sort_by, args.dataloader_num_workers, hasattr(processor, "image_processor"))
             self.held_out, _ = data.check_eval_rows(held_out, limit, run.rank, run.world_size, self.size_of,
                                                     args.dataloader_num_workers)
         if run.rank == 0 and self.measured.computed:  # else an earlier run has shown it

@@ -1,13 +1,14 @@
 """Rewards that compare the answer in a completion with the row's solution, and how answers are read.
 
 The answer is what stands in the last <answer>...</answer>; in it, or else in the whole text, in the last
-\\boxed{}; else it is the whole text. The solution is read the same way.
+\\boxed{}; else it is the whole text. The solution is read the same way; of a list, any one is right.
 """
 
 import math
 import operator
 import re
 import unicodedata
+from decimal import Decimal
 
 # ------------------------------------------------------------------------------------------------------------
 # The rewards
@@ -16,7 +17,8 @@ import unicodedata
 def accuracy(completions, solution, **_):
     """1.0 if the answer equals the row's solution: as text, as a number, as a choice letter, or, where
     math-verify is installed, as mathematics. Words around the answer make it wrong. None: no solution."""
-    return [None if gold is None else float(same_answer(final_answer(text), final_answer(str(gold))))
+    return [None if gold is None else float(any(same_answer(final_answer(text), final_answer(one))
+                                                for one in golds_of(gold)))
             for text, gold in zip(completions, solution)]
 
 
@@ -62,19 +64,34 @@ def cosine(completions, solution, completion_ids, max_completion_length, min_val
 # Comparing
 
 
-def compare(read, completions, solution, score=operator.eq):
-    """score(read(answer), read(solution)) for each completion: 0.0 where the answer cannot be read, None
-    where the row has no solution. A solution that cannot be read is a ValueError."""
+def golds_of(solution, box=False) -> list[str]:
+    """The answers that a solution accepts: a text, a number, or a list of them; all else is a ValueError.
+    box: a list of numbers is one answer."""
+    found = solution if isinstance(solution, list) else [solution]
+    if box and found and (isinstance(found[0], list) or len(found) > 1 and not isinstance(found[0], str)):
+        found = [str(one) for one in (found if isinstance(found[0], list) else [found])]
+    for one in found or [None]:
+        if (isinstance(one, bool) or not isinstance(one, str | int | float | Decimal) or one == ""
+                or isinstance(one, float) and not math.isfinite(one)):
+            raise ValueError(f"solution {solution!r:.100}: expected a text, a number or a list of them")
+    return [str(one) for one in found]
+
+
+def compare(read, completions, solution, score=operator.eq, box=False):
+    """score(read(answer), read(solution)) for each completion, the best of a solution's answers: 0.0 where
+    the answer cannot be read, None where the row has no solution. A solution that cannot be read is a
+    ValueError."""
     rewards = []
     for text, gold in zip(completions, solution):
         if gold is None:
             rewards.append(None)
             continue
-        known = read(final_answer(str(gold)))
-        if known is None:
+        readings = [read(final_answer(one)) for one in golds_of(gold, box)]
+        known = [one for one in readings if one is not None]
+        if not known:
             raise ValueError(f"solution {str(gold)[:100]!r} cannot be read (or is two answers)")
         found = read(final_answer(text))
-        rewards.append(0.0 if found is None else float(score(found, known)))
+        rewards.append(0.0 if found is None else float(max(score(found, one) for one in known)))
     return rewards
 
 

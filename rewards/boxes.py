@@ -15,7 +15,7 @@ def iou(completions, solution, **_):
     Coordinates are edges: width = x2 - x1, without the + 1 of older detection code, which moves the IoU of
     boxes w by h by up to about 1/w + 1/h; so does rounding to whole pixels.
     """
-    return compare(read_box, completions, solution, overlap)
+    return compare(read_box, completions, solution, overlap, box=True)
 
 
 def overlap(a, b):

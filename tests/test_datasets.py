@@ -348,7 +348,8 @@ def test_a_run_reads_the_columns_that_its_rewards_take(root):
                            (["mine.py:greedy"], {"question", "answer", "level", "note", "scan"})):
         rewards = rollout.RewardRunner([name.replace("mine.py", str(root / "mine.py")) for name in names], folder=root)
         rewards.wait_until_ready()
-        args = Namespace(dataset=[str(path)], dataset_weights=None, eval_dataset=str(path), image_root=None, sort_by="level")
+        args = Namespace(dataset=[str(path)], dataset_weights=None, eval_dataset=str(path), image_root=None, sort_by="level", columns=None,
+                     system_prompt=None)
         for rows in data.rows_of_run(args, ("prompt",), rewards.columns()):
             assert {k for k in rows[0] if not k.startswith("_")} == columns | {"prompt", "solution", "images"}
         rewards.close()
