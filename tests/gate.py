@@ -8,7 +8,7 @@ Every case is one command line of train_dpo.py or train_grpo.py. Each side runs 
 start model and data. Then the weights in final/ must be the same bit for bit, and so must every value in
 metrics.jsonl except the times. No hash is kept: the last bits of a float depend on the CPU, so both sides run
 here. A case also fails if it proves nothing: its weights must have moved, some gradient must be above 0, and
-rewards must differ within a group. The start model is made with OLD.
+rewards must differ within a group. The start model is this checkout's tiny one, trained with OLD.
 
 The gate also prints CPU seconds a step of both sides. They are the user and system time of the whole command
 and of the processes it waits for, so start-up is in them. The step times below them are wall-clock seconds
@@ -32,15 +32,18 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data  # noqa: E402
+
 # Flags of CASES that NEW spells in another way, each with the arguments that NEW takes instead of it.
 # {"--a": ["--b"]} renames a flag and keeps its values; {"--a 1": ["--b", "2"]} replaces flag and value.
-MOVED = {"--sync_ref_model": ["--algo", "grpo", "moving_reference"],  # a later --algo wins
-         "--variance_sampling": ["--algo", "grpo", "variance_sampling", "--variance_sampling"]}
+MOVED = {}
 
 # WORK in a flag stands for the folder that holds the start model, the data and the reward functions.
 DATA = ("--dataset WORK/rows.jsonl --eval_dataset WORK/held_out.jsonl --image_root WORK --device cpu "
         "--output_dir out --max_completion_length 24 --learning_rate 1e-3 ")
-START = "train_dpo.py " + DATA + "--algo sft --per_device_train_batch_size 16 --max_steps 40"
+START = "train_dpo.py " + DATA + "--model_name_or_path WORK/tiny --algo sft --per_device_train_batch_size 16 --max_steps 40"
 FROM_START = DATA + "--model_name_or_path WORK/start/out/final --max_steps 4 "
 OFFLINE = "train_dpo.py " + FROM_START + "--per_device_train_batch_size 8 "
 ONLINE = ("train_grpo.py " + FROM_START + "--per_device_train_batch_size 16 --num_generations 4 "
@@ -63,8 +66,8 @@ CASES = {  # a flag that stands twice counts as the last one says
     "dapo": ONLINE + "--algo dapo --dynamic_sampling 2 --reward_funcs WORK/rewards.py:rare",
     "gtpo": ONLINE + "--algo gtpo",
     "disco": ONLINE + "--algo disco",
-    "variance": ONLINE + "--algo grpo --variance_sampling 0.5 --max_steps 8",
-    "moving_ref": ONLINE + "--algo grpo --beta 0.1 --sync_ref_model --ref_model_sync_steps 2 --max_steps 5",
+    "variance": ONLINE + "--algo grpo variance_sampling --variance_sampling 0.5 --max_steps 8",
+    "moving_ref": ONLINE + "--algo grpo moving_reference --beta 0.1 --ref_model_sync_steps 2 --max_steps 5",
     "ranks_grpo": ONLINE + "--algo grpo",
     "ranks_mpo": OFFLINE + "--algo mpo",
     "killed": ONLINE + "--algo grpo --steps_per_generation 3 --max_steps 8 --save_steps 1",
@@ -244,6 +247,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_data(work)
+        data.build_tiny_vlm(work / "tiny")
         run(sides["OLD"], START, work / "start", threads=2)
         if "tgdpo" in args.only:
             run(sides["OLD"], GUIDE, work / "guide", threads=2)
