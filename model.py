@@ -138,9 +138,9 @@ def pack_groups(groups, pad_id: int, one_row: bool = False) -> dict:
     and for the completions, in the order given:
       completion_ids, completion_mask (N, T)
       logit_index (N, T): which of the flattened (B * S) hidden states predicts the token
-      scored (M,): where completion_mask is True, in the flattened (N * T). Made here, on the CPU, since a GPU
-      would have to be waited for.
-    Completions may be an empty list: the sampler's prefill is such a batch.
+      scored (M,): where completion_mask is True, in the flattened (N * T); made here, on the CPU, because the
+      CPU would have to wait for a GPU
+    The list of completions may be empty: the sampler's prefill is such a batch.
 
     >>> prompt = Prompt(torch.tensor([5, 6, 7]), torch.arange(3)[None], {}, {})
     >>> batch = pack_groups([(prompt, [torch.tensor([8, 9]), torch.tensor([4])])], pad_id=0)
@@ -177,7 +177,7 @@ def pack_groups(groups, pad_id: int, one_row: bool = False) -> dict:
             position_ids[:, b, start:start + P] = prompt.positions
             if image_ids is not None:
                 image_ids[b, start:start + P] = prompt.image_ids
-            at = start + P
+            at = start + P  # where the next completion starts in the row
             for k, completion in enumerate(completions):
                 n, length = first_completion[g] + k, len(completion)
                 segment_ids[b, at:at + length], offsets[b, at:at + length] = k + 1, P + torch.arange(length)
@@ -209,7 +209,7 @@ def spans_within(sizes: list[int], budget: int, alike: bool = True) -> list[tupl
     budget. An item that is larger than that is a span of its own.
 
     alike: all ranks must call this, and get the same number of spans, or FSDP's gathers would not match. A
-    rank that needs fewer halves its longest.
+    rank with fewer spans halves its longest ones.
 
     >>> spans_within([50, 30, 20, 60], budget=100)
     [(0, 3), (3, 4)]
@@ -323,15 +323,16 @@ def attention_mask_of(batch: dict, window: int | None = None):
 
 
 def group_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
-    """Attention of the language model's layers, registered with transformers as "flatpo". It depends on the
-    arguments what computes it:
+    """Attention of the language model's layers, registered with transformers as "flatpo". It is computed in
+    one of four ways, by device and arguments:
 
         decoding      key is the sampler's cache, which has an `attend` of its own (rollout.GroupCache)
         on a GPU      a FlexAttention block mask: empty blocks are never computed
         on a CPU      a mask with `segments`: `attend_segments`
         otherwise     any 4-D mask: scaled_dot_product_attention over the whole row
 
-    query (B, heads, S, D), key and value (B, kv, S, D) -> (B, S, heads, D). The last three agree to rounding.
+    query (B, heads, S, D), key and value (B, kv, S, D) -> (B, S, heads, D). The last three forms give the
+    same result up to rounding.
     sliding_window: a layer's window, None for full attention.
     """
     if hasattr(key, "attend"):
@@ -361,8 +362,8 @@ def compiled_flex_attention():
 
 
 def attend_segments(query, key, value, segments, scaling) -> torch.Tensor:
-    """What `attention_rule` allows, without computing what it hides: a prompt attends to itself, causally, a
-    completion to [its prompt | itself]. Shapes as in `group_attention`; padding comes out as 0."""
+    """`attention_rule` without computing the pairs that it hides: a prompt attends to itself, causally, and a
+    completion to its prompt and, causally, to itself. Shapes as in `group_attention`; padding gives 0."""
     gqa = query.shape[1] != key.shape[1]
     attend = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=gqa)
     causal = functools.cache(lambda P, T: torch.ones(T, P + T, dtype=torch.bool).tril(P))
@@ -452,8 +453,8 @@ def head_product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def bf16_products():
-    """Within it a CPU with bf16 units multiplies fp32 matrices as bf16 ones, and adds up in fp32. That is
-    exact where all values are bf16 ones, and faster. A CPU without such units computes as before."""
+    """Within it a CPU with bf16 units multiplies fp32 matrices as bf16 and sums in fp32. This is faster, and
+    exact if all values can be written in bf16. A CPU without such units computes as before."""
     settings = torch.backends.mkldnn.matmul
     before, settings.fp32_precision = settings.fp32_precision, "bf16"
     try:
@@ -465,11 +466,16 @@ def bf16_products():
 class ChunkedLogps(torch.autograd.Function):
     """p = softmax(h W^T / temperature) -> log p[target], entropy, log sum_v p_v^2; `chunk` tokens at a time.
 
-    The (M, V) logits never exist: forward keeps the log-sum-exp of each token, backward recomputes a chunk.
+    The whole (M, V) logits never exist. Forward keeps each token's log-sum-exp, and backward computes the
+    logits again, chunk by chunk:
+
         d logp / dz = onehot(target) - p          d entropy / dz = -p (log p + entropy)
-    h W^T is summed and kept in fp32, in bf16 too (`head_product`). With a frozen head (LoRA) forward also
-    keeps d logp / dh (M, H), and backward recomputes for entropy only. Entropy and the third (WPO's weights
-    need it; it has no gradient) are None unless asked for.
+
+    The logits z are always fp32 (`head_product`). If the head is frozen (LoRA), forward also keeps the slope
+    d logp / dh (M, H), so that backward needs the logits only for the entropy. Entropy, and log sum_v p_v^2
+    (for WPO's weights; it has no gradient), are None unless asked for.
+
+    hidden h (M, H), weight W (V, H), targets (M,), never_sampled (few,) -> three (M,), fp32.
     """
 
     @staticmethod
@@ -628,8 +634,8 @@ class Policy(nn.Module):
         return self.never_sampled.device
 
     def let_go(self):
-        """Free what the sampler keeps on a GPU between its calls (caches, graphs, bf16 weights), if training
-        needs the memory. Called by every pass with gradients."""
+        """Free what the sampler keeps on a GPU between its calls (caches, graphs, bf16 weights) if training
+        needs the memory. Every pass with gradients calls this."""
         if not self.kept and not self.copies:
             return
         tensors = [*self.copies.values(), *(x for kept in self.kept.values() for x in kept.tensors())]
@@ -649,9 +655,9 @@ class Policy(nn.Module):
     @contextmanager
     def compute_weights(self, keep: bool = False):
         """For the sampler: within it the weights have the compute dtype, so that no forward casts them.
-        (FSDP's have it already, once gathered.) On a CPU the linear layers of decoder and head multiply by a
-        copy in oneDNN's own layout: a step of the sampler is 1.1 (bf16) to 1.7 times as fast.
-        keep: the copies keep their memory until `let_go`."""
+        (FSDP's gathered weights have it already.) On a CPU the linear layers of decoder and head use a copy
+        of their weight in oneDNN's own layout, which makes a step of the sampler 1.1 (bf16) to 1.7 times as
+        fast. keep: the copies stay in memory until `let_go`."""
         masters = [(p, p.data) for p in self.parameters()
                    if p.is_floating_point() and p.dtype != self.dtype and not hasattr(p, "quant_state")]
         packed, dora, mkldnn = [], [m for m in self.modules() if hasattr(m, "lora_m")], torch.ops.mkldnn
@@ -673,7 +679,7 @@ class Policy(nn.Module):
                 name = "product" if isinstance(layer, LoraLinear) else "forward"
                 setattr(layer, name, lambda x, w=weight, b=layer.bias: mkldnn._linear_pointwise(
                     x.to(w.dtype), w, b, "none", [], ""))
-            for layer in dora:  # two passes over W: not once a token
+            for layer in dora:  # computed here once, since it reads W twice; not once a token
                 layer.gain = self.at_same_address(("gain", id(layer)), layer.magnitude().detach(), keep)
             yield
         finally:
@@ -689,7 +695,7 @@ class Policy(nn.Module):
     def pack(self, groups, share_prompt: bool = True) -> dict:
         """`pack_groups` into one row; without share_prompt each completion has its own copy of the prompt.
         Under FSDP every rank must run the vision tower in every pass, or the others wait for it. So a batch
-        without images gets `filler`, a prompt with one and no completion: its gradient is 0."""
+        without images gets `filler`, a prompt with an image and no completion, whose gradient is 0."""
         if not share_prompt:
             groups = [(prompt, [completion]) for prompt, completions in groups for completion in completions]
         if self.filler is not None and not any(prompt.pixels for prompt, _ in groups):
@@ -769,7 +775,7 @@ class Policy(nn.Module):
                              batch["pixels"])
         index = batch["logit_index"].flatten()[scored]                                            # (M,)
         hidden = hidden.flatten(0, 1)                                                             # (B * S, H)
-        # Each is the one whose backward is repeatable on its device.
+        # On each device this form has a repeatable backward.
         used = hidden[index] if mask.is_cuda else hidden.index_select(0, index)                   # (M, H)
         weight, targets = self.hf.get_output_embeddings().weight, batch["completion_ids"].flatten()[scored]
         per_token = ChunkedLogps.apply(used, weight, targets, self.never_sampled, temperature, chunk,
@@ -780,12 +786,12 @@ class Policy(nn.Module):
 
 def embed_patches(conv, x: torch.Tensor) -> torch.Tensor:
     """A convolution whose kernel is its stride, (B, C, n1 * k1, n2 * k2, ...) -> (B, E, n1, n2, ...), as one
-    matrix product of the patches. As a convolution Qwen-VL's takes 2 to 200 times as long, depending on CPU
-    and dtype, and on a GPU some kernels are not repeatable."""
+    matrix product of the patches. Qwen-VL's convolution takes 2 to 200 times as long, depending on CPU and
+    dtype, and some of a GPU's kernels for it are not repeatable."""
     kernel = conv.kernel_size
     counts = [size // k for size, k in zip(x.shape[2:], kernel)]
     for d, (n, k) in enumerate(zip(counts, kernel), 2):
-        x = x.narrow(d, 0, n * k)  # a convolution, too, leaves out what does not fill a kernel
+        x = x.narrow(d, 0, n * k)  # drop an edge that does not fill a kernel, as a convolution does
     x = x.reshape(*x.shape[:2], *(size for pair in zip(counts, kernel) for size in pair))
     dims = range(2, x.dim(), 2)
     x = x.permute(0, *dims, 1, *(d + 1 for d in dims))                      # (B, n1, n2, ..., C, k1, k2, ...)
@@ -807,7 +813,7 @@ def compute_in(module: nn.Module, dtype):
     def cast(x):
         return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
-    if type(module) is nn.Embedding:  # its rows, not the whole table
+    if type(module) is nn.Embedding:  # cast the rows that are used, not the whole table
         module.forward = functools.wraps(forward)(lambda ids: cast(forward(ids)))
         return module.forward
 
@@ -841,7 +847,7 @@ MODEL_FILES = re.compile(
     r"(added_tokens|special_tokens_map|tokenizer|vocab|tekken|chat_template)\.json|(vocab|merges)\.txt"
     r"|(tokenizer_|(video_)?(pre)?processor_)config\.json|.+\.(model|spm|tiktoken)|(LICENSE|NOTICE)[\w.]*"
     r"|(additional_chat_templates/.+|chat_template)\.jinja")
-# Keys of a config with which transformers runs, fetches or reads what is not in the folder.
+# Config keys that make transformers run code, or fetch or read files outside the folder.
 REFUSED = {
     "auto_map": "code of its own, which is never run (models for transformers' classes often end in -hf)",
     "audio_tokenizer": "another model", "transformers_weights": "other weights",
@@ -878,8 +884,8 @@ def one_line(error: Exception) -> str:
 
 
 def fault_of(file: Path, folder: Path) -> str | None:
-    """Why this is not a plain file of the folder. A link must stay in the folder; in the hub's cache it may
-    lead from a snapshot to the blobs."""
+    """Why this is not a plain file of the folder, or None. A link must stay in the folder; in the hub's cache
+    it may point from a snapshot to the blobs."""
     if not file.exists():
         return "a link to nothing" if file.is_symlink() else "missing"
     root = folder.resolve()
@@ -890,7 +896,8 @@ def fault_of(file: Path, folder: Path) -> str | None:
 
 
 def read_plain_file(file: Path, folder: Path, size: int | None = None) -> bytes:
-    """The file's first bytes, or all of it; refuses what is no plain file, or stands in for one."""
+    """The file's first `size` bytes, or all. InputError for anything but a plain file, and for a git-lfs
+    pointer or a web page that was saved under its name."""
     if (fault := fault_of(file, folder)) is not None:
         raise InputError(f"{file}: {fault}")
     try:
@@ -908,7 +915,8 @@ def read_plain_file(file: Path, folder: Path, size: int | None = None) -> bytes:
 
 def read_model_folder(path: str, weights: bool = True) -> tuple[Path, dict[str, bytes], list[str]]:
     """Refuse a model's folder (or hub id) in which a file is damaged, or would make transformers unpickle,
-    run code or read outside it. -> the folder, {name: content} of its small files, what is no plain file.
+    run code or read outside it. -> the folder, {name: content} of its small files, and the names of entries
+    that are not plain files, with the reason.
     """
     folder, files, odd, index = model_folder(path, weights), {}, [], None
     for file in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
@@ -945,11 +953,11 @@ def models_of(args) -> list[str]:
 
 
 def check_config(file: Path, config):
-    """Refuse a config that is no object, or names what transformers would run, fetch or read elsewhere."""
+    """Refuse a config that is not a JSON object, or that has one of the REFUSED keys at any depth."""
     if not isinstance(config, dict):
         raise InputError(f"{file}: expected a JSON object, got {type(config).__name__}")
     values = [config]
-    for value in values:  # which grows
+    for value in values:  # the list grows meanwhile: every nested value is visited
         values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         for key, x in value.items() if isinstance(value, dict) else ():
             asked = REFUSED.get(key) if x else None
@@ -962,7 +970,8 @@ def check_config(file: Path, config):
 
 
 def check_weights(folder: Path, index):
-    """Refuse weights that are missing, cut, pickled or elsewhere. index: what INDEX holds, if it is there."""
+    """Refuse weights that are missing, cut short, pickled or outside the folder. index: the content of INDEX,
+    None without one."""
     names = ["model.safetensors"]
     if not os.path.lexists(folder / names[0]) and index is None:
         raise InputError(f"{folder}: no model.safetensors and no {INDEX} (only safetensors are read)")
@@ -1024,7 +1033,7 @@ def end_of_turn(processor) -> int | None:
 
 
 class TextProcessor:
-    """A text-only model's tokenizer in a processor's place. Its chat template wants strings, not blocks."""
+    """A text-only model's tokenizer, used like a processor. Its chat template takes strings, not blocks."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.chat_template = tokenizer, tokenizer.chat_template
@@ -1053,7 +1062,7 @@ def load_processor(path: str):
 
 @contextmanager
 def loading(what):
-    """What transformers raises within it, of whatever kind, is one line about `what`."""
+    """Within it any error of transformers becomes an InputError of one line, which names `what`."""
     try:
         yield
     except InputError:
@@ -1192,12 +1201,12 @@ def check_logps(policy: Policy, path: str):
 
 
 def export(policy: Policy, folder: str | Path, rank: int = 0):
-    """Write a complete Hugging Face folder: weights and config by save_pretrained, all else as it was loaded.
+    """Write a complete Hugging Face folder: weights and config by save_pretrained, other files as they were
+    read, also those that this processor does not know (video_preprocessor_config.json).
 
-    The files of processor, tokenizer and chat template are written as they were read, so that those which
-    this processor does not know (video_preprocessor_config.json) stay. Weights are in the training dtype.
-    With LoRA they are the merged ones, and `adapter/` holds the adapter alone, in PEFT's format and fp32. All
-    ranks must call this: tensors are gathered one by one, and rank 0 alone keeps them (on its CPU).
+    Weights are in the training dtype. With LoRA they are merged, and `adapter/` holds the adapter alone, in
+    PEFT's format and fp32. All ranks must call this: tensors are gathered one by one, and only rank 0 keeps
+    them (on its CPU).
     """
     folder, state, adapter = Path(folder), {}, {}
     tensors = policy.hf.state_dict(keep_vars=True)
@@ -1260,7 +1269,7 @@ def weights_fingerprint(policy: Policy) -> str:
 
 def init_distributed(device: str = "auto", deterministic: bool = False):
     """(rank, world_size, device) under torchrun or alone: gloo on a CPU, nccl on GPUs, no group if alone.
-    deterministic: on a GPU take kernels that give the same bits each time, where torch has them."""
+    deterministic: on a GPU use kernels that give the same bits each time, where torch has them."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1280,7 +1289,8 @@ def init_distributed(device: str = "auto", deterministic: bool = False):
 
 
 def device_mesh(device_type: str, shard_size: int | None):
-    """One dimension to shard over, or two (HSDP): replicas, and the shard_size ranks that hold one."""
+    """The ranks as a mesh: one dimension to shard over, or two (HSDP): replicas, and shard_size ranks that
+    hold one replica between them."""
     world_size = dist.get_world_size()
     shard_size = shard_size or world_size
     if shard_size == world_size:
@@ -1304,8 +1314,8 @@ def shard(policy: Policy, mesh) -> Policy:
 
 @torch.no_grad()
 def copy_from_rank_0(whole: Policy | None, policy: Policy):
-    """Each rank takes its part of rank 0's weights and buffers, tensor by tensor. (torch's own
-    set_model_state_dict would leave out buffers that are not saved, and keep rank 0's whole copy to the end.)
+    """Each rank takes its part of rank 0's weights and buffers, tensor by tensor. (torch's
+    set_model_state_dict would skip buffers that are not saved, and keep rank 0's whole copy until the end.)
     """
     def tensors(module):
         return [*module.named_parameters(), *module.named_buffers()]
@@ -1386,10 +1396,10 @@ def all_reduce_sums(sums: dict[str, tuple], device="cpu") -> dict[str, tuple[flo
 
 
 def clip_grad_norm_(parameters, max_norm: float) -> float:
-    """Global norm of all gradients before clipping, the same on every rank.
+    """Clip the gradients; return their global norm before that, the same on every rank.
 
-    A parameter that no row used (the vision tower, where no row has an image) gets a gradient of zero, so
-    that AdamW's momentum moves it in every step, whatever rows this rank had.
+    A parameter that no row used (the vision tower, if no row had an image) gets a gradient of 0. So AdamW's
+    momentum moves it in every step, whatever rows this rank had.
     """
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -1740,12 +1750,12 @@ def hold(folder: Path):
     """Take folder/lock until this process ends: one run at a time in a folder.
 
     The system frees the lock when the process dies. On a file system without locks the file is touched every
-    ten seconds instead, and one that has not been for a minute is nobody's.
+    ten seconds instead, and a file that was not touched for a minute counts as free.
     """
     if folder.resolve() in HELD:
         return
     lock, has_locks, holder = open(folder / "lock", "a+"), True, ""
-    for _ in range(10):  # what was killed just now may need a moment to be gone
+    for _ in range(10):  # a process that was just killed may still hold it for a moment
         lock.seek(0)
         holder = lock.read()
         try:
@@ -1774,7 +1784,7 @@ def hold(folder: Path):
 
 
 def has_results(folder: Path) -> bool:
-    """Whether a run has come to its first step there."""
+    """Whether a run in this folder has reached its first step."""
     return any((folder / name).exists() for name in ("status.json", "metrics.jsonl", "checkpoints"))
 
 
@@ -1786,7 +1796,7 @@ def drop_unused(folder: Path):
 
 @contextmanager
 def writing(path: Path):
-    """An error of the disk within says which file could not be written, and how much room there is."""
+    """Within it a disk error becomes an InputError that names the file and the free space."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -1857,9 +1867,9 @@ def run_main(main):
 
 
 def end_ranks():
-    """Destroy the process group. gloo's threads let go of a collective's tensors after it has returned, and
-    need Python's lock for it: one that still waits for the lock when the interpreter ends aborts the process,
-    and torchrun calls a finished run failed (exit code -6). Sleeping gives them the lock."""
+    """Destroy the process group. After a collective has returned, gloo's threads still need Python's lock to
+    free its tensors. A thread that waits for the lock when the interpreter ends aborts the process, and
+    torchrun then reports a finished run as failed (exit code -6). Sleeping gives them the lock."""
     if dist.is_initialized():
         if dist.get_backend() == "gloo":
             time.sleep(0.2)
@@ -1867,9 +1877,9 @@ def end_ranks():
 
 
 def preflight(policy: Policy, groups, temperature: float, rank: int, entropies: bool = False):
-    """One forward and backward of a micro-batch of the run's longest rows, before its first step: what does
-    not fit into memory shows now. Meanwhile there is what stands beside a later micro-batch: the gradients of
-    those before it, and AdamW's moments. entropies: the loss has a term of them. Nothing of it is left."""
+    """One forward and backward of a micro-batch of the run's longest rows, before its first step, so that a
+    lack of memory shows now. Memory for the gradients of earlier micro-batches and for AdamW's moments is
+    taken meanwhile, as in a later step; all of it is freed. entropies: the loss has a term of them."""
     batch = to_device(policy.pack(groups), policy.device)
     shape = f"{len(batch['completion_ids'])} completions in rows of {batch['input_ids'].shape[1]} tokens"
     moments = []
@@ -1897,8 +1907,9 @@ def preflight(policy: Policy, groups, temperature: float, rank: int, entropies: 
 
 class Report:
     """`report(metrics)`: rank 0 sends a step's metrics to --report_to's tracker too. After a resume every
-    step is there once: TensorBoard is told to forget those that come again, the others are not sent them
-    (report_to.json has the last). A collective; errors of the tracker end the run here, and warn later."""
+    step is there once: TensorBoard is told to forget the repeated steps, the others do not get them again
+    (report_to.json has the last one). All ranks must make one. An error of the tracker ends the run at the
+    start, and is a warning later."""
 
     def __init__(self, args, output_dir: Path, rank: int):
         self.name, self.folder, self.tracker, self.run, error = args.report_to, output_dir, None, {}, None
@@ -1974,8 +1985,8 @@ def join_parts(parts: list[dict]) -> dict:
 
 
 def parts_of(policy, optimizer, ref=None, with_optimizer: bool = True) -> dict:
-    """What a checkpoint holds of the models: what is trained, its optimizer, and a reference that moves. What
-    is frozen is read from the start model again."""
+    """The models' part of a checkpoint: the trained weights, their optimizer, and a reference that moves.
+    Frozen weights are read from the start model again."""
     parts = {"model": {name: p for name, p in policy.named_parameters() if p.requires_grad}}
     if ref is not None:
         parts["ref"] = dict(ref.named_parameters())
@@ -1993,7 +2004,7 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
 
 def drop_checkpoint(folder: Path):
     try:
-        (folder / "manifest.json").unlink()  # first: without it nobody takes what is left for a checkpoint
+        (folder / "manifest.json").unlink()  # first: a folder without a manifest is no checkpoint
         shutil.rmtree(folder)
     except OSError as reason:  # the new one is in place all the same
         print(f"warning: old checkpoint {folder} cannot be deleted: {reason}", flush=True)
@@ -2001,18 +2012,21 @@ def drop_checkpoint(folder: Path):
 
 def save_checkpoint(output_dir: Path, policy, optimizer, ref, state: dict, tensors: dict, keep: int,
                     rank: int) -> bool:
-    """checkpoints/step_N: what is trained (sharded), `state` (JSON with "step", alike on all ranks), and the
-    rollout in use, each rank's `tensors` {name: (N, ...)}. True if every rank wrote its part; else nothing is
-    new.
+    """Write checkpoints/step_N: the trained weights and the optimizer (sharded), `state` (JSON with "step",
+    equal on all ranks), and the rollout in use, of each rank `tensors` {name: (N, ...)}.
 
-    It is built as step_N.tmp, synced, given a manifest of sizes and checksums, and renamed. Of the others the
-    newest `keep - 1` stay. All ranks must call this.
+    1. The ranks write their parts into step_N.tmp, and sync them to the disk.
+    2. Rank 0 adds manifest.json, with the size and checksum of every file.
+    3. Rank 0 renames the folder to step_N, and deletes all but the newest `keep`.
+
+    A kill between these leaves a step_N.tmp, which the next save deletes; so a folder named step_N is whole.
+    False, with a warning, if any rank could not write: the older checkpoints stay. All ranks must call this.
     """
     folder = output_dir / "checkpoints" / f"step_{state['step']}"
     temporary, error, written = folder.with_suffix(".tmp"), None, {}
 
     def make_folder():
-        for other in list(folder.parent.glob("step_*")):  # left over from a killed save, or half deleted
+        for other in list(folder.parent.glob("step_*")):  # of a killed save, or half deleted
             whole = (other / "manifest.json").exists()
             if re.fullmatch(r"step_\d+\.tmp" if whole else r"step_\d+(\.tmp)?", other.name):
                 shutil.rmtree(other, ignore_errors=True)
@@ -2022,17 +2036,17 @@ def save_checkpoint(output_dir: Path, policy, optimizer, ref, state: dict, tenso
         manifest = {name: entry for of_rank in checksums for name, entry in of_rank.items()}
         write_atomically(temporary / "manifest.json", json.dumps(manifest))
         sync_folder(temporary)
-        shutil.rmtree(folder, ignore_errors=True)  # bad, or the run would have gone on from it
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one, or the run would have resumed from it
         temporary.rename(folder)
         sync_folder(folder.parent)
         found = checkpoints_in(output_dir)
-        own = found.index(folder)  # later ones are bad: this run was resumed from one before them
+        own = found.index(folder)  # later ones are damaged: this run resumed from one before them
         for old in found[:own] + found[own + keep:]:
             drop_checkpoint(old)
 
     try:
-        on_rank_0("new folder", make_folder)  # nobody writes before it is there
-        # No optimizer before the first step: torch would make up a state, of one step.
+        on_rank_0("new folder", make_folder)  # all ranks wait until it is there
+        # Before the first step there is no optimizer state, and torch would invent one.
         parts = parts_of(policy, optimizer, ref, bool(optimizer.state))
         dcp.save(parts, checkpoint_id=temporary, no_dist=not dist.is_initialized())  # it syncs its files
         tensors = join_parts(all_gather_object(tensors))
@@ -2062,10 +2076,11 @@ def save_checkpoint(output_dir: Path, policy, optimizer, ref, state: dict, tenso
 
 
 def load_checkpoint(output_dir: Path, policy, optimizer, ref, rank: int) -> tuple[dict | None, dict]:
-    """The newest checkpoint that is whole -> (state, the rollout in use of all ranks); (None, {}): none.
+    """Load the newest undamaged checkpoint -> (state, {name: (N, ...)} of the rollout in use, of all ranks);
+    (None, {}) if there is no checkpoint at all.
 
-    Weights and optimizer are restored in place, on any number of ranks. A bad checkpoint is named and passed
-    over; if all are bad it is an error. All ranks must call this.
+    Weights and optimizer are restored in place, on any number of ranks. A damaged checkpoint is named, and
+    the one before it is tried; InputError if all are damaged. All ranks must call this.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     for folder in all_gather_object(checkpoints_in(output_dir))[0]:  # rank 0's: file systems may disagree
@@ -2115,14 +2130,15 @@ def forget_after(output_dir: Path, step: int):
 
 
 class Interrupted(Exception):
-    """Raised out of a long pass that holds no collective, when the run is asked to stop."""
+    """Raised inside a long pass without collectives (sampling, scoring) when the run is asked to stop."""
 
 
 class Stop:
-    """SIGTERM, SIGINT, or --max_hours gone by, on any rank.
+    """Whether SIGTERM, SIGINT or the end of --max_hours has asked any rank to stop.
 
-    `stop()` is cheap and local: the sampler asks it every few tokens. A rank that was asked tells the others
-    through torchrun's store, without a collective. `Run.stopping()`, a collective, decides after the pass.
+    `stop()` is cheap and no collective: the sampler calls it every few tokens. A rank that was asked tells
+    the others through torchrun's store. After the pass all ranks call `Run.stopping()`, a collective, and so
+    decide alike.
     """
 
     def __init__(self, max_hours: float | None):
@@ -2134,7 +2150,7 @@ class Stop:
 
     def _handle(self, number, frame):
         now = time.monotonic()
-        if self.asked and now - self.since > 2:  # somebody insists; sooner, torchrun passes on the first
+        if self.asked and now - self.since > 2:  # asked again: end now. Sooner, it is torchrun's own copy
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.asked, self.since = True, self.since if self.asked else now
@@ -2149,12 +2165,12 @@ class Stop:
 
     @contextmanager
     def passes(self):
-        """Leaves the block early if the run is asked to stop; `Run.stopping()` must follow, on every rank."""
+        """Within it Interrupted ends the block early; every rank must call `Run.stopping()` after it."""
         try:
             yield
         except Interrupted:
             pass
-        except InputError:  # a signal to every process of a job also ends the reward process
+        except InputError:  # a signal to the whole job also kills the reward process: that is no error
             if not self():
                 raise
 
@@ -2169,7 +2185,7 @@ class Run:
         final/              the trained model (`finish`)
         lock                held by the run's process while it lives
 
-    `done`: the run in that folder had ended already. Nothing else may be asked of it then.
+    `done`: the run in that folder had finished before. Then no other method may be called.
     """
 
     def __init__(self, args):
@@ -2220,7 +2236,7 @@ class Run:
 
         while folder is None:
             try:
-                os.makedirs(f"runs/{name}-{n}")  # whoever makes it has the name, of runs started together
+                os.makedirs(f"runs/{name}-{n}")  # of runs started together only one can make it
                 folder = Path(f"runs/{name}-{n}")
             except FileExistsError:
                 n += 1
@@ -2267,7 +2283,7 @@ class Run:
     # --- signals
 
     def listen(self):
-        """From here on SIGTERM, SIGINT and --max_hours ask to stop, where they would have ended the run."""
+        """From here on SIGTERM, SIGINT and --max_hours ask the run to stop; before, they end it at once."""
         self.stop = Stop(self.args.max_hours)
 
     def stopping(self) -> bool:
@@ -2290,7 +2306,7 @@ class Run:
                                  "code has written it; go on with that code, or start anew")
             state |= saved
             self.saved = state["step"]
-            for group in optimizer.param_groups:  # this run's flags; the checkpoint brought its own
+            for group in optimizer.param_groups:  # this command's flags, not those of the checkpoint
                 group.update(betas=(self.args.adam_beta1, self.args.adam_beta2),
                              weight_decay=self.args.weight_decay)
         last = state["step"] - (state["pending"] is not None)
@@ -2298,10 +2314,10 @@ class Run:
         return rollout
 
     def save(self, state: dict, tensors: dict | None = None, must: bool = False):
-        """checkpoints/step_N, with this rank's tensors of the rollout in use. One that must not fail ends the
-        run if it does; so does the third failure in a row. All ranks must call this."""
+        """Write checkpoints/step_N, with this rank's tensors of the rollout in use. A failure ends the run if
+        `must`, or if it is the third in a row. All ranks must call this."""
         if self.saved == state["step"]:
-            return  # it is there already: never written again, so never in danger
+            return  # this step's is there already; writing it again would only put it at risk
         keep = self.args.save_total_limit
         if save_checkpoint(self.folder, *self.models, state, tensors or {}, keep, self.rank):
             self.saved, self.failures = state["step"], 0
@@ -2334,9 +2350,11 @@ class Run:
 
     def end_step(self, state: dict, metrics: dict, max_steps: int, held_out, shown: tuple[str, ...],
                  tensors: dict | None = None) -> bool:
-        """Held-out rows, the log, a checkpoint, each when it is due. True if the run was asked to stop.
+        """Evaluate, log and save a checkpoint, each when it is due. True if the run was asked to stop.
 
-        held_out(step): means over the held-out rows, None if the run was asked to stop meanwhile.
+        held_out(step): means over the held-out rows, None if the run was asked to stop meanwhile. The step is
+        then saved with its metrics as state["pending"], and the resumed run evaluates and logs it. So each
+        step has one line in metrics.jsonl. tensors: `save`'s.
         """
         step = metrics["step"]
         if step == 0 or step % self.args.eval_steps == 0 or step == max_steps:
@@ -2354,14 +2372,14 @@ class Run:
         return stopping
 
     def stopped(self, step: int | None, rewards=None):
-        """The run was asked to stop: say how to go on, and end its ranks. step None: before the first."""
+        """The run was asked to stop: say how to go on, and end its ranks. step None: before step 1."""
         where = "before its first step" if step is None else f"at step {step}"
         self.say(f"stopped {where}; the same command with --output_dir {self.folder} goes on from there")
         self._end("stopped", step, rewards)
 
     def finish(self, policy, state: dict, rewards=None):
-        """A last checkpoint, final/ and its card, how the held-out rows fared, status done, the end of the
-        ranks. If the export fails, the same command does it again."""
+        """Save the last checkpoint, write final/ and its card, print the held-out results, set the status to
+        done and end the ranks. If the export fails, the same command tries it again."""
         self.save(state, must=True)
         before, after = state["start"], state["end"]
         with writing(self.folder / "final"):
@@ -2375,7 +2393,7 @@ class Run:
         self._push_to_hub()
 
     def _set_status(self, status: str, step: int | None):
-        """status.json, for whoever restarts runs. step None: as it was."""
+        """Write status.json, for a program that restarts runs. step None: the step that stands there."""
         if self.rank == 0:
             file = self.folder / "status.json"
             if step is None:

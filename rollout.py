@@ -133,9 +133,9 @@ class GroupCache(DynamicCache):
     a row. The memory is allocated once; slots and rows are used again.
 
     prefix[layer]: K, V (slots, kv, S, D)     own[layer]: K, V (rows, kv, T, D)
-    lengths: (slots,) of the prompts          prefix_bias: (slots, 1, 1, S), 0, or -inf behind a prompt's end
-    rows, t: (n,) of a step's rows, and the index of each one's token
-    places: (p, g), place: (rows,), see `place_rows`
+    lengths: (slots,) of the prompts          prefix_bias: (slots, 1, 1, S), 0, or -inf after a prompt's end
+    rows, t: (n,) the rows of a step, and the index of each one's token in its completion
+    rows_of_slot: (p, g), cell_of_row: (rows,), see `group_rows`
     """
 
     def __init__(self, slots: int, rows: int, S: int, T: int, device):
@@ -144,7 +144,7 @@ class GroupCache(DynamicCache):
         self.prefix_bias = torch.zeros(slots, 1, 1, S, device=device)
         self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
         self.filling = None  # while prompts are prefilled: their slots (p,)
-        self.place, self.places, self.all_places = None, None, None
+        self.cell_of_row, self.rows_of_slot, self.all_rows_of_slot = None, None, None
 
     def update(self, key, value, layer, *args, **kwargs):
         """transformers' layers call this with new keys and values, and give what it returns to
@@ -167,23 +167,26 @@ class GroupCache(DynamicCache):
         """query (n, heads, 1, D), own_bias (n, 1, 1, W) -> (n, 1, heads, D): one softmax over both regions.
 
         The scores with the prompts are one matrix product for each prompt and kv head. It takes the queries
-        of g completions and r heads together: `places` sorts rows by prompt, `place` sorts them back.
+        of g completions and r heads together: `rows_of_slot` groups the rows by prompt, and `cell_of_row`
+        puts the results back in the order of rows. W: the longest completion so far, rounded up.
         """
         (prefix_k, prefix_v), (own_k, own_v) = self.prefix[layer], self.own[layer]
         n, heads, _, D = query.shape
-        (p, g), kv, W = self.places.shape, own_k.shape[1], own_bias.shape[-1]
-        r = heads // kv
+        (p, g), kv, W = self.rows_of_slot.shape, own_k.shape[1], own_bias.shape[-1]
+        r = heads // kv  # query heads that share a kv head
 
         def to_groups(x):  # (n, kv, r, X) -> (p, kv, g * r, X)
-            return x[self.places.view(-1)].view(p, g, kv, r, -1).transpose(1, 2).reshape(p, kv, g * r, -1)
+            x = x[self.rows_of_slot.view(-1)].view(p, g, kv, r, -1)
+            return x.transpose(1, 2).reshape(p, kv, g * r, -1)
 
         def to_rows(x):  # and back
-            return x.view(p, kv, g, r, -1).transpose(1, 2).reshape(p * g, kv, r, -1)[self.place[:n]]
+            return x.view(p, kv, g, r, -1).transpose(1, 2).reshape(p * g, kv, r, -1)[self.cell_of_row[:n]]
 
         q, prefix_bias = query.view(n, kv, r, D), self.prefix_bias[:p]
-        if window is not None:  # hide keys that are further back; a group's completions have one length
-            age = (self.lengths[:p] + self.t[self.places[:, 0]])[:, None]
-            far = age - torch.arange(prefix_k.shape[2], device=q.device) >= window                 # (p, S)
+        if window is not None:  # hide keys that are further back
+            # All running completions of a group have the same length, so one row tells the query's offset.
+            offset = (self.lengths[:p] + self.t[self.rows_of_slot[:, 0]])[:, None]                 # (p, 1)
+            far = offset - torch.arange(prefix_k.shape[2], device=q.device) >= window              # (p, S)
             prefix_bias = prefix_bias.masked_fill(far[:, None, None], -math.inf)
             far = self.t[:, None] - torch.arange(W, device=q.device) >= window                     # (n, W)
             own_bias = own_bias.masked_fill(far[:, None, None], -math.inf)
@@ -194,36 +197,37 @@ class GroupCache(DynamicCache):
         out = to_rows(prefix_probs @ prefix_v[:p]) + to_rows(own_probs) @ own_v[:n, :, :W]  # (n, kv, r, D)
         return out.view(n, 1, heads, D)
 
-    def place_rows(self, slot_of: list[int], p: int = 0, g: int = 0):
-        """Set `places` (p, g), the rows of each prompt, and `place` (rows,), where each row is in it, for
-        `attend`. p and g are the least sizes.
+    def group_rows(self, slot_of: list[int], p: int = 0, g: int = 0):
+        """Group the rows by prompt for `attend`. slot_of: the slot of each row's prompt.
 
-        Unused places point at row 0 and spare rows at place 0; their results are never read. If p and g are
-        enough for every call the tensors keep their memory: a CUDA graph of each size reads them there.
+        rows_of_slot (p, g): the rows of each slot. cell_of_row (rows,): where a row is in it, flattened. p
+        and g are the least sizes. Unused cells hold row 0, and unused rows point at cell 0; their results are
+        never read. If p and g are enough for every call, both tensors keep their memory: a CUDA graph of each
+        size reads them there.
         """
-        counts, place = [0] * (max(slot_of) + 1), []
+        counts, cells = [0] * (max(slot_of) + 1), []  # cells: (slot, number in it) of each row
         for slot in slot_of:
-            place.append((slot, counts[slot]))
+            cells.append((slot, counts[slot]))
             counts[slot] += 1
         p, g = max(len(counts), p), max(*counts, g)
-        places = torch.zeros(p, g, dtype=torch.long)
-        for n, at in enumerate(place):
-            places[at] = n
-        place = torch.tensor([slot * g + k for slot, k in place] + [0] * (self.sizes[1] - len(place)))
-        device = self.lengths.device
-        place, places = to_device(place, device), to_device(places, device)
-        if self.all_places is None or self.all_places.shape[1] != g:
-            self.place, self.all_places = place.clone(), places.new_zeros(self.sizes[0], g)
-        self.places = self.all_places[:p]
-        self.place.copy_(place), self.places.copy_(places)
+        rows_of_slot = torch.zeros(p, g, dtype=torch.long)
+        for row, cell in enumerate(cells):
+            rows_of_slot[cell] = row
+        cells = torch.tensor([slot * g + k for slot, k in cells] + [0] * (self.sizes[1] - len(cells)))
+
+        cells, rows_of_slot = to_device((cells, rows_of_slot), self.lengths.device)
+        if self.all_rows_of_slot is None or self.all_rows_of_slot.shape[1] != g:
+            self.cell_of_row, self.all_rows_of_slot = cells.clone(), rows_of_slot.new_zeros(self.sizes[0], g)
+        self.rows_of_slot = self.all_rows_of_slot[:p]
+        self.cell_of_row.copy_(cells), self.rows_of_slot.copy_(rows_of_slot)
 
     def move(self, sources, targets, width: int):
-        """Copy the first `width` tokens of rows over other rows."""
+        """Copy rows `sources` over rows `targets`, the first `width` tokens of each."""
         for buffer in (buffer for pair in self.own.values() for buffer in pair):
             buffer[targets, :, :width] = buffer[sources, :, :width]
 
     def move_slots(self, sources, targets):
-        """Copy prompts into other slots."""
+        """Copy the prompts in the slots `sources` into the slots `targets`."""
         keys_and_values = (buffer for pair in self.prefix.values() for buffer in pair)
         for buffer in (*keys_and_values, self.prefix_bias, self.lengths):
             buffer[targets] = buffer[sources]
@@ -231,7 +235,7 @@ class GroupCache(DynamicCache):
 
 def score(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """(n, kv, r, D), (n, kv, S, D) -> (n, kv, r, S). On a GPU in fp32, as in the trainer's kernels: in bf16 a
-    score of 20 is rounded by up to 0.06. On a CPU torch has no such product, and scores are rounded."""
+    score of 20 is off by up to 0.06. On a CPU torch has no such product, so there scores are rounded."""
     if q.is_cuda and q.dtype != torch.float32:
         scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, out_dtype=torch.float32)
         return scores.unflatten(0, q.shape[:2])
@@ -246,10 +250,11 @@ PREFILL_TOKENS = 16_384  # most prompt tokens in one forward of several prompts
 
 
 class Steps:
-    """The memory of a step of `sample`, and the step: one token for every row.
+    """What the sampler keeps in memory between its steps, and the step itself: one token for every row.
 
-    On a GPU it is kept between calls (`Policy.kept`) with the steps' CUDA graphs, which take long to capture.
-    A graph can be used as long as the weights keep their addresses.
+    A row is a place in the batch for one running completion. When that ends, another one takes the row. On a
+    GPU all this is kept between calls (`Policy.kept`) with the steps' CUDA graphs, which take long to
+    capture. A graph can be used as long as the weights keep their addresses.
     """
 
     def __init__(self, policy: Policy, slots: int, rows: int, S: int, T: int, wide_T: int, completions: int,
@@ -268,7 +273,7 @@ class Steps:
             torch.zeros(rows, dtype=torch.long, device=device) for _ in range(4))
         self.running = torch.zeros(rows, dtype=torch.bool, device=device)
         self.graphs, self.weights = {}, None
-        # An own stream: cuBLAS keeps one workspace a stream, in the pool of the first capture on it.
+        # A stream of its own, since cuBLAS keeps its workspace in the pool of a stream's first capture.
         cuda = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if cuda else None
         self.pool = torch.cuda.graph_pool_handle() if cuda else None
@@ -286,7 +291,8 @@ class Steps:
         weights = [x.data_ptr() for x in self.policy.parameters()]
         if weights != self.weights:
             self.graphs, self.weights = {}, weights
-            self.pool = torch.cuda.graph_pool_handle() if self.t.is_cuda else None  # the old one is closed
+            # A pool whose graphs are gone cannot be used again.
+            self.pool = torch.cuda.graph_pool_handle() if self.t.is_cuda else None
 
     def draw(self, hidden: torch.Tensor, at: slice):
         """Draw the next token of the n rows `at`, from the hidden states (n, H) of their last tokens."""
@@ -316,7 +322,7 @@ class Steps:
 
     def run(self, size: int, width: int):
         """`step`, on a GPU as a CUDA graph: one launch in place of hundreds of kernels'."""
-        key = size, width, self.cache.places.shape
+        key = size, width, self.cache.rows_of_slot.shape
         if not self.graphed or key not in self.graphs:
             self.graphs[key] = None  # the first step of a size is not captured: it does the warm-up
             return self.step(size, width)
@@ -336,8 +342,8 @@ class Steps:
         hidden = policy.hidden(batch["input_ids"], batch["position_ids"], attention_mask_of(batch),
                                batch["pixels"], cache)                                          # (p, S, H)
         S = cache.sizes[2]
-        beyond = torch.arange(S, device=device) >= lengths[:, None]                             # (p, S)
-        bias = torch.zeros(len(free), S, device=device).masked_fill(beyond, -math.inf)
+        after_end = torch.arange(S, device=device) >= lengths[:, None]                          # (p, S)
+        bias = torch.zeros(len(free), S, device=device).masked_fill(after_end, -math.inf)
         cache.prefix_bias[cache.filling], cache.lengths[cache.filling] = bias[:, None, None], lengths
         cache.filling, at = None, slice(n, n + len(chosen) * G)
         row = (torch.tensor(chosen)[:, None] * G + torch.arange(G)).view(-1)
@@ -347,24 +353,24 @@ class Steps:
         hidden = hidden[torch.arange(len(chosen), device=device), lengths - 1]                  # (p, H)
         self.draw(hidden.repeat_interleave(G, 0), at)
 
-    def drop_ended(self, slot_of: list[int], age_of: list[int]):
-        """Remove rows that have ended: the last rows move into their places, also in slot_of and age_of."""
+    def drop_ended(self, slot_of: list[int], length_of: list[int]):
+        """Remove finished rows: the last rows move into their places, also in slot_of and length_of."""
         n = len(slot_of)
         keep = [i for i, alive in enumerate(self.running[:n].tolist()) if alive]
         sources, targets = [i for i in keep if i >= len(keep)], sorted(set(range(len(keep))) - set(keep))
         if sources:
             a, b = to_device(torch.tensor([sources, targets]), self.t.device)
-            self.cache.move(a, b, min(max(age_of) + 1, self.T))
+            self.cache.move(a, b, min(max(length_of) + 1, self.T))
             for x in (self.row, self.token, self.t, self.position, self.running):
                 x[b] = x[a]
             for i, j in zip(sources, targets):
-                slot_of[j], age_of[j] = slot_of[i], age_of[i]
+                slot_of[j], length_of[j] = slot_of[i], length_of[i]
         self.running[len(keep):] = False
-        del slot_of[len(keep):], age_of[len(keep):]
+        del slot_of[len(keep):], length_of[len(keep):]
 
-    def close_ranks(self, slot_of: list[int], bucket: int) -> int:
-        """The number of slots that a step reads: up to the highest in use, rounded up to a bucket. Prompts
-        move into lower slots if a smaller bucket is then enough."""
+    def fill_gaps(self, slot_of: list[int], bucket: int) -> int:
+        """The number of slots that a step reads: up to the highest in use, rounded up to a bucket. If a
+        smaller bucket would hold all prompts, they first move into lower slots."""
         used = sorted(set(slot_of))
         enough, now = (bucketed(n, bucket, self.sizes[0]) for n in (len(used), used[-1] + 1))
         if enough < now:
@@ -419,7 +425,8 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
     S, was_training = max(len(p.tokens) for p in prompts), policy.training
     multiple = PREFIX.get(device.type, 8)  # tensor cores want rows of 16 bytes
     wide_S, wide_T = -(-S // multiple) * multiple, -(-T // 8) * 8
-    groups = min(P, max(1, rollout_tokens // (2 * wide_S + G * wide_T)))  # at once; each has two slots
+    # Groups at once. Each has two slots, since rows come free before the last one of their prompt.
+    groups = min(P, max(1, rollout_tokens // (2 * wide_S + G * wide_T)))
     slots, rows = min(P, 2 * groups), groups * G
     keep = device.type in BUCKETS  # on a GPU
     steps = steps_for(policy, (slots, rows, wide_S, P * G), T, wide_T, G, (temperature, top_k, top_p, min_p),
@@ -430,33 +437,37 @@ def sample(policy: Policy, prompts: list[Prompt], draws: list[int], *, num_gener
                                  torch.arange(G, device=device).repeat(P)[:, None],
                                  torch.arange(T, device=device)[None])                          # (P * G, T)
     row_bucket, width_bucket, slot_bucket = BUCKETS.get(device.type, (1, 8, 1))
-    slot_of, age_of = [], []  # of each row, kept on the CPU to avoid a device sync
-    waiting = 0  # the next prompt
+    # Of each row the slot of its prompt, and its tokens after the first; on the CPU, to avoid a device sync.
+    slot_of, length_of = [], []
+    admitted = 0  # prompts so far; the others wait
     policy.eval()
     with policy.compute_weights(keep):
         steps.begin(uniforms)
-        while waiting < P or slot_of:
-            while waiting < P:
+        while admitted < P or slot_of:
+            # Prefill prompts that wait, while there are free slots and rows for whole groups.
+            while admitted < P:
                 n = len(slot_of)
-                most = min(P - waiting, (rows - n) // G, max(1, PREFILL_TOKENS // S))
+                most = min(P - admitted, (rows - n) // G, max(1, PREFILL_TOKENS // S))
                 free = [s for s in range(slots) if s not in slot_of][:most]
                 if not free:
                     break
-                steps.admit(prompts, list(range(waiting, waiting + len(free))), free, n, G)
+                steps.admit(prompts, list(range(admitted, admitted + len(free))), free, n, G)
                 slot_of.extend(s for s in free for _ in range(G))
-                age_of.extend([0] * len(free) * G)
-                waiting += len(free)
+                length_of.extend([0] * len(free) * G)
+                admitted += len(free)
+
+            # A few steps; on a GPU their sizes are rounded up, so that few CUDA graphs are needed.
             size = min(-(-len(slot_of) // row_bucket) * row_bucket, rows)
             if keep:
-                steps.cache.place_rows(slot_of, steps.close_ranks(slot_of, slot_bucket), G)
+                steps.cache.group_rows(slot_of, steps.fill_gaps(slot_of, slot_bucket), G)
             else:
-                steps.cache.place_rows(slot_of)
-            for _ in range(min(CHECK_EVERY.get(device.type, 4), T - 1 - min(age_of))):
-                steps.run(size, min(-(-(max(age_of) + 1) // width_bucket) * width_bucket, wide_T))
-                age_of = [age + 1 for age in age_of]
+                steps.cache.group_rows(slot_of)
+            for _ in range(min(CHECK_EVERY.get(device.type, 4), T - 1 - min(length_of))):
+                steps.run(size, min(-(-(max(length_of) + 1) // width_bucket) * width_bucket, wide_T))
+                length_of = [length + 1 for length in length_of]
             if stop is not None and stop():
                 raise Interrupted
-            steps.drop_ended(slot_of, age_of)
+            steps.drop_ended(slot_of, length_of)
         ids, logps = steps.ids[:P * G, :T], steps.logps[:P * G, :T]
         if logps.isnan().any():
             raise InputError(f"the model's logits are not finite: {first_not_finite(policy, prompts[0])}")
@@ -491,8 +502,8 @@ def first_not_finite(policy: Policy, prompt: Prompt) -> str:
 
 def steps_for(policy: Policy, sizes: tuple, T: int, wide_T: int, G: int, settings: tuple, R: int,
               keep: bool, rollout_tokens: int) -> Steps:
-    """`Steps` of these sizes (slots, rows, prefix tokens, completions), or larger ones that were kept. All
-    that are kept hold keys and values of at most rollout_tokens, or of this call alone."""
+    """New `Steps` of these sizes (slots, rows, prefix tokens, completions), or kept ones that are as large.
+    All that are kept hold keys and values of at most rollout_tokens tokens, unless this call needs more."""
     def tokens(slots, rows, S, _, wide_T=wide_T):
         return slots * S + rows * wide_T
 
@@ -518,7 +529,7 @@ def steps_for(policy: Policy, sizes: tuple, T: int, wide_T: int, G: int, setting
 
 
 class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: prompts go to the server of the flag alone."""
+    """A redirect is an error: prompts are sent only to the server that the flag names."""
 
     def redirect_request(self, *_):
         return None
@@ -592,8 +603,8 @@ class VLLMServer:
 
     def sample(self, policy: Policy, prompts: list[Prompt], draws: list[int], *, num_generations: int,
                max_completion_length: int, temperature: float, stop=None, **_) -> Rollout:
-        """As `rollout.sample`, but a server takes no draws, seed or rollout_tokens. top_k, top_p and min_p
-        must be off, as the script checks: vLLM's log-probs would be those of the ids that they leave."""
+        """As `rollout.sample`, but a server takes no draws, seed or rollout_tokens. The script refuses top_k,
+        top_p and min_p: vLLM would normalise its log-probs over the ids that they keep."""
         T, eos, banned = max_completion_length, set(policy.eos_ids), policy.never_sampled_ids
         sampled = set(range(len(policy.hf.get_output_embeddings().weight))) - banned
         settings = dict(
@@ -714,9 +725,9 @@ def pass_at_k(accuracy: torch.Tensor, n: int) -> dict[str, tuple[float, int]]:
 
 def save_completions(file: Path, rows: list[dict], texts: list[str], rewards: dict,
                      advantages: torch.Tensor | None = None, show: str | None = None):
-    """A JSON line for each of the N texts, of which every row has equally many: where its row stands, the
-    row's columns but for images, the text, its rewards (N,) by name, null for nan, and its advantage. show:
-    after these words print the texts of the highest and the lowest advantage."""
+    """Write a JSON line for each of the N texts, N / len(rows) for every row: its row's source and columns
+    (without images), the text, its rewards by name (null for nan), and its advantage. rewards: {name: (N,)}.
+    show: also print the texts of the highest and the lowest advantage, after these words."""
     lines = []
     for n, text in enumerate(texts):
         row = rows[n * len(rows) // len(texts)]

@@ -205,7 +205,7 @@ def check_losses(args):
 
 
 def columns_of(args, losses_only=False) -> dict[str, tuple[float, float]]:
-    """{column: (lowest, highest)} of the numbers that the losses and --algo's files take from the data."""
+    """{column: (lowest, highest)} of the numbers that losses and --algo's files read from the data."""
     found = {}
     for name in args.loss_type:
         found |= losses.PAIR_LOSSES[name].columns if name != "sft" else {}
@@ -219,7 +219,7 @@ NUMBERS = {"margin", "chosen_probs", "chosen_probs_win", "chosen_probs_lose", "w
 
 
 def check_columns(args, train_rows, eval_rows):
-    """The numbers that losses, --algo's files and --sort_by take from the data, in every row of it."""
+    """RowError for a row without the numbers that losses, --algo's files or --sort_by read from the data."""
     needs = columns_of(args)
     for column, bounds in needs.items():
         for rows in (train_rows, eval_rows):
@@ -287,7 +287,7 @@ class ReferenceCache:
         """Read the files up to number `last`. A row that an earlier file holds keeps its value."""
         for number in range(self.files_read + 1, last + 1):
             file = self.folder / f"{number:06}.safetensors"
-            if not file.exists():  # somebody has removed it
+            if not file.exists():  # it was removed
                 continue
             with self.errors():
                 content = file.read_bytes()
@@ -303,7 +303,7 @@ class ReferenceCache:
         self.files_read = max(self.files_read, last)
 
     def store(self, new: dict):
-        """Write the next file, and read it with those that others have written meanwhile."""
+        """Write the next file; then read it, and files that other runs or ranks wrote before it."""
         if not new:
             return
         temporary, number = self.folder / f"{uuid.uuid4().hex}.tmp", self.files_read + 1
@@ -333,7 +333,7 @@ class ReferenceCache:
                 new[group_key(group)] = logps[rows][mask[rows]].cpu()
                 n = rows.stop
             asked = stop()
-            if asked or time.monotonic() - stored > 60:  # so that a killed run has not worked for nothing
+            if asked or time.monotonic() - stored > 60:  # a killed run loses at most a minute's work
                 self.store(new)
                 new, stored = {}, time.monotonic()
             if asked:
@@ -401,7 +401,7 @@ def score_groups(args, policy, groups, references, state):
 
 
 def load_scorer(args, path, policy, processor, device):
-    """A further model, to be scored once like the reference and then let go."""
+    """A further model, whose log-probs are computed once, as the reference's are; then it is dropped."""
     scorer, own = model.load_policy(path, args.dtype, device, shard_size=args.shard_size)
     if own.tokenizer.get_vocab() != processor.tokenizer.get_vocab():
         raise model.InputError(f"{path} has another vocabulary than the policy")
@@ -440,7 +440,7 @@ def main(argv=None):
     max_steps = groups_of.max_steps
     run.listen()
     references = reference_logps(args, run, policy, processor, groups_of)
-    if references is None:  # asked to stop: what was computed is on disk, and there is nothing else to lose
+    if references is None:  # asked to stop; the log-probs computed so far are on disk
         return run.stopped(None, rewards)
     if args.preflight or args.preflight is None and run.device.type == "cuda":
         model.preflight(policy, groups_of.largest_micro_batch(), 1.0, run.rank)
@@ -448,7 +448,9 @@ def main(argv=None):
     weighted = list(zip(args.loss_type, args.loss_weights))
 
     # What a checkpoint holds besides weights and optimizer. Data order and randomness follow from step.
-    # pending: metrics of `step` that still wait for their evaluation
+    # pending: metrics of `step` that were not logged yet, since their evaluation was interrupted or, at
+    # step 0, has not run; None: logged.  start, end: the first and the latest held-out means.
+    # skipped: steps in a row with a gradient of nan.  bco_shift: BCO's delta for the next step
     state = model.with_states(args, {"step": 0, "pending": {"step": 0}, "bco_shift": 0.0, "start": {},
                                      "end": {}, "skipped": 0})
     run.restore(state, policy, optimizer)
@@ -493,7 +495,7 @@ def main(argv=None):
         state["step"] = step
         run.count_nonfinite(state, grad_norm, [prompt.row for prompt, _ in groups])
 
-        # 5. metrics; BCO's shift and the STATE of --algo's files move by them
+        # 5. metrics; from them BCO's shift and the STATE of --algo's files for the next step
         means = {key: total / n for key, (total, n) in model.all_reduce_sums(sums, run.device).items()}
         metrics = {"step": step, "epoch": step * groups_of.step_rows / len(train_rows),
                    "loss": sum(weight * means[f"loss/{name}"] for name, weight in weighted),
@@ -558,9 +560,9 @@ def load_policy(args, run):
 class Groups:
     """The rows of a run as groups, (Prompt, [completion ids of each column]), checked before the first step.
 
-    `train` are the rows of all ranks, held_out this rank's; sizes and eval_sizes the data.Size of all ranks'.
-    plan[draw] is the row of each draw, longest the visited rows from the longest on. Of an update, rank_rows
-    are this rank's, step_rows of all.
+    `train` are the rows of all ranks, held_out this rank's; sizes and eval_sizes hold {index: data.Size} of
+    all ranks. plan[draw] is the index of a draw's row; `longest` are the indices of the rows that the run
+    visits, longest first. An update takes rank_rows rows on this rank, step_rows on all.
     """
 
     def __init__(self, args, run, policy, processor, columns, train, held_out, answered: bool):
@@ -599,30 +601,32 @@ class Groups:
         prompt, answers = group
         return len(prompt.tokens) + sum(map(len, answers))
 
-    def batches(self, rows, places, size: int):
-        """Lists of `size` groups of the rows in these places, of which the next one is prepared meanwhile."""
-        groups = data.in_order(lambda i: self.encode(rows[i]), places, self.args.dataloader_num_workers, size)
+    def batches(self, rows, indices, size: int):
+        """Lists of `size` groups of the rows at these indices; threads encode the next list ahead."""
+        groups = data.in_order(lambda i: self.encode(rows[i]), indices,
+                               self.args.dataloader_num_workers, size)
         return iter(lambda: list(itertools.islice(groups, size)), [])
 
-    def places_from(self, step: int):
-        """This rank's slices of the global batches from a step on, the same for any number of ranks."""
+    def indices_from(self, step: int):
+        """The row indices of this rank's slices of the updates from a step on. An update holds the same rows
+        on any number of ranks."""
         first = step * self.step_rows + self.run.rank * self.rank_rows
         starts = range(first, self.max_steps * self.step_rows, self.step_rows)
         return (i for start in starts for i in self.plan[start:start + self.rank_rows])
 
     def updates_from(self, step: int):
         """This rank's groups of each update from a step on."""
-        return self.batches(self.train, self.places_from(step), self.rank_rows)
+        return self.batches(self.train, self.indices_from(step), self.rank_rows)
 
     def micro_batches(self, groups: list) -> list[list]:
-        """An update's, by number or by tokens. All ranks must call this: each needs as many of them."""
+        """Cut an update by number of rows or by tokens. All ranks must call this, and get equally many."""
         if self.args.max_tokens_per_batch is not None:
             return self.cut_by_tokens(groups)
         size = self.args.per_device_train_batch_size
         return [groups[i:i + size] for i in range(0, len(groups), size)]
 
     def cut_by_tokens(self, groups: list, alike=True) -> list[list]:
-        """Into lists of at most --max_tokens_per_batch; alike: as many of them on every rank."""
+        """Into lists of at most --max_tokens_per_batch; alike: equally many on every rank."""
         sizes = [self.tokens_of(group) for group in groups]
         return [groups[a:b] for a, b in model.spans_within(sizes, self.args.max_tokens_per_batch, alike)]
 
@@ -645,11 +649,11 @@ class Groups:
         """This rank's share of the batches that hold a row which the cache lacks. The last bits of log-probs
         depend on the cut into batches. So the cut is the same for any number of ranks and any cache."""
         taken = set()  # keys of the batches before
-        for rows, places, sizes, size in (
+        for rows, indices, sizes, size in (
                 (self.train, self.plan, self.sizes, self.args.per_device_train_batch_size),
                 (self.all_held_out, self.eval_sizes, self.eval_sizes, self.args.per_device_eval_batch_size)):
-            first = {}  # of each key the first place
-            for i in places:
+            first = {}  # {key: the index of the first row that has it}
+            for i in indices:
                 if sizes[i].key not in taken:
                     first.setdefault(sizes[i].key, i)
             taken |= first.keys()
@@ -705,7 +709,8 @@ def evaluate(args, run, policy, processor, groups_of: Groups, references, reward
         return {}
 
     def scored():
-        """The held-out rows' prompts, each batch when its terms are added: no row is encoded twice."""
+        """The held-out rows' prompts for the sampler. Adds each batch's losses on the way, so that no row is
+        encoded twice."""
         for groups in groups_of.eval_batches():
             terms, metrics = score_groups(args, policy, groups, references, state)
             model.add_sums(sums, terms, "eval/loss/")
@@ -723,7 +728,7 @@ def evaluate(args, run, policy, processor, groups_of: Groups, references, reward
                 max_completion_length=args.max_completion_length,
                 batch_size=args.per_device_eval_batch_size, seed=args.seed, step=step,
                 num_generations=args.num_generations_eval, stop=run.stop)
-        for _ in prompts:  # without answers nobody else asks for them
+        for _ in prompts:  # add the losses of the rest, or of all if nothing is sampled
             pass
     if run.stopping():
         return None

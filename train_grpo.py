@@ -69,11 +69,11 @@ PRESETS = {
     "gdpo": dict(loss_type="grpo", advantage_estimator="gdpo"),  # arXiv 2601.05242
     "online_dpo": dict(loss_type="sigmoid", advantage_estimator="none", beta=0.1),  # arXiv 2402.04792
 }
-# Updates that a rollout is cut into: GSPO's paper has four; what else corrects for old samples gets as many
-# here, the other presets take one. A file of papers/ says its own UPDATES.
+# Updates (optimizer steps) that a rollout is cut into. GSPO's paper has four; other presets with an
+# off-policy correction also default to 4, the rest to 1. A file of papers/ may set its own UPDATES.
 UPDATES_PER_ROLLOUT = dict.fromkeys(("gspo", "gspo_token", "sapo", "luspo", "vespo"), 4)
-# For the tiny model, used when no --model_name_or_path is given. At temperature 1 one seed of three ceased to
-# try one of the six answers, and stayed at 0.85; at 1.25 none did.
+# For the tiny model, used when no --model_name_or_path is given. At temperature 1 one seed of three stopped
+# sampling one of the six answers, and its accuracy stayed at 0.85; at 1.25 none did.
 TINY_DEFAULTS = dict(learning_rate=3e-4, temperature=1.25, per_device_train_batch_size=256, max_steps=75,
                      eval_steps=25, warmup_steps=5, adam_beta2=0.95, lr_scheduler_type="constant",
                      max_completion_length=24, per_device_eval_batch_size=256,
@@ -207,7 +207,7 @@ def parse_args(argv):
 
 
 def check_loss(args):
-    """Combinations that contradict each other are refused; that change what is optimised, warned of."""
+    """Refuse flags that contradict each other; warn of those that change which objective is optimised."""
     loss, level, preset, warn = args.loss_type, args.importance_sampling_level, args.preset, model.warn
     for flag, known in (("loss_type", [*losses.POLICY_LOSSES, *losses.GROUP_LOSSES]),
                         ("advantage_estimator", list(losses.ADVANTAGES))):
@@ -277,8 +277,8 @@ def check_args(args):
         args.importance_sampling_correction = (
             default if served and args.loss_type in losses.POLICY_LOSSES else "none")
     if served and (args.top_k or args.top_p < 1 or args.min_p):
-        raise ValueError("--vllm_server_base_url does not go with --top_k, --top_p or --min_p: vLLM's "
-                         "log-probs would be those of what they leave, the trainer's are of all ids")
+        raise ValueError("--vllm_server_base_url does not go with --top_k, --top_p or --min_p: vLLM would "
+                         "normalise its log-probs over the ids they keep, the trainer over all ids")
     check_loss(args)
     for name in args.reward_funcs:
         if name not in BUILT_IN and ":" not in name:
@@ -337,7 +337,7 @@ def main(argv=None):
     if run.done:
         return
     rewards = rollout.RewardRunner(args.reward_funcs, args.reward_timeout, run.folder)
-    rewards.wait_until_ready()  # what is wrong with a reward or the server shows before any work
+    rewards.wait_until_ready()  # a broken reward function or server is an error before any work
     server = start_server(args, run)
     need = ("prompt", "solution") if NEED_SOLUTION & set(args.reward_funcs) else ("prompt",)
     train_rows, eval_rows = data.rows_of_run(args, need, rewards.columns())
@@ -380,29 +380,30 @@ def main(argv=None):
     while state["step"] < sizes.max_steps and not stopped:
         began, update = time.perf_counter(), state["step"] % sizes.steps_per_rollout
         learning_rate = model.learning_rate_at(args, state["step"], sizes.max_steps)
-        first_update = update == 0
+        first_update = update == 0  # of its rollout
         if first_update:
             # 1. a rollout: G completions for each of this rank's P prompts, N = P * G, and their rewards
             batch = collect(args, run, sizes, policy, processor, prompts, rewards, server, state)
-            if batch is None:  # asked to stop: the rollout is dropped, and drawn again it will be the same
+            if batch is None:  # asked to stop: drop the rollout; the resumed run samples the same one again
                 run.save(state, must=True)
                 stopped = True
                 break
 
             # 2. the log-probs that the loss compares with, (N, T), 0 where nothing is trained
-            if sizes.steps_per_rollout > 1 or kl_in_reward(args):  # else `old` is the training pass's own
+            if sizes.steps_per_rollout > 1 or kl_in_reward(args):  # else step 5 takes its own, detached
                 batch["old_logps"] = logps_of(args, policy, batch, run.device)
             if ref is not None:
                 with adapter_off(ref):
                     batch["ref_logps"] = logps_of(args, ref, batch, run.device)
                 if run.world_size > 1:
-                    ref.reshard()  # after a pass without backward FSDP leaves the root unit whole
+                    ref.reshard()  # FSDP frees the root unit's weights only after a backward
 
             # 3. advantages (N,), from the rollout of all ranks
             batch["advantages"] = advantages_of(args, run, batch, flags, state)
             save_completions(args, run, sizes, batch, state)
 
-        # 4. what the loss, and the entropy bonus, are divided by, over all micro-batches and ranks
+        # 4. the divisors of the loss (count) and of the entropy bonus (tokens): sums over all the update's
+        #    micro-batches and all ranks, so that the cut into micro-batches does not change the gradient
         micro_batches = [with_loss_inputs(micro, batch)
                          for micro in batch["micro_batches"][update % sizes.updates]]
         counts = (sum(losses.policy_loss_count(args.loss_type, m["completion_mask"],
@@ -513,14 +514,16 @@ def load_models(args, run):
 class Prompts:
     """The prompts of a run: which rows its draws take, checked before the first step, and encoded ahead.
 
-    A draw number counts every prompt that is ever drawn, by all ranks. `train` and `held_out` are rows; plan
-    [draw] is the row of each draw, longest the visited rows from the longest on.
+    A draw is one prompt taken for a rollout. Draws are numbered through the whole run and over all ranks;
+    the number keys the sampling. `train` and `held_out` are dataset rows; plan[draw] is the index of a draw's
+    row; `longest` are the indices of the rows that the run visits, longest first.
     """
 
     def __init__(self, args, run, sizes: Sizes, policy, processor, train, held_out):
         self.args, self.run, self.sizes, self.policy, self.processor = args, run, sizes, policy, processor
-        self.train, self.coming, self.due = train, None, None  # the prompts from the draw `due` on
-        self.row_of = next(iter(papers.hooks(args, "row_of")), None)  # --algo's, if not the plan's
+        # ahead: an iterator over this rank's next prompts, which begin with the draw ahead_from
+        self.train, self.ahead, self.ahead_from = train, None, None
+        self.row_of = next(iter(papers.hooks(args, "row_of")), None)  # a file of --algo replaces the plan
         if args.sort_by is not None:
             data.check_numbers(train, args.sort_by, -1e300, 1e300, "--sort_by")
         context = data.length_limit(policy, None)
@@ -544,7 +547,7 @@ class Prompts:
         return data.encode_prompt(self.policy, self.processor, row)
 
     def size_of(self, row: dict):
-        """In tokens; RowError for a row that a reward cannot use."""
+        """The row's data.Size, in tokens; RowError for a row that a reward cannot use."""
         check_solution(row, self.args.reward_funcs)
         return self.measured(row)
 
@@ -555,30 +558,32 @@ class Prompts:
         return (self.plan[draw] for draw in draws)
 
     def share_of(self, draws) -> list[int]:
-        """This rank's among a rollout's draw numbers: its slice of every update, so that the ranks together
-        make the updates of one rank."""
+        """This rank's part of a rollout's draw numbers: a slice of every update. So an update holds the same
+        prompts on any number of ranks."""
         P, ranks = self.sizes.prompts_per_update, self.run.world_size
         return [draws[(update * ranks + self.run.rank) * P + i]
                 for update in range(self.sizes.updates) for i in range(P)]
 
     def of(self, draws, state: dict):
-        """The prompts of these draws, one by one; a rollout's are prepared ahead."""
+        """The prompts of these draws, one by one; threads encode one rollout's prompts ahead."""
         return data.in_order(lambda i: self.encode(self.train[i]), self.rows_of(draws, state),
                              self.args.dataloader_num_workers, self.sizes.prompts_per_rank)
 
     def rollout_from(self, first: int, state: dict):
         """The rollout whose draws begin with `first`: this rank's (draw numbers, prompts)."""
         size = self.sizes.prompts_per_rollout
-        if first != self.due or self.row_of is not None:  # what is measured now says which rows come next
+        if first != self.ahead_from or self.row_of is not None:
+            # row_of chooses rows by this rollout's rewards, so it cannot look further than one rollout
             last = first if self.row_of is not None else len(self.plan) - size
             starts = range(first, last + 1, size)
-            self.coming = self.of((d for i in starts for d in self.share_of(range(i, i + size))), state)
-        draws, self.due = self.share_of(range(first, first + size)), first + size
-        return draws, self.policy.run_frozen_tower(list(islice(self.coming, len(draws))))
+            self.ahead = self.of((d for i in starts for d in self.share_of(range(i, i + size))), state)
+        draws, self.ahead_from = self.share_of(range(first, first + size)), first + size
+        return draws, self.policy.run_frozen_tower(list(islice(self.ahead, len(draws))))
 
 
 def preflight(args, run, policy, prompts: Prompts):
-    """The largest micro-batch of the run, forward and backward, before its first step."""
+    """`model.preflight` with the run's largest micro-batch: its longest prompts, with completions of the
+    full length."""
     G, size = args.num_generations, args.per_device_train_batch_size
     answer, count = torch.full((args.max_completion_length,), policy.pad_id), math.ceil(size / G)
     if args.max_tokens_per_batch is not None:
@@ -595,8 +600,8 @@ def start_server(args, run):
     if args.vllm_server_base_url is None:
         return None
     server = rollout.VLLMServer(args.vllm_server_base_url, run.folder / "vllm_weights", data.chat_request)
-    run.say(f"rollouts by vLLM {server.version}, --importance_sampling_correction "
-            f"{args.importance_sampling_correction}; held-out answers by the own sampler")
+    run.say(f"vLLM {server.version} samples the rollouts, --importance_sampling_correction "
+            f"{args.importance_sampling_correction}; the trainer samples the held-out answers")
     return server
 
 
@@ -610,7 +615,7 @@ def names_of(args) -> list[str]:
 
 
 def kl_in_reward(args) -> bool:
-    """Whether beta * KL is taken off the rewards, and does not stand in the loss."""
+    """Whether beta * KL is subtracted from the rewards instead of added to the loss."""
     return bool(args.beta) and losses.ADVANTAGES[args.advantage_estimator].kl_in_reward
 
 
@@ -774,7 +779,7 @@ def rows_of_update(batch, update: int, sizes: Sizes) -> list[dict]:
 
 
 def check_start(run, server, metrics, first_update: bool):
-    """What the first update must start at, said once; a server that computes another model ends the run."""
+    """At step 1 print what it must start at. A server whose log-probs show another model ends the run."""
     gap = metrics.get("sampling/sampling_logp_difference/mean", 0.0)  # none where all tokens are masked
     if server is not None and first_update and gap > 0.2:
         raise server.error(f"its log-probs differ from the trainer's by {gap:.3g} a token: its weights "
@@ -818,7 +823,7 @@ def evaluate(args, run, policy, processor, prompts: Prompts, rewards, step: int)
 
 
 def shown_of(args) -> tuple[str, ...]:
-    """The metrics of a step that are printed."""
+    """The names of the metrics that are printed each step."""
     return ("reward", *(f"rewards/{name}/mean" for name in names_of(args)), "reward_std",
             "frac_reward_zero_std", "loss", "grad_norm", "entropy", "kl", "clip_ratio/region_mean",
             "completions/mean_length", "completions/clipped_ratio", "step_time", "eval/accuracy")
@@ -849,7 +854,7 @@ def make_micro_batch(args, policy, prompts, tensors, indices) -> dict:
         else:
             groups.append((prompt, [ids]))
     batch = policy.pack(groups) | {"index": torch.tensor(indices)}
-    if args.mask_truncated_completions:  # not trained, none of its tokens counted, but still one of N
+    if args.mask_truncated_completions:  # none of its tokens is trained or counted, but it is one of the n
         batch["completion_mask"] &= ~tensors["truncated"][batch["index"], None]
         batch["scored"] = model.flat_indices(batch["completion_mask"])
     return batch
@@ -897,13 +902,14 @@ def choose_groups(candidates, weights, G, count, estimator="grpo", metric: int |
     variance = dict(sorted(variance.items()))
     accepted = [draw for draw in variance if useful[draw]][:count]
     others = [draw for draw in variance if not useful[draw]][:count - len(accepted)]
-    # Useful groups that are left over are drawn again by the next policy.
+    # Useful groups that are left over are dropped; the next rollout samples their prompts again.
     next_draw = max(variance if others else accepted) + 1
     return sorted(accepted + others), len(accepted), next_draw, variance
 
 
 def weigh_tokens(args, logps, old_logps, entropies, micro) -> dict:
-    """`keep` and `correction` of losses.policy_loss, (n, T), by the flags that ask for them; {} without."""
+    """The token weights of losses.policy_loss, `keep` and `correction`, (n, T) each, if a flag or a file of
+    --algo wants them."""
     mask, weighing = micro["completion_mask"], {}
     if args.importance_sampling_correction != "none":
         weighing["correction"] = losses.sampler_correction(
@@ -932,7 +938,7 @@ def rollout_metrics(args, scores, tensors) -> dict[str, tuple[float, float]]:
 
 
 def signs_of_collapse(recent) -> dict[str, str]:
-    """{sign: warning with likely causes}, by the means of 20 steps' metrics; fewer: none. Changes nothing."""
+    """{sign: a warning with likely causes}, from the mean metrics of the last 20 steps ({} before that)."""
     keys = ("frac_reward_zero_std", "reward", "entropy", "completions/clipped_ratio",
             "sampling/sampling_logp_difference/tail")
     flat, reward, entropy, cut, tail = (sum(m.get(k, math.nan) for m in recent) / len(recent) for k in keys)

@@ -317,10 +317,10 @@ def test_a_step_reads_the_slots_in_use(loaded, monkeypatch, family):
     kwargs = dict(num_generations=2, max_completion_length=40, temperature=1.2, seed=1)
     plain = rollout.sample(policy, prompts, list(range(9)), **kwargs)
     monkeypatch.setitem(rollout.BUCKETS, "cpu", (2, 8, 1))
-    shapes, moves, place = [], [], rollout.GroupCache.place_rows
+    shapes, moves, place = [], [], rollout.GroupCache.group_rows
     move = rollout.GroupCache.move_slots
-    monkeypatch.setattr(rollout.GroupCache, "place_rows", lambda cache, slot_of, *x: (
-        place(cache, slot_of, *x), shapes.append((len(cache.places), len(set(slot_of)))))[0])
+    monkeypatch.setattr(rollout.GroupCache, "group_rows", lambda cache, slot_of, *x: (
+        place(cache, slot_of, *x), shapes.append((len(cache.rows_of_slot), len(set(slot_of)))))[0])
     monkeypatch.setattr(rollout.GroupCache, "move_slots", lambda cache, a, b: (moves.append((a.tolist(), b.tolist())), move(cache, a, b))[1])
     replayed(monkeypatch)
     found = rollout.sample(policy, prompts, list(range(9)), **kwargs)

@@ -213,8 +213,8 @@ def test_sizes_rounded_up_change_nothing(loaded, monkeypatch):
     shapes, pointers, step = set(), set(), rollout.GroupCache.attend
 
     def attend(cache, layer, query, own_bias, *rest):
-        pointers.add((cache.places.data_ptr(), cache.place.data_ptr()))
-        shapes.add((len(query), own_bias.shape[-1], cache.places.shape))
+        pointers.add((cache.rows_of_slot.data_ptr(), cache.cell_of_row.data_ptr()))
+        shapes.add((len(query), own_bias.shape[-1], cache.rows_of_slot.shape))
         return step(cache, layer, query, own_bias, *rest)
 
     monkeypatch.setattr(rollout.GroupCache, "attend", attend)
