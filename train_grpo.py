@@ -32,6 +32,7 @@ import time
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import islice
 from typing import Annotated, Literal, NamedTuple
 
@@ -324,9 +325,12 @@ def check_solution(row, reward_funcs):
     readers = answers.READERS | boxes.READERS
     for name in NEED_SOLUTION & set(reward_funcs):
         try:
-            answers.golds_of(row["solution"], box=name == "iou")
+            golds = answers.golds_of(row["solution"], name)
             if name in readers:
-                answers.compare(readers[name], [""], [row["solution"]], box=name == "iou")
+                answers.compare(readers[name], [""], [row["solution"]], kind=name)
+            elif find_spec("math_verify") is None and any(map(answers.needs_math_verify, golds)):
+                raise ValueError(f"solution {golds[0][:100]!r} is mathematics, which takes math-verify: "
+                                 "pip install math-verify[antlr4_13_2]")
         except ValueError as error:
             raise data.RowError(f"{row['_source']}: --reward_funcs {name}: {error}") from None
 

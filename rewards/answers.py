@@ -15,8 +15,8 @@ from decimal import Decimal
 
 
 def accuracy(completions, solution, **_):
-    """1.0 if the answer equals the row's solution: as text, as a number, as a choice letter, or, where
-    math-verify is installed, as mathematics. Words around the answer make it wrong. None: no solution."""
+    """1.0 if the answer equals the row's solution: as text, as a number, as a choice letter, or, by
+    math-verify, as mathematics. Words around the answer make it wrong. None: no solution."""
     return [None if gold is None else float(any(same_answer(final_answer(text), final_answer(one))
                                                 for one in golds_of(gold)))
             for text, gold in zip(completions, solution)]
@@ -32,13 +32,14 @@ def numeric(completions, solution, **_):
 
 
 def counting(completions, solution, **_):
-    """1.0 if the one count in the answer, in digits or as a word from zero to twenty, is the solution's."""
+    """1.0 if the one count in the answer, in digits or as a word up to ninety-nine, is the solution's."""
     return compare(read_count, completions, solution)
 
 
 def choice(completions, solution, **_):
-    """1.0 if the answer names the solution's choice, A to J: alone, "(B) a dog", "the answer is B"."""
-    return compare(read_choice, completions, solution)
+    """1.0 if the answer names the solution's choice, A to J: alone, "(B) a dog", "the answer is B". A
+    solution that is a whole number is the choice's place, from 0 on."""
+    return compare(read_choice, completions, solution, kind="choice")
 
 
 def cosine(completions, solution, completion_ids, max_completion_length, min_value_wrong=-1.0,
@@ -64,12 +65,16 @@ def cosine(completions, solution, completion_ids, max_completion_length, min_val
 # Comparing
 
 
-def golds_of(solution, box=False) -> list[str]:
+def golds_of(solution, kind: str | None = None) -> list[str]:
     """The answers that a solution accepts: a text, a number, or a list of them; all else is a ValueError.
-    box: a list of numbers is one answer."""
+    kind: of the answers, "iou": a list of numbers is one answer; "choice": a whole number is a letter."""
     found = solution if isinstance(solution, list) else [solution]
-    if box and found and (isinstance(found[0], list) or len(found) > 1 and not isinstance(found[0], str)):
-        found = [str(one) for one in (found if isinstance(found[0], list) else [found])]
+    if kind == "choice":
+        found = [chr(65 + one) if type(one) is int and 0 <= one < 26 else one for one in found]
+    if kind == "iou" and len(found) == 4 and not isinstance(found[0], list | str):
+        found = [found]
+    if kind == "iou":
+        found = [str(one) if isinstance(one, list) else one for one in found]
     for one in found or [None]:
         if (isinstance(one, bool) or not isinstance(one, str | int | float | Decimal) or one == ""
                 or isinstance(one, float) and not math.isfinite(one)):
@@ -77,7 +82,7 @@ def golds_of(solution, box=False) -> list[str]:
     return [str(one) for one in found]
 
 
-def compare(read, completions, solution, score=operator.eq, box=False):
+def compare(read, completions, solution, score=operator.eq, kind: str | None = None):
     """score(read(answer), read(solution)) for each completion, the best of a solution's answers: 0.0 where
     the answer cannot be read, None where the row has no solution. A solution that cannot be read is a
     ValueError."""
@@ -86,7 +91,7 @@ def compare(read, completions, solution, score=operator.eq, box=False):
         if gold is None:
             rewards.append(None)
             continue
-        readings = [read(final_answer(one)) for one in golds_of(gold, box)]
+        readings = [read(final_answer(one)) for one in golds_of(gold, kind)]
         known = [one for one in readings if one is not None]
         if not known:
             raise ValueError(f"solution {str(gold)[:100]!r} cannot be read (or is two answers)")
@@ -98,9 +103,16 @@ def compare(read, completions, solution, score=operator.eq, box=False):
 def same_answer(answer: str, gold: str) -> bool:
     """Whether the two are equal as text, else as numbers, else as choices, else as mathematics."""
     short, known = (plain(text).rstrip(".") for text in (answer, gold))
+    short, known = (SAME_WORDS.get(text, text) for text in (short, known))
     if short == known:
         return known != ""
 
+    lettered = re.fullmatch(r"\(?([A-J])(?:\)|[.:](?=\s))\s*(.+)", gold.strip(), re.DOTALL)
+    if lettered:  # "A. 5": its letter, its text, or both
+        letter = read_choice(answer, leading_only=True)
+        return letter == lettered[1] if letter else same_answer(answer, lettered[2])
+
+    short, known = (str(COUNTS.index(text)) if text in COUNTS else text for text in (short, known))
     numbers = [re.fullmatch(NUMBER, text) for text in (short, known)]
     if all(numbers):
         values = [number_of(match) for match in numbers]
@@ -116,8 +128,14 @@ def same_answer(answer: str, gold: str) -> bool:
     except ImportError:
         return False
     # The gold answer comes first. No time limits: the reward process has its own.
-    return verify(parse(f"${gold}$", parsing_timeout=None), parse(f"${answer}$", parsing_timeout=None),
-                  timeout_seconds=None)
+    gold, answer = (parse(f"${latex(text)}$", parsing_timeout=None) for text in (gold, answer))
+    return verify(gold, answer, timeout_seconds=None)
+
+
+def needs_math_verify(gold: str) -> bool:
+    """Whether accuracy can compare this solution only as mathematics: it has commands, powers or roots."""
+    text = plain(final_answer(gold))
+    return re.search(r"[\\^\u221a]", text) is not None and read_number(text) is None
 
 
 def same_number(a, b):
@@ -141,11 +159,11 @@ def final_answer(text: str) -> str:
     opened = list(re.finditer("<answer>", text, re.IGNORECASE))
     if opened:
         text = re.split("</answer>", text[opened[-1].end():], maxsplit=1, flags=re.IGNORECASE)[0]
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return text.strip()
+    boxes = list(re.finditer(r"\\f?box(?:ed)? ?\{", text))
+    if not boxes:
+        return re.split(r"\n#### ", text)[-1].strip()  # GSM8K's
 
-    begin = start + len("\\boxed{")
+    begin = boxes[-1].end()
     depth = 1  # of braces
     for i in range(begin, len(text)):
         depth += (text[i] == "{") - (text[i] == "}")
@@ -154,9 +172,18 @@ def final_answer(text: str) -> str:
     return ""
 
 
+SAME_WORDS = {"true": "yes", "false": "no"}
+POWERS = {"thousand": 3, "million": 6, "billion": 9}  # of ten
+MIXED = r"(?<![\d.])(\d{1,9}) ?\\[dt]?frac\{(\d{1,9})\}\{([1-9]\d{0,8})\}"  # 1\frac{1}{2} is 3/2
+UNITS = (  # of areas, volumes and speeds: the first one alone
+    r"\b([cdkm]?m|in|ft|yd|mi|units?|inch|feet) ?(?:\^ ?\{?[23]\}?|/ ?(?:s|h|hr|min)\b)", r"\1")
 SPELLINGS = (  # (pattern, what is written instead)
     ("[\u2010-\u2015\u2212\uff0d]", "-"),  # hyphens, dashes, minus signs
-    (r"\\text\{([^{}]*)\}", r"\1"),
+    (r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}", r"\1"),
+    (r"\^ ?\{? ?\\circ ?\}?|\\degree", "\u00b0"),
+    (r"(?<=\d) ?(?:\\times|\\cdot|\u00d7) ?10 ?\^ ?\{?(-?\d+)\}?", r"e\1"),  # 3 x 10^5
+    UNITS,
+    (r"<AND>", " and "),
     (r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2"),
     (r"\{,\}", ","),  # 1{,}000
     (r"\\[,;!()\[\]]|\\?\$|\*\*", ""),  # spaces and delimiters of LaTeX, dollars, bold
@@ -167,9 +194,18 @@ SPELLINGS = (  # (pattern, what is written instead)
 def plain(text: str) -> str:
     """One spelling of digits (of any script), minus signs, fractions and spaces; casefolded."""
     text = "".join(str(unicodedata.decimal(c, c)) for c in unicodedata.normalize("NFC", text))
+    text = re.sub(MIXED, lambda m: f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}", text)
     for pattern, spelling in SPELLINGS:
         text = re.sub(pattern, spelling, text)
-    return " ".join(text.casefold().split())
+    text = " ".join(text.casefold().split())
+    return re.sub(rf"(?<=\d) ({'|'.join(POWERS)})\b", lambda m: f"e{POWERS[m[1]]}", text)
+
+
+def latex(text: str) -> str:
+    """Text as math-verify reads it: roots are commands, mixed numbers fractions; no dollars, plain units."""
+    text = re.sub(*UNITS, text.replace("\\$", "").replace("$", ""))
+    text = re.sub(MIXED, lambda m: rf"\frac{{{int(m[1]) * int(m[3]) + int(m[2])}}}{{{m[3]}}}", text)
+    return re.sub(r"\u221a ?(?:\{([^{}]*)\}|(\w+))", r"\\sqrt{\1\2}", text)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -212,12 +248,16 @@ def read_number(text: str):
 
 
 COUNTS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-          "sixteen seventeen eighteen nineteen twenty").split()
+          "sixteen seventeen eighteen nineteen").split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+COUNT_WORD = rf"\b(?:(?:{'|'.join(TENS)})(?:-(?:{'|'.join(COUNTS[1:10])}))?|{'|'.join(COUNTS)})\b"
+COUNTS += [ten + f"-{one}" * (one != "zero") for ten in TENS for one in COUNTS[:10]]
 
 
 def read_count(text: str):
     """The one whole number from 0 on; the same count twice is one."""
-    text = re.sub(rf"\b(?:{'|'.join(COUNTS)})\b", lambda word: str(COUNTS.index(word[0])), plain(text))
+    text = re.sub(COUNT_WORD, lambda word: str(COUNTS.index(word[0])), plain(text))
+    text = re.sub(r"^no \w+\.?$", "0", text)
     found = set(numbers_in(text))
     number = found.pop() if len(found) == 1 else None
     if number is None:
@@ -227,9 +267,10 @@ def read_count(text: str):
 
 
 # One of A to J that stands first: "B", "(b)", "B.", "B: a dog"; not "(A) and (B)", "A/B".
-FIRST_CHOICE = r"\(?([A-Ja-j])(?:\)|[.:](?!\w)|\.?$)(?! ?(?:and\b|or\b|[,/(]))"
+FIRST_CHOICE = (r"(?:(?i:option|choice) )?[(\[]?([A-Ja-j]|[A-Za-z](?=\.?$))(?:[)\]]|[.:](?!\w)|\.?$)"
+                r"(?! ?(?:and\b|or\b|[,/(]))")
 # One inside a sentence: in capitals, and not the article "A", the pronoun "I", a unit or a variable.
-CHOICE_LETTER = (r"(?<![\w/])(?<!\w')(?<!\d )"
+CHOICE_LETTER = (r"(?<![A-Za-z0-9_/])(?<!\w')(?<!\d )"
                  r"([B-HJ]|[AI](?! (?!(?:and|or|is|as|so|because|since)\b)[a-z]))"
                  r"(?!\w|['.]\w|/| ?[=+^])")
 NAMED_CHOICE = (r"(?i:answer|option|choice|choose|pick|select|it is|must be)(?i: is|:| option){0,4} ?\(?"
@@ -239,7 +280,9 @@ NAMED_CHOICE = (r"(?i:answer|option|choice|choose|pick|select|it is|must be)(?i:
 def read_choice(text: str, leading_only=False):
     """The letter that the text begins with, else the one it names ("the answer is B"), else the only one."""
     text = " ".join(unicodedata.normalize("NFKC", text).replace("*", "").strip("$ \n").split())
-    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\(?:text|mathrm|mathbf)\{([^{}]*)\}", r"\1", text)
+    text = re.sub("[\u3001\u3002]", ".", text)  # Chinese stops
+    text = re.sub(r"(?i:\bnot) \(?[A-J]\b\)?", "", text)
     first = re.match(FIRST_CHOICE, text)
     if first:
         return first[1].upper()

@@ -15,7 +15,7 @@ def iou(completions, solution, **_):
     Coordinates are edges: width = x2 - x1, without the + 1 of older detection code, which moves the IoU of
     boxes w by h by up to about 1/w + 1/h; so does rounding to whole pixels.
     """
-    return compare(read_box, completions, solution, overlap, box=True)
+    return compare(read_box, completions, solution, overlap, kind="iou")
 
 
 def overlap(a, b):
@@ -27,8 +27,10 @@ def overlap(a, b):
 
 
 def read_box(text: str):
-    """The four numbers of the text, if there are four and they are a box; else None."""
-    found = [float(n) for n in re.findall(r"(?<![\w.])[-+]?\d+(?:\.\d+)?", plain(text)[:1000])]
+    """The four numbers in brackets, or of the whole text, if they are one box; else None."""
+    text, number = plain(text)[:1000], r"(?<![\w.])[-+]?\d+(?:\.\d+)?"
+    bracketed = set(re.findall(rf"[\[(] ?{number}(?: ?, ?{number}){{3}} ?[\])]", text))
+    found = [float(n) for n in re.findall(number, bracketed.pop() if len(bracketed) == 1 else text)]
     return found if len(found) == 4 and found[0] < found[2] and found[1] < found[3] else None
 
 

@@ -23,7 +23,7 @@ from rewards import answers
 PAGES = {name: (ROOT / name).read_text() for name in (
     "README.md", "GUIDE.md", "METHODS.md", "benchmarks/README.md", "tests/README.md")}
 README, GUIDE = PAGES["README.md"], PAGES["GUIDE.md"]
-INSTALL = "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt"
+INSTALL = 'python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt "math-verify[antlr4_13_2]"'
 
 
 def commands_of(page):

@@ -86,11 +86,11 @@ def test_hand_labelled_strings(name):
 
     format, tag_count  each of the four tags exactly once, also counting a tag that is only mentioned; empty reasoning or
         answers are well formed; white space (no zero-width space) may stand around and between; tags are lower case
-    accuracy  the last <answer>, else the last box, in capitals too, and nothing but the answer in it; an unclosed box is
-        no answer; 1/2 = 0.5 = 50%, and 50% = 50; no rounding; a decimal comma is none; words, units and equations around
-        it are wrong without math-verify and right with it (`accuracy_math_verify`; null: it is wrong there)
-    numeric  the one number in the answer, whatever the words; two numbers, bounds, powers, roots, products are wrong
-    counting  the one count, in digits or English words to twenty; two different counts are wrong, "none" is none
+    accuracy  the last <answer>, else the last box, in capitals too, and nothing but the answer in it ("Option B" is B, "four" is 4); an unclosed
+        box is no answer; 1/2 = 0.5 = 50%, and 50% = 50; no rounding; a decimal comma is none; words, units and equations
+        around it are wrong without math-verify and right with it (`accuracy_math_verify`; null: it is wrong there)
+    numeric  the one number in the answer, whatever the words; two numbers, bounds, powers (but of ten, and of units), roots, products are wrong
+    counting  the one count, in digits or English words; two different counts are wrong, "none" is none
     choice  a letter alone, one followed by ")", "." or ":", "answer is B", or the only letter; "A" and "I" in a sentence
         are article and pronoun; two letters are wrong
     """
@@ -102,6 +102,29 @@ def test_hand_labelled_strings(name):
             label = row.get("accuracy_math_verify", label)
         got = built_in(name)([row["text"]], solution=[row.get("solution")])
         assert label is None or got == [label], (row, got)
+
+
+PUBLISHED = [json.loads(line) for line in open(Path(__file__).parent / "data" / "answers.jsonl")]
+
+
+@pytest.mark.parametrize("name", ["accuracy", "numeric", "counting", "choice", "iou"])
+def test_answers_as_published(name):
+    """Answers and solutions in the forms of published data (degrees, units, roots, mixed numbers, powers of ten, lettered
+    solutions, indices, Chinese stops, a number beside a box): right answers scored 0. `math_verify`: it takes that."""
+    rows = [row for row in PUBLISHED if row["reward"] == name and (has_math_verify() or not row.get("math_verify"))]
+    wrong = [row for row in rows if built_in(name)([row["text"]], [row["solution"]]) != [row["expect"]]]
+    assert len(rows) > 10 and not wrong
+
+
+def test_solutions_that_take_math_verify(monkeypatch):
+    """Without it a solution in LaTeX was compared as text, and nothing told the user to install it."""
+    monkeypatch.setattr(train_grpo, "find_spec", lambda name: None)
+    for solution in (r"\sqrt{3}", r"$$2\pi$$", ["7", "x^2"], r"\boxed{60x^2}"):
+        with pytest.raises(train_grpo.data.RowError, match="rows:1: --reward_funcs accuracy: .*pip install"):
+            train_grpo.check_solution({"solution": solution, "_source": "rows:1"}, ["format", "accuracy"])
+        train_grpo.check_solution({"solution": solution, "_source": "rows:1"}, ["format"])
+    for solution in (r"145^\circ", r"\frac{1}{2}", r"\boxed{A}", "B. a dog", 7, r"\text{yes}", r"3 \times 10^5", "$1,234.50"):
+        train_grpo.check_solution({"solution": solution, "_source": "rows:1"}, ["accuracy"])
 
 
 LONG = "so " * 33_334
