@@ -3,7 +3,8 @@ moments, would need another loop and are not here.
 
     python train_dpo.py --algo egpo --model_name_or_path model --dataset rows.jsonl  # chosen_probs_*
 
-Source: arXiv 2503.08942.
+Source: arXiv 2503.08942 and its code. There the answers are the policy's own: the pair's at temperature 2 and
+top_k 10, the third one at temperature 1.
 """
 
 from losses import PairLoss

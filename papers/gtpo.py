@@ -2,7 +2,9 @@
 
     python train_grpo.py --algo gtpo
 
-Source: arXiv 2508.03772, checked against the authors' code.
+Source: arXiv 2508.03772, checked against the authors' code. The bound on the entropy is the paper's log 2;
+their code has 0.7. Their code also sums over a group, where this takes the mean as GRPO does (a factor of G,
+which the gradient's clipping and Adam remove), and keeps the ratio at 1 also after a rollout's first update.
 """
 
 import math

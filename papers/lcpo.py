@@ -2,7 +2,9 @@
 
     python train_dpo.py --algo lcpo
 
-Source: arXiv 2509.24159. eta, the share of right labels, starts at 0.9 and moves by a tenth a step.
+Source: arXiv 2509.24159 (RE-PO in its last version). eta, the share of right labels, starts at 0.9 and moves
+by a tenth a step, as in the paper. The paper wraps any loss and has an eta for each annotator; here it is DPO
+with one eta.
 """
 
 import math
@@ -30,8 +32,8 @@ def lcpo_loss(r_w, r_l, *, beta, eta, **_):
 
 
 def next_lcpo_eta(eta: float, mean_q: float, momentum: float = 0.1) -> float:
-    """LCPO's share of right labels, (1 - momentum) eta + momentum mean(q), of a whole optimizer step's q. The
-    momentum and the start at 0.9 are ours: the paper's are not established."""
+    """LCPO's share of right labels, (1 - momentum) eta + momentum mean(q), of a whole optimizer step's q; the
+    momentum and the start at 0.9 are the paper's."""
     return (1 - momentum) * eta + momentum * mean_q
 
 

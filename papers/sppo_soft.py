@@ -2,7 +2,7 @@
 
     python train_dpo.py --algo sppo_soft --model_name_or_path model --dataset rows.jsonl  # chosen_probs_*
 
-Source: arXiv 2405.00675; the authors' code has half of both terms.
+Source: arXiv 2405.00675; the authors' code has half of both terms, and RMSprop, where AdamW stands here.
 """
 
 from losses import PairLoss

@@ -2,8 +2,9 @@
 
     python train_grpo.py --algo grpo variance_sampling --variance_sampling 0.5
 
-Source: MMR1, arXiv 2509.21268, without its score of trajectory diversity. No rollout more, but an epoch
-leaves out that share of its rows.
+Source: MMR1, arXiv 2509.21268, and its code. MMR1 weighs a row by 0.8 variance + 0.2 trajectory diversity and
+estimates all rows anew every few steps; here it is the variance of the row's last rollout alone. No rollout
+more, but an epoch leaves out that share of its rows.
 """
 
 from dataclasses import dataclass
