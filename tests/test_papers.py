@@ -275,9 +275,10 @@ def test_ngrpo_by_hand():
 
 def test_dgpo_by_hand():
     """DGPO: the mean absolute deviation divides, and a softmax of -p/2 over the groups with spread weighs, times their
-    number: harder prompts more, groups without spread not at all; one group alone has weight 1."""
+    number: harder prompts more, groups without spread not at all; one group alone has weight 1. p is that of the first
+    function; a group that spreads by format alone, without a right answer, got the highest weight, and gets the lowest."""
     rewards = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0], **F64)
-    A = METHODS["dgpo"].dgpo_advantages(rewards, 4, 1.0)
+    A = METHODS["dgpo"].dgpo_advantages(rewards, 4, rewards)
     hard, easy = exp(-0.25 / 2), exp(-0.75 / 2)
     weights = [2 * hard / (hard + easy), 2 * easy / (hard + easy)]
     mad = 2 * 0.75 / 4
@@ -285,9 +286,13 @@ def test_dgpo_by_hand():
     for g in (0, 1):
         torch.testing.assert_close(A[4 * g:4 * g + 4], expected[g] * weights[g], rtol=1e-3, atol=0)
     assert (A[8:] == 0).all() and weights[0] > 1 > weights[1]
-    torch.testing.assert_close(METHODS["dgpo"].dgpo_advantages(rewards[:4], 4, 1.0), expected[0], rtol=1e-3, atol=0)
-    halved = METHODS["dgpo"].dgpo_advantages(rewards / 2, 4, 0.5)  # p is a share of the highest reward
+    torch.testing.assert_close(METHODS["dgpo"].dgpo_advantages(rewards[:4], 4, rewards[:4]), expected[0], rtol=1e-3, atol=0)
+    halved = METHODS["dgpo"].dgpo_advantages(rewards / 2, 4, rewards)
     torch.testing.assert_close(halved, A, rtol=1e-3, atol=0)
+    scores = torch.stack([rewards, torch.tensor([0.0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0], **F64)])  # the third by format
+    A = losses.advantages("dgpo", scores, torch.tensor([1.0, 0.1], **F64), 4)
+    shares = torch.tensor([0.25, 0.75, 1.0], **F64).mul(-0.5).softmax(0) * 3
+    torch.testing.assert_close(A[[0, 4, 8]], torch.tensor([2.0, 2 / 3, 2.0], **F64) * shares, rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("A", [1.5, -1.5])

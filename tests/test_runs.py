@@ -443,7 +443,6 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     ("train_grpo", ["--advantage_estimator", "gpro"], "unknown --advantage_estimator 'gpro'; choose from grpo, rloo"),
     ("train_dpo", ["--loss_type", ","], "--loss_type names no loss"),
     ("train_grpo", ["--reward_funcs", ""], "--reward_funcs names no function"),
-    ("train_grpo", ["--algo", "dgpo", "--reward_weights", "-1", "0"], "dgpo measures difficulty by the highest reward"),
     ("train_grpo", ["--algo", "grpo", "kl_estimator", "--kl_estimator", "k4"], "invalid choice: 'k4'")])
 def test_bad_arguments(name, arguments, message, capsys):
     """F45, F46: a typo or an impossible size is one line that says what would be right."""
