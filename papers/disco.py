@@ -2,7 +2,9 @@
 
     python train_grpo.py --algo disco
 
-Source: arXiv 2505.12366. The drift is that of the micro-batch.
+Source: arXiv 2505.12366 and the authors' code, with the log-likelihood score. As there, every question
+counts, also one whose answers tie, and the penalty is always there. The drift is that of the micro-batch.
+Right is what is above the group's mean; theirs is a reward of 1.
 """
 
 import torch
@@ -28,7 +30,7 @@ def disco_loss(r, u, s, n, *, drift, disco_tau=10.0, disco_delta=1e-4, disco_bet
     low = (s / n / disco_tau).masked_fill(~wrong, -1e9).logsumexp(-1) - wrong.sum(-1).clamp(min=1).log()
     high = masked_sum(s / n, right) / right.sum(-1).clamp(min=1)                            # (P,)
     penalty = (disco_beta * (drift - disco_delta)).clamp(min=0).detach() * drift
-    return torch.where(has_spread(r), disco_tau * low - high + penalty, 0.0)
+    return torch.where(has_spread(r), disco_tau * low - high, 0.0) + penalty
 
 
-GROUP_LOSSES = {"disco": GroupLoss(disco_loss, has_spread, reference=False)}
+GROUP_LOSSES = {"disco": GroupLoss(disco_loss, lambda r: torch.ones(len(r)), reference=False)}

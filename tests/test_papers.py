@@ -405,7 +405,8 @@ def test_trpa_by_hand():
 @pytest.mark.parametrize("drift", [0.0, 0.01])
 def test_disco_by_hand(drift):
     """DisCO: mean log-prob per token of the right ones against tau log-mean-exp of the wrong ones; a step that drifted by
-    more than delta pays beta (KL - delta) KL, whose gradient has the first factor as a constant."""
+    more than delta pays beta (KL - delta) KL, whose gradient has the first factor as a constant. Groups that tie count,
+    and pay, too: without them the gradient grew by the share of such groups, and a step of ties alone drifted freely."""
     logps, _, _, mask, r = group_batch()
     old, r[2] = logps.detach() + drift, -0.8
     s = summed(logps, mask) / mask.sum(-1)
@@ -419,8 +420,11 @@ def test_disco_by_hand(drift):
     (grad,), (theirs,) = torch.autograd.grad(loss, logps, retain_graph=True), torch.autograd.grad(expected, logps)
     torch.testing.assert_close(grad, theirs)
     assert count == 2
-    loss, count, _ = grouped("disco", logps, old, None, mask, torch.zeros(6, **F64), beta=0.0)
-    assert (loss, count) == (0, 0) and (torch.autograd.grad(loss, logps)[0] == 0).all()
+    tied = torch.tensor([0.0, 0, 0, *r[3:]], **F64)
+    for rewards, value in (torch.zeros(6, **F64), 0.0), (tied, 10 * torch.log(torch.exp(s[4] / 10)) - (s[3] + s[5]) / 2):
+        loss, count, _ = grouped("disco", logps, old, None, mask, rewards, beta=0.0)
+        torch.testing.assert_close(loss, value + 2 * max(0.0, 1e3 * (drift - 1e-4)) * kl)
+        assert count == 2 and (torch.autograd.grad(loss, logps)[0][:3].nan_to_num() != 0).any() == (drift > 0)
 
 
 def test_disco_leaves_out_who_stands_at_the_mean():
