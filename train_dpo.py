@@ -60,7 +60,8 @@ PRESETS = {
     "discopop": dict(loss_type=["discopop"], beta=0.05, learning_rate=5e-7),  # arXiv 2406.08414
     "apo_zero": dict(loss_type=["apo_zero"], beta=0.1, learning_rate=2e-7),  # arXiv 2408.06266
     "apo_down": dict(loss_type=["apo_down"], beta=0.1, learning_rate=2e-7),  # arXiv 2408.06266
-    "step_dpo": dict(loss_type=["sigmoid"], beta=0.5, num_train_epochs=8.0),  # arXiv 2406.18629; see data.py
+    "step_dpo": dict(loss_type=["sigmoid"], beta=0.5, num_train_epochs=8.0, learning_rate=5e-7,
+                     lr_scheduler_type="cosine", warmup_steps=0.1),  # arXiv 2406.18629, the 7B script
     # Of these the loss is the paper's; beta and what else stands here are customary values.
     "ipo": dict(loss_type=["ipo"], beta=0.1),  # arXiv 2310.12036
     "slic": dict(loss_type=["hinge"], beta=0.1),  # arXiv 2305.10425

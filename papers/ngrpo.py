@@ -2,7 +2,9 @@
 
     python train_grpo.py --algo ngrpo
 
-Source: arXiv 2509.18851.
+Source: arXiv 2509.18851 and the authors' code: verl's token mean, and groups that are all right are drawn
+again (for at most 10 rounds, which is DAPO's number; it costs rollouts). The highest reward is the sum of the
+positive weights; theirs is a constant 1. Their eps is 1e-6.
 """
 
 import math
@@ -12,7 +14,8 @@ import torch
 from losses import Advantage, group_advantages
 
 SCRIPT = "train_grpo.py"
-PRESET = dict(advantage_estimator="ngrpo", epsilon=0.16, epsilon_high=0.24)
+PRESET = dict(loss_type="dapo", advantage_estimator="ngrpo", epsilon=0.16, epsilon_high=0.24,
+              dynamic_sampling=10)
 UPDATES = 4  # of a rollout
 TINY = dict(learning_rate=2e-4, per_device_train_batch_size=64, max_steps=150)  # for the built-in model
 
