@@ -13,10 +13,10 @@ SCRIPT = "train_dpo.py"
 PRESET = dict(loss_type=["ipo_soft"], beta=0.1)
 
 
-def ipo_soft_loss(r_w, r_l, *, beta, chosen_probs_win, chosen_probs_lose, **_):
-    """EGPO's regression (arXiv 2503.08942), offline: (r_w - r_l - (P_w - P_l) / beta)^2, P the probability to
-    beat one and the same third answer. Its on-policy answers and extragradient steps are not here."""
-    return (r_w - r_l - (chosen_probs_win - chosen_probs_lose) / beta) ** 2
+def ipo_soft_loss(r_w, r_l, *, beta, n_w, n_l, chosen_probs_win, chosen_probs_lose, **_):
+    """EGPO's regression (arXiv 2503.08942), offline: (r_w / n_w - r_l / n_l - (P_w - P_l) / beta)^2, P the
+    probability to beat one and the same third answer. Log-ratios are means over tokens, as in its code."""
+    return (r_w / n_w - r_l / n_l - (chosen_probs_win - chosen_probs_lose) / beta) ** 2
 
 
 PAIR_LOSSES = {"ipo_soft": PairLoss(

@@ -38,6 +38,7 @@ from test_losses import (
     sigma,
     summed,
     through_m,
+    through_means,
 )
 from test_runs import (
     MIX,
@@ -93,7 +94,7 @@ BY_HAND = {
     "ipo_sum": lambda w, l: ((w - l - 1 / (2 * B_)) ** 2, 2 * (w - l - 1 / (2 * B_)), -2 * (w - l - 1 / (2 * B_))),
     "sppo_soft": lambda w, l: ((w - (PW - 0.5) / B_) ** 2 + (l - (PL - 0.5) / B_) ** 2, 2 * w - 2 * (PW - 0.5) / B_,
                                2 * l - 2 * (PL - 0.5) / B_),
-    "ipo_soft": lambda w, l: ((w - l - (PW - PL) / B_) ** 2, 2 * (w - l - (PW - PL) / B_), -2 * (w - l - (PW - PL) / B_)),
+    "ipo_soft": through_means(lambda x: (x - (PW - PL) / B_) ** 2, lambda x: 2 * (x - (PW - PL) / B_)),
     "dno": through_m(lambda m: soft_label(m, P_)[0], lambda m: soft_label(m, P_)[1]),
     "modpo": through_m(lambda m: -log(sigma(m - MARGIN)), lambda m: -sigma(MARGIN - m)),
     "modpo_hinge": through_m(lambda m: max(0, 1 - m + MARGIN), lambda m: -1.0 if m - MARGIN < 1 else 0.0),
@@ -192,7 +193,7 @@ def test_limits_of_the_column_losses():
         torch.testing.assert_close(pair_loss(name, r_w, r_l, **columns), pair_loss(other, r_w, r_l))
 
     same("sppo_soft", "sppo_hard", chosen_probs_win=1, chosen_probs_lose=0)
-    same("ipo_soft", "ipo_sum", chosen_probs_win=0.9, chosen_probs_lose=0.4)
+    same("ipo_soft", "ipo", chosen_probs_win=0.9, chosen_probs_lose=0.4)
     same("dno", "sigmoid", chosen_probs=1 - E_)
     same("modpo_hinge", "hinge", margin=0)
     torch.testing.assert_close(pair_loss("modpo", r_w, r_l, margin=0), pair_loss("sigmoid", r_w, r_l, label_smoothing=0.0))
