@@ -563,7 +563,8 @@ def policy_loss(logps, old_logps, advantages, mask, *, loss_type, importance_sam
 
 # ------------------------------------------------------------------------------------------------------------
 # Group losses compare a prompt's completions. All (P, G): rewards r (0: the highest there is, nan: unknown),
-# log-probs s summed over n tokens, u = s - s_ref, rho = s - s_old. Each gives (P,); counts: GROUP_LOSSES.
+# log-probs s summed over n tokens, u = s - s_ref, rho = s - s_old, kl to the reference summed likewise. Each
+# gives (P,); counts: GROUP_LOSSES.
 
 
 def is_above(r):
@@ -610,10 +611,11 @@ def group_loss(logps, old_logps, rewards, mask, *, loss_type, num_generations, r
     metrics = {"frac_groups_skipped": ((count_of(r) == 0).sum(), len(r))}
     if u is not None:
         wins, margins = is_above(r), beta * (u[:, :, None] - u[:, None, :]).detach()          # (P, G, G)
+        kl = masked_sum(kl_penalty(logps, ref_logps, kl_estimator), mask)                         # (N,)
+        options["kl"] = kl.view_as(r)
         metrics |= {"rewards/margins": (margins[wins].sum(), wins.sum()),
                     "rewards/accuracies": ((margins[wins] > 0).sum() + 0.5 * (margins[wins] == 0).sum(),
                                            wins.sum()),
-                    "kl": (masked_sum(kl_penalty(logps, ref_logps, kl_estimator).detach(), mask).sum(),
-                           mask.sum())}
+                    "kl": (kl.detach().sum(), mask.sum())}
     options |= dict(beta=beta, rho=rho, drift=-rho.sum() / mask.sum().clamp(min=1))
     return loss(r, u, s, n, **options).sum(), metrics

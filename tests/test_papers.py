@@ -440,24 +440,25 @@ def test_disco_leaves_out_who_stands_at_the_mean():
 
 def test_reg_grpo_by_hand():
     """Reg-GRPO: the mean square of GRPO's advantage less the log-ratio to the sampling policy, normalised like a reward in
-    its group; a completion without reward and a group without spread are left out; at ratio 1 the gradient is finite, and
-    the policy gradient's (a plain std of 0 gives nan)."""
-    logps, old, _, mask, r = group_batch()
+    its group, and beta times the k3 of a completion's tokens; a completion without reward and a group without spread are
+    left out; at ratio 1 the gradient is finite, and the policy gradient's (a plain std of 0 gives nan)."""
+    logps, old, ref, mask, r = group_batch()
     r[1] = math.nan
-    rho, expected = summed(logps - old, mask), 0
+    rho, expected, d = summed(logps - old, mask), 0, torch.where(mask, ref - logps, 0.0)
+    kl = (d.exp() - 1 - d).sum(-1) / mask.sum(-1)
     for group in (0, 2), (3, 4, 5):
         x, R = torch.stack([rho[i] for i in group]), r[list(group)]
         A, Ahat = ((v - v.mean()) / (v.std() + e) for v, e in ((R, 1e-4), (x, 0.0)))
-        expected = expected + ((A - Ahat) ** 2).mean()
-    loss, count, metrics = grouped("reg_grpo", logps, old, None, mask, r, beta=0.0)
+        expected = expected + ((A - Ahat) ** 2).mean() + 0.3 * kl[list(group)].mean()
+    loss, count, metrics = grouped("reg_grpo", logps, old, ref, mask, r, beta=0.3)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     (grad,), (theirs,) = torch.autograd.grad(loss, logps, retain_graph=True), torch.autograd.grad(expected, logps)
     torch.testing.assert_close(grad, theirs, rtol=1e-4, atol=1e-6)
     assert count == 2 and metrics["frac_groups_skipped"] == (0, 2) and (grad[1] == 0).all()
-    (grad,) = torch.autograd.grad(grouped("reg_grpo", logps, logps.detach(), None, mask, r, beta=0.0)[0], logps)
+    (grad,) = torch.autograd.grad(grouped("reg_grpo", logps, logps.detach(), logps.detach(), mask, r)[0], logps)
     A = losses.group_advantages(r, 3) / torch.tensor([2, 2, 2, 3, 3, 3])
     torch.testing.assert_close(grad, torch.where(mask, -2e4 * A[:, None], 0.0))
-    loss, count, _ = grouped("reg_grpo", logps, old, None, mask, torch.full((6,), -1.0, **F64), beta=0.0)
+    loss, count, _ = grouped("reg_grpo", logps, old, ref, mask, torch.full((6,), -1.0, **F64))
     assert (loss, count) == (0, 0) and (torch.autograd.grad(loss, logps)[0] == 0).all()
 
 
