@@ -61,7 +61,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from model import InputError, Policy, Prompt, all_gather_object, on_rank_0, warn, without_video
+from model import InputError, Policy, Prompt, all_gather_object, loading, on_rank_0, warn, without_video
 from rewards.answers import final_answer, plain
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
@@ -1266,8 +1266,14 @@ def start_model(args, output_dir: Path) -> str:
     if args.model_name_or_path is not None:
         return args.model_name_or_path
     path = output_dir / ("cold_start" if args.cold_start_steps else "tiny_vlm")
-    make = cold_start if args.cold_start_steps else lambda args, path: build_tiny_vlm(path, args.seed)
-    on_rank_0(str(path), lambda: make(args, path))  # a cold start that is done ends at once
+
+    def make():
+        if args.cold_start_steps:
+            return cold_start(args, path)  # one that is done ends at once
+        with loading(path):  # a full disk is an error of many kinds
+            return build_tiny_vlm(path, args.seed)
+
+    on_rank_0(str(path), make)
     return str(path / "final" if args.cold_start_steps else path)
 
 

@@ -1800,12 +1800,15 @@ def writing(path: Path):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        try:
-            room = f"; {shutil.disk_usage(Path(path).parent).free / 1e6:.0f} MB are free there"
-        except OSError:
-            room = ""
-        raise InputError(f"{path} cannot be written: {error}{room}. The same command goes on once it "
-                         "can") from error
+        raise InputError(f"{path} cannot be written: {error}{room_at(Path(path).parent)}. The same command "
+                         "goes on once it can") from error
+
+
+def room_at(folder: Path) -> str:
+    try:
+        return f"; {shutil.disk_usage(folder).free / 1e6:.0f} MB are free there"
+    except OSError:
+        return ""
 
 
 def write_atomically(path: Path, text: str):
@@ -2324,7 +2327,8 @@ class Run:
             return
         self.failures += 1
         if must or self.failures == 3:
-            raise InputError(f"no checkpoint could be written under {self.folder}; the reason stands above")
+            raise InputError(f"no checkpoint could be written under {self.folder}; the reason stands above"
+                             + room_at(self.folder))
 
     # --- the end of a step, and of the run
 

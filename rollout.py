@@ -28,7 +28,7 @@ from transformers import DynamicCache
 
 from data import ALIASES
 from model import (InputError, Interrupted, Policy, Prompt, attention_mask_of, export, on_rank_0, pack_groups,
-                   to_device)
+                   to_device, writing)
 from rewards import runner
 
 # ------------------------------------------------------------------------------------------------------------
@@ -596,7 +596,8 @@ class VLLMServer:
         head, embeddings = policy.hf.get_output_embeddings(), policy.hf.get_input_embeddings()
         if self.device == "cpu" and head.weight is embeddings.weight:
             raise self.error("on a CPU vLLM keeps the old output head where it is tied to the embeddings")
-        export(policy, self.folder, rank)
+        with writing(self.folder):
+            export(policy, self.folder, rank)
         reload = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}}
         steps = ("/pause", {}), ("/collective_rpc", reload), ("/resume", {})
         on_rank_0(self.url, lambda: [self.ask(path, body) for path, body in steps])

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, InProcess, after_log, python, run
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_runs import REWARD, SCRIPTS, grpo, write_task
 
@@ -676,6 +677,16 @@ def test_a_full_disk_is_one_line(trained, monkeypatch, tmp_path, name):
     monkeypatch.setattr(model.Run, "restore", fill)
     with pytest.raises(model.InputError, match=f"{name.removesuffix('.tmp')} cannot be written: .*No space left"):
         trained("train_dpo")
+
+
+def test_a_full_disk_for_the_tiny_model(tmp_path, monkeypatch):
+    """safetensors raises an error of its own for a full disk, and the run's first file was a traceback."""
+    def full(folder, seed):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(data, "build_tiny_vlm", full)
+    with pytest.raises(model.InputError, match="tiny_vlm: SafetensorError: No space left"):
+        data.start_model(Namespace(model_name_or_path=None, cold_start_steps=0, seed=0), tmp_path)
 
 
 @pytest.mark.xdist_group("warm")
