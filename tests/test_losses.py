@@ -97,7 +97,8 @@ BY_HAND = {
 # The methods of papers/ that take them are worked out in test_papers.py.
 P_, PW, PL, MARGIN, ETA = 0.7, 0.8, 0.3, 1.7, 0.85
 COLUMNS = dict(chosen_probs=torch.tensor(P_, **F64), chosen_probs_win=torch.tensor(PW, **F64),
-               chosen_probs_lose=torch.tensor(PL, **F64), margin=torch.tensor(MARGIN, **F64))
+               chosen_probs_lose=torch.tensor(PL, **F64), margin=torch.tensor(MARGIN, **F64),
+               chosen_scores=torch.tensor(2.5, **F64), rejected_scores=torch.tensor(-1.5, **F64))
 
 
 def pair_loss(name, r_w, r_l, **options):

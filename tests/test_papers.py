@@ -10,6 +10,7 @@ import shutil
 from argparse import Namespace
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from conftest import METHODS, ROOT, InProcess, after_log, preference_losses
@@ -90,7 +91,31 @@ def asft_by_hand(w, l):
     return -log(p_w) - log(1 - p_l), -1 / NW, p_l / (1 - p_l) / NL
 
 
+def orpo_by_hand(w, l):
+    p_w, p_l = exp((w - 7) / NW), exp((l - 8) / NL)
+    x = log(p_w / (1 - p_w)) - log(p_l / (1 - p_l))
+    return -log(sigma(x)), -sigma(-x) / (1 - p_w) / NW, sigma(-x) / (1 - p_l) / NL
+
+
+def smoothed_by_hand(x):
+    """Value and slope of -(1 - eps) log sigma(x) - eps log sigma(-x)."""
+    return -(1 - E_) * log(sigma(x)) - E_ * log(sigma(-x)), -(1 - E_) * sigma(-x) + E_ * sigma(x)
+
+
+def cpo_by_hand(w, l):
+    value, slope_ = smoothed_by_hand(B_ * (w - 7 - (l - 8)))
+    return value, B_ * slope_, -B_ * slope_
+
+
+def alphapo_by_hand(w, l):
+    a, b = exp(-0.25 * (w - 7) / NW), exp(-0.25 * (l - 8) / NL)
+    value, slope_ = smoothed_by_hand(B_ * ((1 - a) - (1 - b)) / 0.25 - 1)
+    return value, B_ * slope_ * a / NW, -B_ * slope_ * b / NL
+
+
 BY_HAND = {
+    "gpo": lambda w, l: ((w - 2.5 / B_) ** 2 + (l + 1.5 / B_) ** 2, 2 * (w - 2.5 / B_), 2 * (l + 1.5 / B_)),
+    "orpo": orpo_by_hand, "cpo": cpo_by_hand, "alphapo": alphapo_by_hand,
     "ipo_sum": lambda w, l: ((w - l - 1 / (2 * B_)) ** 2, 2 * (w - l - 1 / (2 * B_)), -2 * (w - l - 1 / (2 * B_))),
     "sppo_soft": lambda w, l: ((w - (PW - 0.5) / B_) ** 2 + (l - (PL - 0.5) / B_) ** 2, 2 * w - 2 * (PW - 0.5) / B_,
                                2 * l - 2 * (PL - 0.5) / B_),
@@ -201,6 +226,10 @@ def test_limits_of_the_column_losses():
     log_odds = means - torch.log(1 - means.exp())
     expected = -torch.log(torch.sigmoid(log_odds[0])) - torch.log(torch.sigmoid(-log_odds[1]))
     torch.testing.assert_close(pair_loss("asft", r_w, r_l), expected)
+    simpo = pair_loss("simpo", r_w, r_l, simpo_gamma=1.0)  # AlphaPO's limit; and SPPO's scores are P - 1/2
+    for alpha in (0.0, 1e-9):
+        torch.testing.assert_close(pair_loss("alphapo", r_w, r_l, alpha=alpha), simpo, rtol=1e-5, atol=0)
+    same("gpo", "sppo_hard", chosen_scores=0.5, rejected_scores=-0.5)
 
 
 def test_madpo_weights_by_hand():
@@ -460,6 +489,107 @@ def test_reg_grpo_by_hand():
     torch.testing.assert_close(grad, torch.where(mask, -2e4 * A[:, None], 0.0))
     loss, count, _ = grouped("reg_grpo", logps, old, ref, mask, torch.full((6,), -1.0, **F64))
     assert (loss, count) == (0, 0) and (torch.autograd.grad(loss, logps)[0] == 0).all()
+
+def test_maxrl_by_hand():
+    """MaxRL: (r - mean) / mean of the group; a group whose mean is not above 0, and an abstention, get 0 (x / 0 is inf)."""
+    r = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, math.nan, -1, 0, 0, 1, -1, 0, 0, 0], **F64)
+    A = losses.advantages("maxrl", r[None], torch.ones(1, **F64), 4)
+    expected = torch.tensor([3.0, -1, -1, -1, *[0.0] * 12], **F64)
+    torch.testing.assert_close(A, expected)
+    A = METHODS["maxrl"].maxrl_advantages(torch.tensor([1.0, 0.5, 0, math.nan], **F64), 4)
+    torch.testing.assert_close(A, torch.tensor([1.0, 0, -1, 0], **F64))
+
+
+def test_passk_by_hand():
+    """Pass@k: the best completion alone, by its lead over the second in stds of the group; two that are best get nothing,
+    nor does a group without a second reward."""
+    nan = math.nan
+    r = torch.tensor([0.0, 1.0, 0.25, 1.0, 1.0, 0.0, nan, 0.5, 0.1, nan, 0.7, nan], **F64)
+    A = losses.advantages("passk", r[None], torch.ones(1, **F64), 3)
+    std = torch.tensor([0.0, 1.0, 0.25], **F64).std()
+    lead = 0.4 / (torch.tensor([0.5, 0.1], **F64).std() + 1e-6)
+    expected = torch.tensor([0, 0.75 / (std + 1e-6), 0, 0, 0, 0, 0, lead, 0, 0, 0, 0], **F64)
+    torch.testing.assert_close(A, expected)
+
+
+def test_reinforce_plus_plus_baseline_by_hand():
+    """REINFORCE++-baseline: the std is that of the centred rewards, not of the rewards: prompts of other difficulty would
+    shrink all advantages. An abstention is out of it."""
+    r = torch.tensor([10.0, 11, 0, 4, 3, math.nan], **F64)
+    A = losses.advantages("reinforce_plus_plus_baseline", r[None], torch.ones(1, **F64), 2)
+    z = torch.tensor([-0.5, 0.5, -2, 2, 0, 0], **F64)
+    torch.testing.assert_close(A, z / (z[:5].std() + 1e-4))
+
+
+def test_gvpo_by_hand():
+    """GVPO: half the variance of beta rho - r in the group; at a rollout's first update beta times the policy gradient of
+    centred rewards; a completion without a reward is out of it."""
+    logps, old, _, mask, r = group_batch()
+    r[1] = math.nan
+    rho, expected = summed(logps - old, mask), 0
+    for group in (0, 2), (3, 4, 5):
+        expected = expected + torch.stack([0.1 * rho[i] - r[i] for i in group]).var() / 2
+    loss, count, _ = grouped("gvpo", logps, old, None, mask, r, beta=0.0)
+    torch.testing.assert_close(loss, expected)
+    (grad,), (theirs,) = torch.autograd.grad(loss, logps), torch.autograd.grad(expected, logps)
+    torch.testing.assert_close(grad, theirs)
+    assert count == 2 and (grad[1] == 0).all()
+    (grad,) = torch.autograd.grad(grouped("gvpo", logps, logps.detach(), None, mask, r, beta=0.0)[0], logps)
+    A = losses.group_advantages(r, 3, scale_rewards="none") / torch.tensor([1, 1, 1, 2, 2, 2])
+    torch.testing.assert_close(grad, torch.where(mask, -0.1 * A[:, None], 0.0))
+
+
+@pytest.mark.parametrize("A", [1.5, -1.5])
+def test_dppo_by_hand(A):
+    """DPPO: the bound is on p - p_old: a ratio of 9 of a rare token stays, a ratio of 1.5 of a likely one goes, in A's
+    direction only; what is left out keeps the drift term's gradient."""
+    p, old = [0.9, 0.3, 0.009, 0.5], [0.6, 0.6, 0.001, 0.45]
+    logps = torch.tensor([p], **F64).log().requires_grad_()
+    mask = torch.ones(1, 4).bool()
+    loss, _ = policy(logps, torch.tensor([old], **F64).log(), torch.tensor([A], **F64), mask, loss_type="dppo")
+    kept = [A < 0, A > 0, True, True]
+    assert loss.item() == pytest.approx(sum(-A * a / b * k + 1e-3 * log(a / b) ** 2 for a, b, k in zip(p, old, kept)))
+    (grad,) = torch.autograd.grad(loss, logps)
+    assert grad[0].tolist() == pytest.approx([-A * a / b * k + 2e-3 * log(a / b) for a, b, k in zip(p, old, kept)])
+
+
+def test_kl_cov_by_hand():
+    """KL-Cov: |log c| is added on the tokens of the highest covariance of advantage and log-prob alone, at least one; padding
+    (nan) is neither in the means nor chosen."""
+    logps, old, A, mask = policy_batch()
+    p = logps.detach()[mask]
+    a = A[:, None].expand_as(mask)[mask]
+    top = ((a - a.mean()) * (p - p.mean())).argmax()
+    d = (logps - old)[mask]
+    expected = (-a * d.exp()).sum() + d[top].abs()
+    loss, _ = policy(logps, old, A, mask, loss_type="kl_cov")
+    torch.testing.assert_close(loss, expected)
+    (grad,), (theirs,) = torch.autograd.grad(loss, logps, retain_graph=True), torch.autograd.grad(expected, logps)
+    torch.testing.assert_close(grad, theirs)
+
+
+def test_clip_cov_by_hand():
+    """Clip-Cov: at least one token of a covariance between 1 and 5 loses its gradient, none that the clip has stopped, none
+    of another covariance, no padding; the same seed and tokens choose the same."""
+    logps = torch.tensor([[-0.1, -0.1, -6.0, math.nan], [-5.0, -0.2, -4.0, -0.3]], **F64)  # means: A 0, log-prob -2.24
+    A, mask = torch.tensor([[4.0], [-3.0]], **F64).div(3), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()
+    p, a = logps[mask], A.expand_as(mask)[mask]
+    cov = torch.zeros(2, 4, **F64).masked_scatter(mask, (a - a.mean()) * (p - p.mean()))
+    found = (cov > 1) & (cov < 5)
+    assert found.sum() > 2
+    old = logps.clone()
+    old[0, 0] -= 1  # its ratio of e at A > 0 is clipped
+
+    def chosen(seed, share=1.0):
+        return ~METHODS["clip_cov"].clip_cov_mask(logps, old, A, mask, np.random.default_rng(seed), epsilon=0.2,
+                                                  epsilon_high=0.2, share=share)
+
+    assert found[0, 0] and not chosen(0)[0, 0]
+    found[0, 0] = False
+    assert torch.equal(chosen(0), found)
+    one = [chosen(seed, 2e-4) for seed in (0, 0, 1, 2, 3)]
+    assert all(x.sum() == 1 and (x & ~found).sum() == 0 for x in one) and torch.equal(one[0], one[1])
+    assert any(not torch.equal(one[0], x) for x in one)
 
 
 # --- runs
@@ -887,7 +1017,7 @@ def test_the_code_digest_covers_every_file(tmp_path, capsys):
     ("train_dpo", ["--ld_alpha", "0.2"], "it comes with --algo mpo ld_dpo"),
     ("train_dpo", ["--algo", "gtpo"], "error: --algo gtpo is for train_grpo.py"),
     ("train_grpo", ["--algo", "grpo", "lcpo"], "error: --algo lcpo is for train_dpo.py"),
-    ("train_dpo", ["--algo", "dppo"], "error: --algo dppo: neither a preset nor a file of papers/"),
+    ("train_dpo", ["--algo", "ddpo"], "error: --algo ddpo: neither a preset nor a file of papers/"),
     ("train_dpo", ["--algo", "nowhere/mine.py"], "error: --algo nowhere/mine.py: no such file"),
     ("train_dpo", ["--algo", "mpo", "dpo"], "dpo is a preset, and so can only stand first"),
     ("train_dpo", ["--algo", ","], "--algo names no method")])

@@ -43,7 +43,7 @@ def write_task(folder):
                        rejected="<answer>" + "7" * (1 + i % 5) + "</answer>")
             file.write(json.dumps(row) + "\n")
             row |= {name: round(numbers.random(), 3) for name in ("chosen_probs", "chosen_probs_win", "chosen_probs_lose")}
-            row |= dict(margin=round(numbers.uniform(-1, 3), 3), trust=i % 4)
+            row |= dict(margin=round(numbers.uniform(-1, 3), 3), trust=i % 4, chosen_scores=i / 8, rejected_scores=-i / 4)
             with_columns.write(json.dumps(row) + "\n")
     (folder / "rewards.py").write_text(REWARD)
 
