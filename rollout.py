@@ -696,11 +696,12 @@ def evaluate(policy: Policy, processor, rows: list[dict], draws: list[int], prom
     """
     texts, ids, truncated, prompts = [], [], [], iter(prompts)
     for i in range(0, len(rows), batch_size):
-        result = sample(policy, list(islice(prompts, batch_size)), draws[i:i + batch_size],
+        batch = list(islice(prompts, batch_size))
+        result = sample(policy, batch, draws[i:i + batch_size],
                         num_generations=num_generations, temperature=temperature,
                         max_completion_length=max_completion_length, seed=seed,
                         rollout_tokens=rollout_tokens, stop=stop)
-        texts += decode(policy, processor, result)
+        texts += decode(policy, processor, result, batch)
         ids += id_lists(result)
         truncated += result.truncated.tolist()
     rows = [row for row in rows for _ in range(num_generations)]
@@ -748,11 +749,15 @@ def save_completions(file: Path, rows: list[dict], texts: list[str], rewards: di
             tqdm.write(f"{show} | {line['row']} | {numbers} | {text}")
 
 
-def decode(policy: Policy, processor, rollout: Rollout) -> list[str]:
-    """The completions as text, without end, padding and image tokens. Other special tokens stay: <think> may
-    be one, and rewards look for it."""
+def decode(policy: Policy, processor, rollout: Rollout, prompts: list[Prompt]) -> list[str]:
+    """The completions as text, without end, padding and image tokens, as many of each prompt. Other special
+    tokens stay: <think> may be one, and rewards look for it. Where the chat template opens it at the prompt's
+    end (thinking models), the text begins with it."""
     left_out = {*policy.eos_ids, policy.pad_id, *policy.never_sampled_ids}
-    return [processor.tokenizer.decode([i for i in ids if i not in left_out]) for ids in id_lists(rollout)]
+    texts = [processor.tokenizer.decode([i for i in ids if i not in left_out]) for ids in id_lists(rollout)]
+    ends = [processor.tokenizer.decode(prompt.tokens[-16:]) for prompt in prompts]
+    opened = [re.search(r"<think>\s*$|$", end)[0] for end in ends]
+    return [opened[n * len(prompts) // len(texts)] + text for n, text in enumerate(texts)]
 
 
 def id_lists(rollout: Rollout) -> list[list[int]]:

@@ -657,7 +657,7 @@ def collect(args, run, sizes: Sizes, policy, processor, prompts: Prompts, reward
                     policy, groups, draws, num_generations=G, temperature=args.temperature,
                     max_completion_length=args.max_completion_length, seed=args.seed, top_k=args.top_k,
                     top_p=args.top_p, min_p=args.min_p, rollout_tokens=args.rollout_tokens, stop=run.stop)
-            texts = rollout.decode(policy, processor, sampled)
+            texts = rollout.decode(policy, processor, sampled, groups)
             rollout_time = time.perf_counter() - began
             scores = rewards.score(
                 texts, [p.row for p in groups for _ in range(G)], state["step"] + 1,
@@ -685,7 +685,7 @@ def collect(args, run, sizes: Sizes, policy, processor, prompts: Prompts, reward
         tensors = tensors_of_draws(model.join_parts(candidates), draws, G)
         scores = torch.stack([tensors.pop(f"score {k}") for k in range(len(scores))])
         sampled = rollout.Rollout(*(tensors[name] for name in rollout.Rollout._fields))
-        texts = rollout.decode(policy, processor, sampled)
+        texts = rollout.decode(policy, processor, sampled, groups)
     sums = rollout_metrics(args, scores, tensors) | {"rewards/failed": (failed, scored)}
     if chooses:
         sums["frac_groups_accepted"] = accepted, next_draw - state["next_draw"]

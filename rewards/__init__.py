@@ -14,6 +14,7 @@ Both run in the reward process (process.py, started by runner.py), not in the tr
 BUILT_IN = {  # the name for --reward_funcs: the file in this folder, and the function in it
     "accuracy": "answers.py:accuracy",
     "format": "form.py:think_format",
+    "think_format_reward": "form.py:think_format_reward",
     "tag_count": "form.py:tag_count",
     "numeric": "answers.py:numeric",
     "counting": "answers.py:counting",

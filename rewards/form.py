@@ -13,6 +13,12 @@ def think_format(completions, **_):
             for text in completions]
 
 
+def think_format_reward(completions, **_):
+    """TRL's reward of this name: 1.0 for <think>...</think> and then any text, <think> once and first."""
+    return [float(re.match(r"<think>(?!.*<think>).*?</think>", text, re.DOTALL) is not None)
+            for text in completions]
+
+
 def tag_count(completions, **_):
     """0.25 for each of the four tags of `format` that stands exactly once (open-r1, without its newlines)."""
     return [sum(text.count(tag) == 1 for tag in TAGS) / 4 for text in completions]

@@ -254,8 +254,24 @@ def test_rewards_see_tags_whatever_tokens_they_are(loaded, kind):
     assert (tokenizer.decode(ids, skip_special_tokens=True) == text) == (kind != "special")
     ids = torch.tensor([[*ids[:3], policy.pad_id, *ids[3:], policy.eos_ids[0]]])
     sampled = rollout.Rollout(ids, torch.ones(ids.shape, dtype=torch.bool), None, None)
-    texts = rollout.decode(policy, SimpleNamespace(tokenizer=tokenizer), sampled)
+    texts = rollout.decode(policy, SimpleNamespace(tokenizer=tokenizer), sampled, [SimpleNamespace(tokens=ids[0, :3])])
     assert texts == [text] and form.think_format(texts) == [1] and answers.accuracy(texts, solution=["4"]) == [1]
+
+
+@pytest.mark.parametrize("end, begins", [("assistant\n<think>\n", "<think>\n"), ("assistant\n<think>", "<think>"),
+                                         ("a <think> b", ""), ("<think>\n\n</think>\n\n", "")])
+def test_what_the_template_opened_counts_as_said(loaded, end, begins):
+    """Thinking models, whose template ends the prompt with <think>: `format` was 0 and `tag_count` 0.75 for ideal answers.
+    TRL's think_format_reward is there by its name."""
+    policy, processor = loaded("qwen2_5_vl")
+    said = "so\n</think>\n<answer>5</answer>"
+    ids = torch.tensor([processor.tokenizer(said)["input_ids"]] * 4)
+    prompts = [SimpleNamespace(tokens=torch.tensor(processor.tokenizer(text)["input_ids"])) for text in ("what?", end)]
+    texts = rollout.decode(policy, processor, rollout.Rollout(ids, torch.ones(ids.shape, dtype=torch.bool), None, None), prompts)
+    assert texts == [said, said, begins + said, begins + said]
+    whole = float(begins != "")
+    assert form.think_format(texts) == form.think_format_reward(texts) == [0, 0, whole, whole]
+    assert form.think_format_reward(["<think>\nso\n</think>\n5", "<think>a<think>b</think>5", " <think>a</think>5"]) == [1, 0, 0]
 
 
 def test_ids_of_a_rollout():
