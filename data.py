@@ -8,12 +8,14 @@ MMPR's {name: {root, annotation, repeat_time}} stands for those JSONL files. Col
                                                             whose content is a string, or a list of blocks
                                                             {"type": "text" | "image"}
     images    images | decoded_image | image | image_path   paths under --image_root, or what parquet holds,
-              | file_name | image_1, image_2, ...           {"bytes", "path"}; none in a text-only row
+              | file_name | image_1, image_2, ...           {"bytes", "path"}, data URIs or base64; or in
+                                                            the image blocks; none in a text-only row
     solution  solution | answer | answer_gt | ground_truth  what `accuracy` compares with; a list: any of them
               | reward_model["ground_truth"]                (verl)
     system    system | system_prompt | system_message       the system turn; else --system_prompt is
-    chosen    chosen | completion,  rejected                train_dpo.py: strings, or one assistant message
-    conversations | messages                                [{"from", "value"}, ...] (LLaVA, ShareGPT) or
+    chosen    chosen | completion | response                train_dpo.py: strings, one assistant message, or
+    rejected  rejected | rejected_response                  conversations that begin alike: the prompt
+    conversations | messages | message                      [{"from", "value"}, ...] (LLaVA, ShareGPT) or
                                                             [{"role", "content"}, ...]: the prompt; its last
                                                             answer (alone) is chosen and solution, if missing
 
@@ -69,10 +71,11 @@ ALIASES = {
     "prompt": ("prompt", "problem", "query", "question"),
     "images": ("images", "decoded_image", "image", "image_path", "file_name"),
     "solution": ("solution", "answer", "answer_gt", "ground_truth"),
-    "chosen": ("chosen", "completion"),
-    "rejected": ("rejected",),
+    "chosen": ("chosen", "completion", "response"),
+    "rejected": ("rejected", "rejected_response"),
     "system": ("system", "system_prompt", "system_message"),
 }
+TURNS_NAMES = ("conversations", "messages", "message")
 EMPTY = (None, "", [])
 # A column that may hold images, videos or sound, by its name; and a value that does.
 MEDIA_NAME = re.compile(r"(^|_)(image|img|picture|photo|video|audio)s?"
@@ -313,7 +316,7 @@ def rows_of_run(args, need: tuple[str, ...], columns: set[str] | None = None):
     renamed = dict(pair.split("=", 1) for pair in args.columns or ())
     golds = "solution" in need or columns is None or "solution" in columns
     if columns is not None:
-        known = {"conversations", "messages", "reward_model"}.union(*ALIASES.values(), renamed.values())
+        known = {*TURNS_NAMES, "reward_model", "history"}.union(*ALIASES.values(), renamed.values())
         columns = columns | known | {*need, args.sort_by}
     read = functools.partial(read_rows, image_root=args.image_root, need=need, columns=columns,
                              renamed=renamed, system=args.system_prompt)
@@ -380,11 +383,14 @@ def canonical(value, source: str, image_root: str | None, folder: str, renamed=N
     if "solution" not in renamed and isinstance(verl, dict) and verl.get("ground_truth") not in EMPTY:
         row["_golds"]["reward_model"] = verl["ground_truth"]
         row.setdefault("solution", verl["ground_truth"])
-    turns = value.get("conversations") or value.get("messages")
+    if value.get("history") not in EMPTY:
+        raise RowError(f"{source}: nothing reads the column history; write its turns into messages")
+    row |= _from_conversations(row, source)
+    turns = next((name for name in TURNS_NAMES if value.get(name)), None)
     if row.get("prompt") is None and turns:
-        row |= _from_turns(turns, row, source)
+        row |= _from_turns(value[turns], row, source)
         if row.get("solution") is not None and not row["_golds"]:
-            row["_golds"] = {"conversations" if value.get("conversations") else "messages": row["solution"]}
+            row["_golds"] = {turns: row["solution"]}
 
     row["_system"] = system if row.get("system") in EMPTY else row["system"]
     if not isinstance(row["_system"], str | None):
@@ -392,6 +398,13 @@ def canonical(value, source: str, image_root: str | None, folder: str, renamed=N
 
     images = row.get("images")
     images = [] if images is None else images if isinstance(images, list) else [images]
+    in_blocks, row["prompt"] = images_of_blocks(row.get("prompt"))
+    if None in in_blocks and any(x is not None for x in in_blocks) or images and any(in_blocks) \
+            and in_blocks != images:
+        raise RowError(f"{source}: the image blocks of its messages and its images do not say the same")
+    if any(in_blocks):  # what the blocks held stands in the row once
+        images = in_blocks
+        row |= {name: images_of_blocks(value[name])[1] for name in TURNS_NAMES if name in value}
     if not images and "images" not in renamed:
         numbered = {name for name in value if re.fullmatch(r"image_\d+", name) and value[name] not in EMPTY}
         images = [value.get(f"image_{i}") for i in range(1, len(numbered) + 1)]
@@ -407,6 +420,30 @@ def canonical(value, source: str, image_root: str | None, folder: str, renamed=N
         if not isinstance(value[name], str | list) and (name in ALIASES["images"] or name in row["_unread"]):
             row.pop(name)  # pixels stand in the row once
     return row
+
+
+def images_of_blocks(prompt):
+    """(what each image block of the messages holds, None where nothing; the messages without that)."""
+    if not isinstance(prompt, list) or not all(isinstance(m, dict) for m in prompt):
+        return [], prompt
+    images, messages = [], []
+    for message in prompt:
+        blocks = message.get("content")
+        if isinstance(blocks, list):
+            kinds = [block.get("type") if isinstance(block, dict) else None for block in blocks]
+            for block, kind in zip(blocks, kinds):
+                if kind in ("image", "image_url"):
+                    names = ("image", "image_url", "path", "url")
+                    images.append(next((block[k] for k in names if block.get(k) is not None), None))
+            blocks = [{"type": "image"} if kind in ("image", "image_url") else block
+                      for block, kind in zip(blocks, kinds)]
+            message = message | {"content": blocks}
+        messages.append(message)
+    return images, messages
+
+
+# A data URI, or bare base64 of PNG, JPEG, GIF, WEBP or BMP, by how their first bytes read.
+ENCODED_IMAGE = r"data:image/[\w.+-]+;base64,|(?=(iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk)[A-Za-z0-9+/]{60})"
 
 
 def holds_media(name: str, value) -> bool:
@@ -454,6 +491,21 @@ def _from_turns(turns, row: dict, source: str) -> dict:
         if row.get("solution") is None:
             new["solution"] = new["chosen"]
     return new | {"prompt": messages}
+
+
+def _from_conversations(row: dict, source: str) -> dict:
+    """Where chosen and rejected are whole conversations, what both begin with is the prompt (as in TRL)."""
+    whole = {name: row[name] for name in ("chosen", "rejected") if isinstance(row.get(name), list)
+             and len(row[name]) > 1 and all(isinstance(m, dict) for m in row[name])}
+    if not whole:
+        return {}
+    begun, *others = [turns[:-1] for turns in whole.values()]
+    prompt = row.get("prompt", begun)
+    bare = [text_of(turn.get("content")) for turn in begun]
+    if any(turns != begun for turns in others) or prompt != begun and [prompt] != bare:
+        raise RowError(f"{source}: chosen, rejected and prompt are conversations that begin differently: "
+                       "only their last turn may differ")
+    return {"prompt": prompt} | {name: turns[-1:] for name, turns in whole.items()}
 
 
 def check_gold(row: dict):
@@ -544,12 +596,20 @@ def find_image(image, row: dict) -> Image.Image | bytes | str:
     """What a row names as its image: a PIL image, the bytes of {"bytes", "path"}, or a file's real path under
     the row's image root. Refuses URLs, paths and links out of the root, and what is no regular file."""
     source = row["_source"]
-    if isinstance(image, dict) and image.keys() <= {"bytes", "path"}:
-        image = image.get("path") if image.get("bytes") is None else image["bytes"]
+    if isinstance(image, dict):  # datasets, image blocks, OpenAI's image_url
+        image = next((image[k] for k in ("bytes", "path", "image", "url") if image.get(k) is not None), image)
+    if isinstance(image, str) and (coded := re.match(ENCODED_IMAGE, image)):
+        try:
+            image = base64.b64decode(image[coded.end():], validate=True)
+        except ValueError as error:
+            raise RowError(f"{source}: an image of {len(image)} characters is no base64: {error}") from None
     if isinstance(image, (Image.Image, bytes)):
         return image
     if not isinstance(image, str):
         raise RowError(f"{source}: an image must be a path or {{bytes, path}}, got {type(image).__name__}")
+    if len(image) > 4096:
+        raise RowError(f"{source}: an image of {len(image)} characters is no path and no base64 of an image")
+    image = image.removeprefix("file://")
     if "://" in image or image.startswith("data:"):
         raise RowError(f"{source}: {image[:80]}: URLs are not fetched; download the image and give its path")
     if row["_image_root"] is None:
@@ -795,7 +855,7 @@ def chat_request(row: dict) -> dict:
 
 def answer_text(row: dict, column: str) -> str:
     """row[column], a string or one assistant message of text."""
-    answer = row[column]
+    answer = [row[column]] if isinstance(row[column], dict) else row[column]
     if (isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict)
             and answer[0].get("role", "assistant") == "assistant"):
         answer = text_of(answer[0].get("content"))

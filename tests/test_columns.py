@@ -1,5 +1,6 @@
 """Which column is which: solutions, images that nothing reads, system turns, --columns. What was wrong without a word."""
 
+import base64
 import json
 
 import pytest
@@ -177,3 +178,57 @@ def test_wrong_flags(name, flags, message, capsys):
     with pytest.raises(SystemExit):
         SCRIPTS[name].parse_args(flags)
     assert message in capsys.readouterr().err
+
+
+def test_images_in_blocks(root):  # noqa: F811
+    """What an image block holds was dropped: rows without `images` were refused, and where `images` had another order the
+    pictures changed places, with exit code 0. Pixels do not reach the columns that rewards and completions/ get."""
+    code = base64.b64encode(BYTES["bytes"]).decode()
+    uri = f"data:image/png;base64,{code}"
+
+    def content(*images):
+        return [{"role": "user", "content": [*images, {"type": "text", "text": "what?"}]}]
+
+    blocks = [{"type": "image", "image": "good.png"}, {"type": "image_url", "image_url": {"url": uri}}, {"type": "image", "image": code},
+              {"type": "image", "image": f"file://{root}/good.png", "max_pixels": 9}, {"type": "image", "path": "good.png"}]
+    turns = [*content(*blocks), {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}]
+    for row in (dict(prompt=content(*blocks)), dict(messages=turns), dict(message=turns)):
+        row = read(root, row)[0]
+        assert [data.load_image(x, row).getpixel((0, 0)) for x in row["images"]] == [(0, 0, 255), *[(255, 0, 0)] * 2, *[(0, 0, 255)] * 2]
+        assert sum(block["type"] == "image" for block in data.to_messages(row)[0]["content"]) == 5
+        assert code not in str({name: x for name, x in row.items() if name != "images"})
+    same = read(root, dict(prompt=content(blocks[0]), images=["good.png"]))[0]
+    assert same["images"] == ["good.png"]
+    for images, found in ((["b.png", "good.png"], blocks[:2]), ([], [blocks[0], {"type": "image"}])):
+        with pytest.raises(data.RowError, match="rows.jsonl:1: the image blocks of its messages and its images do not say the same"):
+            read(root, dict(prompt=content(*found), images=images))[0]
+
+
+@pytest.mark.parametrize("image, message", [("data:image/png;base64,AAAA", "image of 3 bytes cannot be read"),
+                                            ("data:image/png;base64,A*", "no base64"), ("x" * 9000, "image of 9000 characters"),
+                                            ("file:///etc/hostname", "outside --image_root")])
+def test_encoded_images_that_are_none(root, image, message):  # noqa: F811
+    """A payload must not be printed, and a path in file:// must not leave the root."""
+    with pytest.raises(data.RowError, match=message) as error:
+        data.load_image(image, {"_source": "f:1", "_image_root": str(root)})
+    assert len(str(error.value)) < 300
+
+
+def test_preferences_as_conversations(root):  # noqa: F811
+    """Whole conversations, one message as an object, and ms-swift's rejected_response were refused; roles other than the
+    assistant's and conversations that begin differently still are."""
+    user, cat, dog = {"role": "user", "content": "what?"}, {"role": "assistant", "content": "a cat"}, {"role": "assistant", "content": "a dog"}
+    for row in (dict(chosen=[user, cat], rejected=[user, dog]), dict(prompt="what?", chosen=[user, cat], rejected=[user, dog]),
+                dict(prompt="what?", chosen=cat, rejected=dog), dict(messages=[user, cat], rejected_response="a dog"),
+                dict(query="what?", response="a cat", rejected_response="a dog")):
+        row = read(root, row, need=("prompt", "chosen", "rejected"))[0]
+        assert [block["text"] for m in data.to_messages(row) for block in m["content"]] == ["what?"]
+        assert (data.answer_text(row, "chosen"), data.answer_text(row, "rejected")) == ("a cat", "a dog")
+    for row, message in ((dict(chosen=[user, cat], rejected=[cat, dog]), "begin differently"),
+                         (dict(prompt="why?", chosen=[user, cat], rejected=[user, dog]), "begin differently"),
+                         (dict(query="what?", response="a cat", history=[["hi", "hello"]]), "nothing reads the column history")):
+        with pytest.raises(data.RowError, match=message):
+            read(root, row)[0]
+    row = read(root, dict(prompt="what?", chosen=[cat], rejected=[user]))[0]
+    with pytest.raises(data.RowError, match="rejected must be"):
+        data.answer_text(row, "rejected")

@@ -106,7 +106,7 @@ def test_missing_or_odd_file(tmp_path):
     ("link.png", "outside --image_root images: it is a link to .*outside.png"),
     ("pipe.png", "pipe.png is not a regular file"), ("folder.png", "folder.png is not a regular file"),
     ("/etc/hostname", "outside --image_root"), ("https://example.com/a.png", "URLs are not fetched"),
-    ("data:image/png;base64,AAAA", "URLs are not fetched"), ("a\0b.png", "does not exist"),
+    ("data:image/png;base64,AAAA", "of 3 bytes cannot be read"), ("data:text/plain,x", "URLs are not fetched"), ("a\0b.png", "does not exist"),
     (7, "must be a path")])
 def test_bad_images_name_row_and_file(root, monkeypatch, image, message):
     """F20, F23: missing, corrupt, outside the root (also by a symbolic link), or a URL. To open a pipe hung for ever. A

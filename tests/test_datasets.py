@@ -286,7 +286,7 @@ def test_parquet_faults(root, monkeypatch):
     assert [row["prompt"] for row in rows] == list("0123456") and rows[5]["_source"] == f"{path}[5]"
     assert [rows[i]["prompt"] for i in (6, 0, 3, 2)] == list("6032") and "image" not in rows[0]
     for image, message in ((b"<html>", "image of 6 bytes cannot be read"), ({"bytes": None, "path": None}, "must be a path"),
-                           ({"bytes": None, "path": "../x.png"}, "outside --image_root"), ({"url": "x"}, "must be a path")):
+                           ({"bytes": None, "path": "../x.png"}, "outside --image_root"), ({"odd": "x"}, "must be a path")):
         with pytest.raises(data.RowError, match=message):
             data.load_image(image, rows[0] | {"_image_root": str(root)})
     (root / "cut.parquet").write_bytes(path.read_bytes()[:-9])
@@ -334,7 +334,7 @@ def test_unused_columns_are_not_read(root):
     rows = data.read_rows(str(path), None, ("prompt",), columns={"prompt", "reward_model", "note", "none"})
     assert {k: v for k, v in rows[0].items() if not k.startswith("_")} == dict(
         prompt="a", images=[], reward_model={"ground_truth": "3"}, note="y", solution="3")
-    with pytest.raises(data.RowError, match="no chosen or completion column, or an empty one; it has .*scan, note$"):
+    with pytest.raises(data.RowError, match="no chosen or completion or response column, or an empty one; it has .*scan, note$"):
         data.read_rows(str(path), None, ("chosen",), columns={"chosen"})[0]
 
 
