@@ -583,7 +583,7 @@ def test_every_import_is_known():
     """Nothing can be unpickled, fetched or executed without an import for it: what the program imports is this. The one
     thing that speaks HTTP by itself is rollout.VLLMServer, to the address of its flag."""
     known = {"PIL", "argparse", "atexit", "base64", "bitsandbytes", "collections", "concurrent", "contextlib", "copy", "ctypes",
-             "data", "dataclasses", "datetime", "difflib", "fcntl", "functools", "hashlib", "huggingface_hub", "importlib", "inspect", "io", "itertools",
+             "data", "dataclasses", "datetime", "decimal", "difflib", "fcntl", "functools", "hashlib", "huggingface_hub", "importlib", "inspect", "io", "itertools",
              "answers", "asyncio", "json", "layers", "losses", "math", "math_verify",
              "model", "multiprocessing", "numpy", "operator", "os", "papers", "pathlib", "pyarrow", "random", "re", "resource",
              "rewards", "rollout", "safetensors", "shlex", "shutil", "signal", "socket", "struct", "subprocess", "sys", "tempfile",

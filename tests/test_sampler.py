@@ -69,7 +69,7 @@ def test_evaluation_is_greedy_and_keyed_by_the_row(loaded, monkeypatch):
 
     greedy = rollout.sample(policy, encode(policy, processor, *rows), [9] * 4, num_generations=1,
                             max_completion_length=8, temperature=0, seed=5)
-    assert answers(rows, range(4), 0) == rollout.decode(policy, processor, greedy)
+    assert answers(rows, range(4), 0) == rollout.decode(policy, processor, greedy, encode(policy, processor, *rows))
     whole = answers(rows, range(4), 1.0)
     assert whole != answers(rows, range(4), 0)
     assert answers(rows[1::2], range(1, 5, 2), 1.0) == whole[1::2]
