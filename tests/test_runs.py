@@ -555,7 +555,7 @@ def test_every_preset_trains(launch, task, algo, capsys, tmp_path):
     said, used = capsys.readouterr().out, json.loads((tmp_path / "run0" / "args.json").read_text())
     tiny = SCRIPTS[name].TINY_BY_ALGO.get(algo, {})
     for key, value in (SCRIPTS[name].PRESETS[algo] | tiny).items():
-        if key in SCRIPTS[name].PRESETS[algo] and key not in ("learning_rate", "mask_truncated_completions"):
+        if key in SCRIPTS[name].PRESETS[algo] and key not in (*SCRIPTS[name].TINY_DEFAULTS, "mask_truncated_completions"):
             assert used[key] == value
     assert len(metrics) == 2 and all(m["grad_norm"] > 0 for m in metrics)
     for m in metrics:
