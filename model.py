@@ -1283,6 +1283,12 @@ def init_distributed(device: str = "auto", deterministic: bool = False):
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging, and slow
     if world_size > 1 and not dist.is_initialized():
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's store must be there already
+            try:
+                where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                socket.create_connection(where, timeout=60).close()
+            except OSError as error:  # killed while this rank started: waiting for it would take an hour
+                raise InputError(f"torchrun at {where[0]}:{where[1]} is gone ({error})") from None
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=1))  # rank 0 may download, or train a little
     return rank, world_size, torch.device(device)

@@ -74,6 +74,7 @@ import random
 import re
 import resource
 import shutil
+import socket
 import struct
 import sys
 import tempfile
@@ -217,6 +218,36 @@ def test_ranks_that_see_different_files(tmp_path, monkeypatch):
         return model.load_checkpoint(tmp_path, *parts(), None, rank)[0]["step"]
 
     assert ranks(work) == [2, 2]
+
+
+def test_every_file_of_a_checkpoint_is_checked(tmp_path):
+    """The check left out the first file of the manifest: a flipped bit of it was read. Whichever file it is, the checkpoint
+    before is used."""
+    names = None
+    for i in range(9):
+        folder = tmp_path / str(i)
+        for number in (1, 2):
+            assert save(folder, number, *parts())
+        newest = folder / "checkpoints" / "step_2"
+        names = sorted(json.loads((newest / "manifest.json").read_text()))
+        if i == len(names):
+            break
+        content = bytearray((newest / names[i]).read_bytes())
+        content[len(content) // 2] ^= 1
+        (newest / names[i]).write_bytes(content)
+        assert model.load_checkpoint(folder, *parts(), None, 0)[0]["step"] == 1, names[i]
+    assert {".metadata", "state.json", "rollout.safetensors"} < set(names) and i == len(names)
+
+
+def test_a_rank_without_its_launcher_ends(monkeypatch):
+    """torchrun killed while its ranks import torch: they waited an hour for its store, two processes nobody knew of."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port)),
+                        ("TORCHELASTIC_USE_AGENT_STORE", "True")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(model.InputError, match=f"torchrun at 127.0.0.1:{port} is gone"):
+        model.init_distributed("cpu")
 
 
 def no_state_is_made_up(folder):
