@@ -493,7 +493,7 @@ def test_allowed_hyperparameters_take_effect(trained, monkeypatch, tmp_path):
 def test_a_gradient_of_nan_is_skipped(trained, monkeypatch, tmp_path, name):
     """F42: a non-finite gradient norm skips the update: weights and moments stay, the step is counted; three in a row end
     the run with the rows named."""
-    clip, norms = model.clip_grad_norm_, iter([None, None, float("nan"), None, *[float("inf")] * 5])
+    clip, norms = model.clip_grad_norm_, iter([None, None, float("nan"), None, None, *[float("inf")] * 5])
     weights = []
 
     def spy(parameters, limit):
@@ -508,9 +508,12 @@ def test_a_gradient_of_nan_is_skipped(trained, monkeypatch, tmp_path, name):
     with pytest.raises(model.InputError, match="three steps in a row had a gradient norm"):
         trained(name, "--eval_steps", 100)
     assert torch.equal(weights[2], weights[3]) and not torch.equal(weights[3], weights[4])
-    assert torch.equal(weights[4], weights[6]) and weights[6].isfinite().all() and len(weights) == 7
+    assert torch.equal(weights[5], weights[7]) and weights[7].isfinite().all() and len(weights) == 8
     named = json.loads((tmp_path / "r" / "nonfinite_rank_0.json").read_text())
-    assert named["step"] == 7 and len(named["rows"]) == {"train_dpo": 4, "train_grpo": 2}[name]  # the update's own
+    assert named["step"] == 8 and len(named["rows"]) == {"train_dpo": 4, "train_grpo": 2}[name]  # the update's own
+    if name == "train_grpo":  # step 8 is the second update of the rollout of step 7, two prompts of four completions each
+        drawn = [json.loads(line)["row"] for line in open(tmp_path / "r" / "completions" / "step_7.jsonl")]
+        assert named["rows"] == drawn[8:16:4] != drawn[0:8:4]
 
 
 def test_a_folder_that_was_not_finished(trained, monkeypatch, tmp_path):

@@ -30,6 +30,13 @@ def test_held_out_bco_keeps_its_shift(launch, task, monkeypatch):  # noqa: F811
     assert second["loss/bco_pair"] == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_held_out_loss_is_weighted(launch, task):  # noqa: F811
+    """eval/loss is the sum of the losses times their --loss_weights, as the trained one is: MPO's are 0.8, 0.2 and 1."""
+    metrics, _ = launch("train_dpo", "--algo", "mpo", "--max_steps", 1, "--eval_dataset", task / "pairs.jsonl")
+    parts = [metrics[0][f"eval/loss/{name}"] for name in ("sigmoid", "bco_pair", "sft")]
+    assert metrics[0]["eval/loss"] == pytest.approx(0.8 * parts[0] + 0.2 * parts[1] + parts[2]) != pytest.approx(sum(parts))
+
+
 @pytest.fixture
 def another_rank(monkeypatch):
     """another_rank({metric: (sum, count)}): what a second rank adds to each sum over the ranks."""
