@@ -38,7 +38,7 @@ OFFLINE = "train_dpo.py " + COMMON + "--gradient_accumulation_steps 2 "
 ONLINE = "train_grpo.py " + COMMON + "--num_generations 4 --reward_funcs ../rewards.py:spread "
 CASES = {  # OWN in a flag: a folder that each run has for itself
     "mpo, own cache": OFFLINE + "--algo mpo --ref_cache OWN",
-    "mpo, shared cache": OFFLINE + "--algo mpo --ref_cache ../shared_cache",
+    "mpo, shared cache": OFFLINE + "--algo mpo --ref_cache ../one_cache",
     "dpo, LoRA with DoRA": OFFLINE + "--algo dpo --lora_r 4 --use_dora --ref_cache OWN",
     "grpo, dynamic sampling": ONLINE + "--algo grpo --beta 0.05 --dynamic_sampling 2 --reward_funcs ../rewards.py:rare",
     "gspo": ONLINE + "--algo gspo --steps_per_generation 3 --beta 0.05",

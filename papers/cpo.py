@@ -3,8 +3,8 @@
     python train_dpo.py --algo cpo
     python train_dpo.py --algo cpo --loss_type cpo simpo sft
 
-Source: arXiv 2401.08417; form and weights as in TRL's experimental trainer (beta 0.1, cpo_alpha 1), learning
-rate as there. In the second command SimPO stands beside it.
+Source: arXiv 2401.08417; form and weights as in TRL's experimental trainer (beta 0.1, cpo_alpha 1). In the
+second command SimPO stands beside it.
 """
 
 from losses import PairLoss, smoothed
