@@ -278,6 +278,8 @@ class Rows(Sequence):
             check_gold(row)
         file = re.sub(r":\d+$|\[\d+\]$", "", source)
         self.seen.setdefault(("images", bool(row["images"])), source)
+        for column in set(self.renamed.values()).intersection(value):
+            self.seen.setdefault(("named", column), source)
         for column, gold in islice(row["_golds"].items(), 1):
             self.seen.setdefault(("gold", file, column), (at, source, f"{gold!r:.100}"))
         for column in row["_unread"]:
@@ -520,7 +522,7 @@ def check_gold(row: dict):
 def report(rows, rank: int, sees=False):
     """What all ranks have seen in the rows: a file that has its solutions, if they are used, in different
     columns is an error; rank 0 prints where they are, which columns with images nothing reads, and whether a
-    model that `sees` got no image. All ranks must call this."""
+    model that `sees` got no image. -> what they have seen. All ranks must call this."""
     seen = {}
     for part in all_gather_object(getattr(rows, "seen", {})):
         seen = part | seen
@@ -542,6 +544,7 @@ def report(rows, rank: int, sees=False):
             warn(f"{seen['unread', column]}: nothing reads the column {column}: the images are in another")
         if sees and ("images", False) in seen and ("images", True) not in seen:
             warn("no row has an image, and this is a model that sees (--columns images=NAME)")
+    return seen
 
 
 def try_rows(rows):
@@ -1180,7 +1183,10 @@ def check_rows(rows, num_draws: int, seed: int, overlong: str, limit: int, rank:
                                            limit if overlong == "error" else math.inf, rank, workers))
         lengths = {i: size.prompt + size.answer for i, size in sizes.items()}
         dropped = {i for i, length in lengths.items() if length > limit}
-    report(rows, rank, sees)
+    seen = report(rows, rank, sees)
+    refuse([f"--columns {name}={column}: no row of --dataset has a column {column}"
+            for name, column in getattr(rows, "renamed", {}).items()
+            if ("named", column) not in seen and name != "images"])  # images=images: rows of text alone
     longest = sorted(visited, key=lambda i: (-lengths[i], i))
     if rank == 0:
         print(f"data: {len(rows)} rows, {len(longest)} of them in this run, {len(dropped)} skipped as longer "

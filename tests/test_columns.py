@@ -232,3 +232,10 @@ def test_preferences_as_conversations(root):  # noqa: F811
     row = read(root, dict(prompt="what?", chosen=[cat], rejected=[user]))[0]
     with pytest.raises(data.RowError, match="rejected must be"):
         data.answer_text(row, "rejected")
+
+
+def test_a_column_that_no_row_has(launch, task):  # noqa: F811
+    """--columns with a name that stands in no row was passed over where the column is not needed: exit code 0, and no
+    eval/accuracy."""
+    with pytest.raises(data.RowError, match="--columns solution=nosuch: no row of --dataset has a column nosuch"):
+        launch("train_dpo", "--algo", "mpo", "--columns", "solution=nosuch", "--max_steps", 1)
