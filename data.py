@@ -26,8 +26,8 @@ or videos that nothing reads is an error in a row without images, else a warning
 An image stands where `<image>` (in strings) or an image block (in messages) is, else before the first user
 text; any other number of placeholders is an error. If the prompt's last message is the assistant's, the
 answer continues it, and the answer alone is scored (Step-DPO: the message holds the right steps, chosen and
-rejected the next one). Some losses need columns of numbers (losses.PairLoss). Reward functions get every other
-column unchanged; from parquet only the columns that the run uses are read (`rows_of_run`).
+rejected the next one). Some losses need columns of numbers (losses.PairLoss). Reward functions get every
+other column unchanged; from parquet only the columns that the run uses are read (`rows_of_run`).
 """
 
 import base64
