@@ -598,8 +598,8 @@ class Policy(nn.Module):
             (isinstance(processor, TextProcessor), "a text-only model: a row with images is an error"),
             (uneven, "sliding windows or bidirectional image tokens: a CPU computes masked positions too"),
             (hasattr(text_config, "router_aux_loss_coef"), "the router's auxiliary loss is not added"),
-            (of_template, f"{''.join(tokenizer.convert_ids_to_tokens([*of_template]))}, which the chat "
-                          "template writes after an answer, ends one here"),
+            (of_template, f"{''.join(tokenizer.convert_ids_to_tokens(i) for i in of_template)}, which the "
+                          "chat template writes after an answer, ends one here"),
         ) if holds]
         self.hf, self.dtype, self.filler = hf, dtype, None
         self.eos_ids = sorted(eos)

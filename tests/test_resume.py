@@ -301,7 +301,7 @@ def test_only_bad_checkpoints_are_an_error(trained, monkeypatch, tmp_path):
 def test_old_checkpoints_go_after_the_new_one_is_there(trained, monkeypatch, tmp_path):
     """--save_total_limit 1 keeps one; a save that fails leaves the older ones whole, and the third in a row ends the run."""
     trained("train_dpo", "--save_total_limit", 1)
-    assert [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()] == ["step_8"]
+    assert [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()] == ["step_9"]
     shutil.rmtree(tmp_path / "r")
     saves = []
     save = model.dcp.save
